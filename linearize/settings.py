@@ -1,0 +1,343 @@
+"""All settings of a run: what YAML presets, flags and Python callers set, each with its unit and where its default comes from.
+
+The sections are plain dataclasses. `linearize/settings_io.py` reads and writes them as YAML and makes the flags from them.
+Measured defaults come from this project's own runs on SmolLM2-135M (see docs/results.md); published ones from LoLCATs
+(Zhang et al. 2024, https://arxiv.org/abs/2410.10254).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from linearize.settings_values import convert_fields, require
+
+Schedule = Literal["linear", "constant", "cosine"]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """How a stage's tokens divide into optimiser steps."""
+
+    accumulation: int
+    """Micro-batches per process and optimiser step."""
+    tokens_per_step: int
+    """Tokens of one optimiser step over all processes: the asked number, rounded up to whole micro-batches."""
+    steps: int
+    """Optimiser steps of the stage."""
+
+
+class _Stage:
+    """What both training stages share: turning token counts into steps."""
+
+    tokens: int
+    max_steps: int | None
+    batch_size: int
+    tokens_per_step: int
+
+    def plan(self, sequence_length: int, num_processes: int = 1) -> StepPlan:
+        """The steps of this stage.
+
+        Args:
+            sequence_length: Tokens in one training sequence.
+            num_processes: Data-parallel processes.
+        """
+        micro_batch = sequence_length * self.batch_size * num_processes
+        accumulation = max(1, math.ceil(self.tokens_per_step / micro_batch))
+        tokens_per_step = accumulation * micro_batch
+        steps = self.max_steps if self.max_steps is not None else max(1, math.ceil(self.tokens / tokens_per_step))
+        return StepPlan(accumulation, tokens_per_step, steps)
+
+    def _check_stage(self, name: str) -> None:
+        for key in ("tokens", "batch_size", "tokens_per_step", "logging_steps", "save_steps", "save_total_limit"):
+            require(getattr(self, key) >= 1, f"{name}.{key} is {getattr(self, key)}, but it must be at least 1.")
+        require(
+            self.max_steps is None or self.max_steps >= 0,
+            f"{name}.max_steps is {self.max_steps}, but it must be none or at least 0.",
+        )
+        for key in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
+            require(getattr(self, key) >= 0, f"{name}.{key} is {getattr(self, key)}, but it must not be negative.")
+
+
+@dataclass
+class DataConfig:
+    """The text that both stages train on, and the held-out text that the evaluation reads."""
+
+    dataset: str | list[str] = "yahma/alpaca-cleaned"
+    """Hub id of a dataset, or path(s) of .txt, .jsonl, .json or .parquet files (.gz too). LoLCATs trains on alpaca-cleaned."""
+    dataset_config: str | None = None
+    """Name of the Hub dataset's configuration, if it has several."""
+    split: str = "train"
+    """Split of the Hub dataset to train on."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub dataset."""
+    format: Literal["auto", "text", "chat", "instruction"] = "auto"
+    """How a record becomes text: its text field, its messages through the chat template, or Alpaca's instruction/input/output prompt."""
+    text_field: str = "text"
+    """Column that holds the text (format text)."""
+    messages_field: str = "messages"
+    """Column that holds the messages (format chat)."""
+    validation: str | None = None
+    """Path or Hub split of held-out text; none: documents are carved off the training data."""
+    validation_documents: int = 200
+    """Documents carved off for validation when `validation` is none."""
+    sequence_length: int = 1024
+    """Tokens in one packed training sequence (1024 in LoLCATs, section 5.1)."""
+    completion_only: bool | None = None
+    """Take stage 2's loss on answers only; none: yes for chat and instruction data, no for text."""
+    cache_dir: str | None = None
+    """Folder of the tokenised data; none: the Hugging Face cache."""
+    max_tokens: int | None = None
+    """Tokens of training data to prepare at most; none: all of it."""
+
+    def __post_init__(self) -> None:
+        convert_fields(self, "data")
+        require(bool(self.dataset), "data.dataset is empty: give a Hub id or the path of a text file.")
+        require(
+            self.sequence_length >= 2, f"data.sequence_length is {self.sequence_length}, but it must be at least 2."
+        )
+        require(
+            self.validation_documents >= 0,
+            f"data.validation_documents is {self.validation_documents}, but it must not be negative.",
+        )
+        require(
+            self.max_tokens is None or self.max_tokens >= 1,
+            f"data.max_tokens is {self.max_tokens}, but it must be none or at least 1.",
+        )
+
+
+@dataclass
+class TransferConfig(_Stage):
+    """Stage 1, attention transfer: only the mechanism's own parameters train, to give each layer's softmax output."""
+
+    tokens: int = 20_000_000
+    """Training tokens (20 M in LoLCATs: 2 epochs of alpaca-cleaned)."""
+    max_steps: int | None = None
+    """Optimiser steps; set, it overrides `tokens`."""
+    batch_size: int = 1
+    """Sequences per process and micro-batch."""
+    tokens_per_step: int = 8192
+    """Tokens per optimiser step over all processes, rounded up to whole micro-batches (8 x 1024 in LoLCATs)."""
+    loss: Literal["relative_mse", "mse", "cosine"] = "relative_mse"
+    """Per-layer loss: squared error over the mean square of the teacher's output, plain squared error, or cosine distance."""
+    loss_scale: float = 1.0
+    """Factor on the loss (1000 for the published mse)."""
+    branch: Literal["both", "mixed", "linear"] = "both"
+    """Train on the mixed output, on the linear branch alone over all visible keys, or on the sum of both (measured best)."""
+    learning_rate: float = 1e-2
+    """Learning rate of the feature maps (1e-2 in LoLCATs)."""
+    window_learning_rate: float = 3e-2
+    """Learning rate of the window weight and shift (measured)."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    schedule: Schedule = "linear"
+    """Learning rate over the run: linear or cosine decay to 0, or constant."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0 switches clipping off."""
+    window_dropout: float | list[float] = 0.0
+    """Probability that a step hides the softmax window; a list is a schedule over equal parts of the run, e.g. 0.9,0.75,0.5."""
+    logging_steps: int = 10
+    """Steps between lines of the log."""
+    save_steps: int = 500
+    """Steps between checkpoints."""
+    save_total_limit: int = 2
+    """Checkpoints kept."""
+    eval_steps: int | None = None
+    """Steps between measurements on the validation text; none: only at the end of the run."""
+
+    def __post_init__(self) -> None:
+        convert_fields(self, "transfer")
+        self._check_stage("transfer")
+        require(self.loss_scale > 0, f"transfer.loss_scale is {self.loss_scale}, but it must be positive.")
+        require(
+            self.window_learning_rate >= 0,
+            f"transfer.window_learning_rate is {self.window_learning_rate}, but it must not be negative.",
+        )
+        for share in self.window_dropout_schedule:
+            require(0 <= share <= 1, f"transfer.window_dropout holds {share}, but probabilities are between 0 and 1.")
+        require(
+            self.eval_steps is None or self.eval_steps >= 1,
+            f"transfer.eval_steps is {self.eval_steps}, but it must be none or at least 1.",
+        )
+
+    @property
+    def window_dropout_schedule(self) -> list[float]:
+        """`window_dropout` as a list of at least one probability."""
+        dropout = self.window_dropout
+        return (dropout or [0.0]) if isinstance(dropout, list) else [dropout]
+
+
+@dataclass
+class FinetuneConfig(_Stage):
+    """Stage 2: LoRA on the projections (and the feature maps along) with the language-modelling loss."""
+
+    tokens: int = 20_000_000
+    """Training tokens (20 M in LoLCATs)."""
+    max_steps: int | None = None
+    """Optimiser steps; set, it overrides `tokens`."""
+    batch_size: int = 1
+    """Sequences per process and micro-batch."""
+    tokens_per_step: int = 8192
+    """Tokens per optimiser step over all processes, rounded up to whole micro-batches (8 x 1024 in LoLCATs)."""
+    learning_rate: float = 1e-4
+    """Learning rate of the LoRA weights (1e-4 in LoLCATs)."""
+    mixer_learning_rate: float = 1e-3
+    """Learning rate of the mechanism's parameters when `train_mixers` (measured)."""
+    train_mixers: bool = True
+    """Train the mechanism's parameters along (measured better; LoLCATs freezes them)."""
+    lora_rank: int = 8
+    """Rank of the LoRA adapters (8 in LoLCATs)."""
+    lora_alpha: float = 16
+    """LoRA's alpha: adapters are scaled by alpha / rank (16 in LoLCATs)."""
+    lora_dropout: float = 0.0
+    """Dropout in front of the adapters (0 in LoLCATs)."""
+    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
+    """Names of the linear layers that get an adapter."""
+    ce_weight: float = 1.0
+    """Weight of the cross-entropy with the text."""
+    kl_weight: float = 0.0
+    """Weight of the KL divergence to the teacher's logits (the same weights, mechanism and adapters switched off)."""
+    temperature: float = 1.0
+    """Softmax temperature of the KL term."""
+    schedule: Schedule = "linear"
+    """Learning rate over the run: linear or cosine decay to 0, or constant."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient norm above which gradients are scaled down; 0 switches clipping off."""
+    gradient_checkpointing: bool = False
+    """Recompute each layer in the backward pass: less memory, about a third more time."""
+    logits_chunk: int = 1024
+    """Positions whose logits exist at one time in float32."""
+    logging_steps: int = 10
+    """Steps between lines of the log."""
+    save_steps: int = 500
+    """Steps between checkpoints."""
+    save_total_limit: int = 2
+    """Checkpoints kept."""
+
+    def __post_init__(self) -> None:
+        convert_fields(self, "finetune")
+        self._check_stage("finetune")
+        for key in ("lora_rank", "logits_chunk"):
+            require(getattr(self, key) >= 1, f"finetune.{key} is {getattr(self, key)}, but it must be at least 1.")
+        for key in ("mixer_learning_rate", "ce_weight", "kl_weight"):
+            require(getattr(self, key) >= 0, f"finetune.{key} is {getattr(self, key)}, but it must not be negative.")
+        require(
+            self.ce_weight + self.kl_weight > 0,
+            "finetune.ce_weight and finetune.kl_weight are both 0: set one of them.",
+        )
+        require(self.temperature > 0, f"finetune.temperature is {self.temperature}, but it must be positive.")
+        require(self.lora_alpha > 0, f"finetune.lora_alpha is {self.lora_alpha}, but it must be positive.")
+        require(
+            0 <= self.lora_dropout < 1,
+            f"finetune.lora_dropout is {self.lora_dropout}, but it must be at least 0 and below 1.",
+        )
+        require(
+            bool(self.lora_targets), "finetune.lora_targets is empty: name the layers to adapt, e.g. q_proj,v_proj."
+        )
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured at the end of a run."""
+
+    texts: str | list[str] | None = None
+    """Path(s) of text to take the perplexity on; none: the validation documents."""
+    max_tokens: int = 65_536
+    """Tokens of text to score."""
+    sequence_length: int | None = None
+    """Tokens of one scored sequence; none: that of the training data."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of the lm-eval harness, e.g. piqa,arc_easy."""
+    include_path: str | None = None
+    """Folder with the harness's own or local task files."""
+    limit: int | None = None
+    """Documents per task; none: all."""
+    controls: bool = True
+    """Measure the teacher, the training-free window and the single branches too."""
+    batch_size: int = 1
+    """Sequences (or requests of the harness) scored together."""
+
+    def __post_init__(self) -> None:
+        convert_fields(self, "evaluation")
+        for key in ("max_tokens", "batch_size"):
+            require(getattr(self, key) >= 1, f"evaluation.{key} is {getattr(self, key)}, but it must be at least 1.")
+        require(
+            self.sequence_length is None or self.sequence_length >= 2,
+            f"evaluation.sequence_length is {self.sequence_length}, but it must be none or at least 2.",
+        )
+        require(
+            self.limit is None or self.limit >= 1,
+            f"evaluation.limit is {self.limit}, but it must be none or at least 1.",
+        )
+
+
+@dataclass
+class RunConfig:
+    """One whole run: convert, transfer, finetune, evaluate, save."""
+
+    model_name_or_path: str = "meta-llama/Meta-Llama-3-8B"
+    """The teacher: a Hub id, a local directory, or a .gguf file."""
+    revision: str | None = None
+    """Branch, tag or commit of the teacher's repository."""
+    output_dir: str = "out"
+    """The run directory: config.yaml, logs, plots, checkpoints, adapter and final."""
+    overwrite: bool = False
+    """Replace a run that `output_dir` already holds."""
+    resume_from_checkpoint: bool = False
+    """Continue the run in `output_dir` from its newest checkpoint, in the stage where it stopped."""
+    seed: int = 0
+    """Seed of the initialisation, the order of the data and the dropout."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type of the teacher's weights and of the computation; the mechanism's parameters are float32 always."""
+    device: str = "auto"
+    """`auto` (the process's GPU, else the CPU), `cpu`, `cuda` or `cuda:N`."""
+    load_in_4bit: bool = False
+    """Hold the frozen weights in 4 bits while training (bitsandbytes NF4); the result is merged into the full weights."""
+    load_in_8bit: bool = False
+    """The same in 8 bits."""
+    attention: dict[str, Any] = field(default_factory=lambda: {"type": "linear"})
+    """The new attention: `type` and the settings of that mechanism (window, sinks, feature_map, ...)."""
+    softmax_layers: list[int] = field(default_factory=list)
+    """Indices of the layers that keep softmax attention."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training and validation text."""
+    transfer: TransferConfig | None = field(default_factory=TransferConfig)
+    """Stage 1; none: skipped."""
+    finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
+    """Stage 2; none: skipped."""
+    evaluation: EvaluationConfig | None = field(default_factory=EvaluationConfig)
+    """The measurements; none: skipped."""
+    report_to: list[str] = field(default_factory=lambda: ["none"])
+    """Trackers of transformers' Trainer: trackio, wandb, tensorboard, all or none."""
+    op_backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
+    """Implementation of the new attention; auto: the fastest that runs here."""
+    push_to_hub: str | None = None
+    """Hub repository that the result is pushed to, e.g. me/Llama-3-8B-linear; none: not pushed."""
+
+    def __post_init__(self) -> None:
+        convert_fields(self, "")
+        self.attention.setdefault("type", "linear")
+        require(bool(self.model_name_or_path), "model_name_or_path is empty: name the teacher.")
+        require(bool(self.output_dir), "output_dir is empty: name the folder that the run is written to.")
+        require(self.seed >= 0, f"seed is {self.seed}, but it must not be negative.")
+        require(
+            not (self.load_in_4bit and self.load_in_8bit),
+            "load_in_4bit and load_in_8bit are both set: choose one of them.",
+        )
+        require(
+            not (self.overwrite and self.resume_from_checkpoint),
+            "overwrite and resume_from_checkpoint are both set: choose one of them.",
+        )
+        require(
+            self.push_to_hub is None or self.push_to_hub.count("/") <= 1,
+            f"push_to_hub is {self.push_to_hub!r}, but a repository is named NAME or OWNER/NAME.",
+        )
+        for index in self.softmax_layers:
+            require(index >= 0, f"softmax_layers holds {index}, but layers are numbered from 0.")
