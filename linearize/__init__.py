@@ -1,0 +1,67 @@
+"""Turn pretrained softmax transformers into models with cheap attention.
+
+Importing this package registers the converted models with the Auto classes; the pipeline loads on first use.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from linearize.errors import UserError
+from linearize.modeling import (
+    FeatureMapWeights,
+    HybridLinearState,
+    LinearAttention,
+    LinearAttentionConfig,
+    LinearizedLlamaConfig,
+    LinearizedLlamaForCausalLM,
+    LinearizedLlamaModel,
+    hybrid_linear_attention,
+)
+
+if TYPE_CHECKING:
+    from linearize.conversion import convert, load_student, load_tokenizer
+    from linearize.evaluation import evaluate
+    from linearize.finetuning import finetune
+    from linearize.hub import push
+    from linearize.pipeline import run
+    from linearize.transfer import transfer_attention
+
+__version__ = "0.1.0"
+
+_PIPELINE = {
+    "convert": "conversion",
+    "load_student": "conversion",
+    "load_tokenizer": "conversion",
+    "transfer_attention": "transfer",
+    "finetune": "finetuning",
+    "evaluate": "evaluation",
+    "push": "hub",
+    "run": "pipeline",
+}
+
+
+def __getattr__(name: str):
+    if name in _PIPELINE:
+        return getattr(importlib.import_module(f"linearize.{_PIPELINE[name]}"), name)
+    raise AttributeError(f"module 'linearize' has no attribute {name!r}")
+
+
+__all__ = [
+    "FeatureMapWeights",
+    "HybridLinearState",
+    "LinearAttention",
+    "LinearAttentionConfig",
+    "LinearizedLlamaConfig",
+    "LinearizedLlamaForCausalLM",
+    "LinearizedLlamaModel",
+    "UserError",
+    "convert",
+    "evaluate",
+    "finetune",
+    "hybrid_linear_attention",
+    "load_student",
+    "load_tokenizer",
+    "push",
+    "run",
+    "transfer_attention",
+]

@@ -1,0 +1,227 @@
+"""From a stock checkpoint to an untrained student, and back into memory from a converted repository."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from linearize.errors import UserError
+from linearize.load_errors import explained
+from linearize.modeling import BACKBONES
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "linearized_"
+NOT_CARRIED = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map", "layer_types", "dtype")
+
+
+def convert(
+    model_name_or_path: str | Path,
+    attention: Any = None,
+    *,
+    mixer_types: Sequence[str] | None = None,
+    mixers: dict[str, dict] | None = None,
+    softmax_layers: Sequence[int] = (),
+    revision: str | None = None,
+    token: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    quantization_config: Any = None,
+    device_map: Any = None,
+) -> PreTrainedModel:
+    """Give a pretrained model another attention; nothing is trained.
+
+    The teacher's weights load by name; only the mechanism's own parameters are new, in float32.
+
+    Args:
+        model_name_or_path: Hub id, local directory, or a `.gguf` file.
+        attention: settings of one mechanism for every layer: a typed config or a dict with `"type"`; default linear.
+        mixer_types, mixers: a name per layer and the settings of each name, instead of `attention`.
+        softmax_layers: layers that keep softmax attention; negative numbers count from the end.
+        revision, token: of the Hub repository.
+        dtype: of the model; `auto` is the checkpoint's.
+        quantization_config: for example a BitsAndBytesConfig; the mechanism's parameters stay float32.
+        device_map: as in `from_pretrained`.
+
+    Returns:
+        The student, a normal PreTrainedModel in evaluation mode.
+
+    Raises:
+        UserError: the checkpoint cannot be read, its architecture is not supported, or settings are wrong.
+    """
+    source = str(model_name_or_path)
+    where = {"revision": revision, "token": token}
+    teacher_config = load_config(source, **where)
+    backbone = BACKBONES.get(teacher_config.model_type)
+    if backbone is None:
+        raise UserError(_unsupported(source, teacher_config))
+    config = _student_config(teacher_config, backbone.config, attention, mixer_types, mixers, softmax_layers)
+    options = {"dtype": dtype, "quantization_config": quantization_config, "device_map": device_map}
+    options = {name: value for name, value in options.items() if value is not None}
+    with quiet_transformers(), explained(source):
+        if is_gguf(source):
+            weights = _gguf_weights(source)
+            if dtype == "auto":
+                options["dtype"] = next(iter(weights.values())).dtype
+            load = {"pretrained_model_name_or_path": None, "state_dict": weights}
+        else:
+            load = {"pretrained_model_name_or_path": source, **where}
+        model, info = backbone.default.from_pretrained(**load, config=config, output_loading_info=True, **options)
+    _check_loaded(source, info, model)
+    model.name_or_path = source
+    if not is_gguf(source):
+        _take_generation_config(model, source, where)
+    return model.eval()
+
+
+def load_student(
+    path: str | Path, *, dtype: str | torch.dtype = "auto", token: str | None = None, **options: Any
+) -> PreTrainedModel:
+    """Load a converted repository with this package's classes.
+
+    Raises:
+        UserError: it cannot be read, or is no converted repository.
+    """
+    source = str(path)
+    config = load_config(source, token=token)
+    if not config.model_type.startswith(PREFIX):
+        raise UserError(f"{source} is a {config.model_type} model, not a converted one: run `linearize convert` on it first")
+    with quiet_transformers(), explained(source):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, token=token, trust_remote_code=False, output_loading_info=True, **options
+        )
+    if lost := sorted(info["missing_keys"]):
+        raise UserError(f"{source} lacks {len(lost)} weights, first {lost[0]}: save the repository again")
+    return model.eval()
+
+
+def load_config(source: str, *, revision: str | None = None, token: str | None = None) -> PreTrainedConfig:
+    """The configuration of a Hub repository, a directory or a `.gguf` file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    where = {"revision": revision, "token": token, "trust_remote_code": False}
+    with quiet_transformers(), explained(source):
+        if is_gguf(source):
+            file = gguf_file(source)
+            return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+        if (folder := Path(source)).is_dir() and not (folder / "config.json").is_file():
+            raise UserError(f"{source} holds no config.json: give a directory that save_pretrained wrote, or a Hub id")
+        return AutoConfig.from_pretrained(source, **where)
+
+
+def load_tokenizer(source: str | Path, *, revision: str | None = None, token: str | None = None):
+    """The tokenizer of a Hub repository, a directory or a `.gguf` file.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    source = str(source)
+    with quiet_transformers(), explained(source, what="tokenizer"):
+        if is_gguf(source):
+            file = gguf_file(source)
+            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        return AutoTokenizer.from_pretrained(source, revision=revision, token=token, trust_remote_code=False)
+
+
+def is_gguf(source: str) -> bool:
+    return source.endswith(".gguf")
+
+
+def gguf_file(source: str) -> Path:
+    """The path of a GGUF file that starts as one.
+
+    Raises:
+        UserError: missing, or not GGUF.
+    """
+    file = Path(source)
+    if not file.is_file():
+        raise UserError(f"there is no file {source}: check the path")
+    with file.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise UserError(f"{source} is no GGUF file (its first bytes are wrong): download it again")
+    return file
+
+
+def _gguf_weights(source: str) -> dict[str, torch.Tensor]:
+    from transformers import GgufConfig
+
+    file = gguf_file(source)
+    teacher = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
+    )
+    return teacher.state_dict()
+
+
+def _student_config(teacher, config_class, attention, mixer_types, mixers, softmax_layers) -> PreTrainedConfig:
+    fields = {name: value for name, value in teacher.to_dict().items() if name not in NOT_CARRIED}
+    if is_gguf(str(getattr(teacher, "name_or_path", ""))) or "gguf" in str(fields.get("quantization_config", "")):
+        fields.pop("quantization_config", None)
+    if mixers is None:
+        settings = asdict(attention) if is_dataclass(attention) else dict(attention or {"type": "linear"})
+        mixers = {settings.setdefault("type", "linear"): settings}
+    layers = teacher.num_hidden_layers
+    if mixer_types is None:
+        if len(mixers) != 1:
+            raise UserError("mixers has several entries: say which layer uses which with mixer_types")
+        kept = set()
+        for index in softmax_layers:
+            if not -layers <= index < layers:
+                raise UserError(f"softmax_layers names layer {index}, the model has layers 0 to {layers - 1}")
+            kept.add(index % layers)
+        mixer_types = ["softmax" if i in kept else next(iter(mixers)) for i in range(layers)]
+    try:
+        return config_class(**fields, mixer_types=list(mixer_types), mixers=mixers)
+    except Exception as error:  # @strict wraps ours and its own errors in several classes
+        raise UserError(_first_reason(error)) from error
+
+
+def _first_reason(error: BaseException) -> str:
+    """The innermost message, which is the one that names the value."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return " ".join(str(error).split())
+
+
+def _unsupported(source: str, config: PreTrainedConfig) -> str:
+    if config.model_type.startswith(PREFIX):
+        return f"{source} is converted already: load it with load_student, or convert its teacher"
+    return f"{source} is a {config.model_type} model, which cannot be converted yet: supported are {', '.join(BACKBONES)}"
+
+
+def _check_loaded(source: str, info: dict, model: PreTrainedModel) -> None:
+    missing = sorted(name for name in info["missing_keys"] if ".mixer." not in name)
+    if missing:
+        raise UserError(f"{source} lacks {len(missing)} weights of its architecture, first {missing[0]}")
+    if odd := sorted(info["unexpected_keys"]):
+        raise UserError(f"{source} holds {len(odd)} weights that its architecture does not have, first {odd[0]}")
+    if clash := sorted(str(x) for x in info.get("mismatched_keys", ())):
+        raise UserError(f"{source} holds weights of another shape than its config.json says, first {clash[0]}")
+
+
+def _take_generation_config(model: PreTrainedModel, source: str, where: dict) -> None:
+    """A converted model generates with the teacher's settings; a checkpoint without any keeps the default."""
+    from transformers import GenerationConfig
+
+    with contextlib.suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(source, **where)
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Hide transformers' load reports and bars: what they say is checked here and said in one sentence."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,54 @@
+"""Converted models. Everything here but this file ships inside every converted repository."""
+
+from dataclasses import dataclass
+
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from .attention_linear import LinearAttention, LinearAttentionConfig
+from .modeling_llama import LinearizedLlamaConfig, LinearizedLlamaForCausalLM, LinearizedLlamaModel
+from .op_hybrid_linear import FeatureMapWeights, HybridLinearState, hybrid_linear_attention
+from .registry import ATTENTIONS
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """The student of a stock `model_type`: its config and the class that each Auto class loads."""
+
+    config: type[PreTrainedConfig]
+    models: dict[type, type[PreTrainedModel]]
+    default: type[PreTrainedModel]
+
+
+BACKBONES = {
+    "llama": Backbone(
+        LinearizedLlamaConfig,
+        {AutoModelForCausalLM: LinearizedLlamaForCausalLM},
+        LinearizedLlamaForCausalLM,
+    ),
+}
+
+
+def register() -> None:
+    """Tell the Auto classes about the students, and students to take their code along when saved."""
+    for backbone in BACKBONES.values():
+        AutoConfig.register(backbone.config.model_type, backbone.config, exist_ok=True)
+        backbone.config.register_for_auto_class()
+        for auto_class, model_class in backbone.models.items():
+            auto_class.register(backbone.config, model_class, exist_ok=True)
+            model_class.register_for_auto_class(auto_class.__name__)
+
+
+register()
+
+__all__ = [
+    "ATTENTIONS",
+    "BACKBONES",
+    "FeatureMapWeights",
+    "HybridLinearState",
+    "LinearAttention",
+    "LinearAttentionConfig",
+    "LinearizedLlamaConfig",
+    "LinearizedLlamaForCausalLM",
+    "LinearizedLlamaModel",
+    "hybrid_linear_attention",
+]

@@ -1,0 +1,198 @@
+"""LinearAttention: a softmax window and sinks beside per-head feature maps, one denominator.
+
+Source: LoLCATs (Zhang et al. 2024, arXiv 2410.10254). The published form is `window_reference="max"`,
+`window_shift=None`, `window_weight_form="sigmoid"`, `window_weight=0.1`, `magnitude=False`, `sinks=0`; the default here
+lets a window that matches badly give way to the linear branch.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .feature_maps import WIDTH, FeatureMap
+from .op_hybrid_linear import CONTRACT, hybrid_linear_attention, linear_share
+
+ARMS = ("mixed", "softmax", "linear")
+
+
+@strict
+@dataclass
+class LinearAttentionConfig:
+    """Settings of `LinearAttention`; every one is written into config.json."""
+
+    type: str = "linear"
+    window: int = 64
+    """Tokens in the softmax window, the query itself included; 0 is pure linear attention."""
+    sinks: int = 4
+    """First tokens of a sequence that always stay in the softmax branch."""
+    feature_map: str = "softmax"
+    """`softmax` or `exp` (Hedgehog), `relu` (T2R), `elu`."""
+    feature_dim: int | None = None
+    """Width f of the maps; None takes min(head_dim, 64). `softmax` and `exp` give 2 f features."""
+    magnitude: bool = True
+    """Learn a direction that scales a token's features, which softmax features otherwise forget."""
+    bias: bool = False
+    """Learn a bias per head and feature inside the map."""
+    initialization: str = "identity"
+    """`identity` or `kaiming`."""
+    share_key_map: bool = False
+    """One key map per key/value head: a state H / G times smaller."""
+    window_reference: str = "logsumexp"
+    """Level that the window's mass is measured from: `logsumexp`, or the published `max`."""
+    window_weight: float | int = 16.0
+    """Starting weight of the softmax branch."""
+    window_weight_form: str = "log"
+    """How the weight is learned: its logarithm, or the published `sigmoid` of a logit (weight below 1)."""
+    window_shift: float | int | None = 0.5
+    """Starting value of the learned shift per head; None leaves it out (published)."""
+    contract: int = CONTRACT
+    """Contract of the op that the checkpoint was saved with."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "type": ("linear",),
+            "feature_map": tuple(WIDTH),
+            "initialization": ("identity", "kaiming"),
+            "window_reference": ("logsumexp", "max"),
+            "window_weight_form": ("log", "sigmoid"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        for name in ("window", "sinks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it counts tokens and must be at least 0")
+        if self.feature_dim is not None and self.feature_dim < 1:
+            raise ValueError(f"feature_dim is {self.feature_dim}: it must be at least 1")
+        if not 0 < self.window_weight < (math.inf if self.window_weight_form == "log" else 1):
+            raise ValueError(f"window_weight is {self.window_weight}: it must be above 0, and below 1 in the sigmoid form")
+        if self.contract != CONTRACT:
+            raise ValueError(
+                f"this checkpoint was saved with contract {self.contract} of linear attention and this version of "
+                f"linearize supports {CONTRACT}: load it with trust_remote_code=True in an environment without linearize"
+            )
+
+    def resolve(self, head_dim: int) -> None:
+        """Fill in what depends on the model."""
+        if self.feature_dim is None:
+            self.feature_dim = min(head_dim, 64)
+        if self.initialization == "identity" and self.feature_dim > head_dim:
+            raise ValueError(
+                f"feature_dim {self.feature_dim} is wider than the head dimension {head_dim}: "
+                "lower it, or use initialization 'kaiming'"
+            )
+
+
+class WindowMix(nn.Module):
+    """The weight of the softmax branch per head, always positive, and the shift; float32."""
+
+    def __init__(self, heads: int, config: LinearAttentionConfig):
+        super().__init__()
+        self.form, self.start, self.shift_start = config.window_weight_form, config.window_weight, config.window_shift
+        self.weight = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        shift = None if self.shift_start is None else nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.shift = shift
+
+    def reset_parameters(self) -> None:
+        raw = math.log(self.start) if self.form == "log" else math.log(self.start / (1 - self.start))
+        init.constant_(self.weight, raw)
+        if self.shift is not None:
+            init.constant_(self.shift, self.shift_start)
+
+    def window_weight(self) -> Tensor:
+        return self.weight.exp() if self.form == "log" else self.weight.sigmoid()
+
+
+class LinearAttention(nn.Module):
+    """Mixes tokens in place of softmax attention; the backbone projects and rotates before, and projects after.
+
+    Args:
+        config: settings, resolved.
+        num_heads: H. num_key_value_heads: G. head_dim: D. scaling: of the softmax scores.
+    """
+
+    def __init__(self, config, num_heads: int, num_key_value_heads: int, head_dim: int, scaling: float):
+        super().__init__()
+        self.window, self.sinks, self.reference = config.window, config.sinks, config.window_reference
+        self.scaling, self.op_backend = scaling, "auto"
+        shape = (head_dim, config.feature_dim, config.feature_map, config.bias, config.magnitude, config.initialization)
+        self.feature_map_q = FeatureMap(num_heads, *shape)
+        self.feature_map_k = FeatureMap(num_key_value_heads if config.share_key_map else num_heads, *shape)
+        self.window_mix = WindowMix(num_heads, config) if config.window + config.sinks else None
+
+    @staticmethod
+    def parameter_group(name: str) -> str:
+        """Which learning rate a parameter takes: `window` (weight and shift) or `maps`."""
+        return "window" if name.startswith("window_mix.") else "maps"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding_mask: Tensor | None = None,
+        cache_layer=None,
+        arm: str = "mixed",
+        causal: bool = True,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: `(B, H, T, D)`; key, value: `(B, G, T, D)`; after RoPE, unscaled, never repeated.
+            padding_mask: `(B, T)` of these tokens, 1 = real.
+            cache_layer: holder of the running state, or None.
+            arm: `mixed`; `softmax`, the window and sinks alone; `linear`, every key through the linear branch.
+
+        Returns:
+            `(B, H, T, D)` in the query's dtype.
+        """
+        features, options = self._call_options(arm)
+        output, state = hybrid_linear_attention(
+            query,
+            key,
+            value,
+            *features,
+            **options,
+            causal=causal,
+            attention_mask=padding_mask,
+            initial_state=None if cache_layer is None else cache_layer.state,
+            return_state=cache_layer is not None,
+            backend=self.op_backend,
+        )
+        if cache_layer is not None:
+            cache_layer.store(state, query.shape[2])
+        return output
+
+    def linear_share(self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+        """The linear branch's share of the denominator, `(B, H, T)` in [0, 1]."""
+        features, options = self._call_options("mixed")
+        return linear_share(query, key, value, *features, **options, attention_mask=padding_mask)
+
+    def _call_options(self, arm: str):
+        if arm not in ARMS:
+            raise ValueError(f"unknown arm {arm!r}: use one of {', '.join(ARMS)}")
+        features = (None, None)
+        if arm != "softmax":
+            features = (self.feature_map_q.as_weights(), self.feature_map_k.as_weights())
+        whole = arm != "linear"
+        mix = self.window_mix if whole else None
+        return features, {
+            "window_weight": None if mix is None else mix.window_weight(),
+            "window_shift": None if mix is None else mix.shift,
+            "window_reference": self.reference,
+            "window": self.window if whole else 0,
+            "sinks": self.sinks if whole else 0,
+            "scaling": self.scaling,
+        }
+
+
+def state_bytes(config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes) -> int:
+    """Bytes of one sequence's state after `num_tokens` tokens; the same for any number."""
+    key_heads = num_key_value_heads if config.share_key_map else num_heads
+    sums = key_heads * WIDTH[config.feature_map] * config.feature_dim * (head_dim + 1) * 4
+    raw = 2 * (config.window + config.sinks) * num_key_value_heads * head_dim * dtype_bytes
+    return sums + raw + 8

@@ -1,0 +1,162 @@
+"""What every backbone shares: an attention that can be the student's or the teacher's, and its model's switches."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .attention_linear import WindowMix
+from .feature_maps import FeatureMap
+from .op_dispatch import BACKENDS
+from .registry import mechanism
+
+ARMS = ("mixed", "teacher", "softmax", "linear")
+
+
+class MixerAttention:
+    """Goes before a stock attention class: keeps its projections and adds the mechanism.
+
+    Attributes:
+        mixer: the mechanism, float32 parameters.
+        arm: `mixed`, the student; `teacher`, the stock softmax attention; `softmax` and `linear`, the student's
+            branches alone.
+        observer: called in the teacher arm with `(attention, query, key, value, teacher_output, padding_mask)`:
+            query `(B, H, T, D)`, key and value `(B, G, T, D)`, teacher_output `(B, H, T, D)` before the output
+            projection. Attention transfer lives in it.
+    """
+
+    def add_mixer(self, config, num_heads: int, num_key_value_heads: int) -> None:
+        settings = config.mixer(self.layer_idx)
+        attention = mechanism(settings.type).attention
+        self.mixer = attention(settings, num_heads, num_key_value_heads, self.head_dim, self.scaling)
+        self.cache_layer_type = mechanism(settings.type).cache_layer_type
+        self.arm, self.observer = "mixed", None
+
+    def attend(self, query, key, value, attention_mask, padding_mask, past_key_values, eager, **kwargs) -> Tensor:
+        """Mix tokens in the current arm: `(B, T, H, D)`. attention_mask is the softmax's, padding_mask the mixer's."""
+        if self.arm != "teacher":
+            layer = None if past_key_values is None else self._cache_layer(past_key_values)
+            return self.mixer(query, key, value, padding_mask, cache_layer=layer, arm=self.arm).transpose(1, 2)
+        new_key, new_value = key, value
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        dropout = self.attention_dropout if self.training else 0.0
+        output, _ = interface(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
+        if self.observer is not None:
+            self.observer(self, query, new_key, new_value, output.transpose(1, 2), padding_mask)
+        return output
+
+    def _cache_layer(self, cache):
+        layers = cache.layers
+        found = getattr(layers[self.layer_idx], "_layer_type", None) if self.layer_idx < len(layers) else None
+        if found != self.cache_layer_type:
+            raise ValueError(
+                f"layer {self.layer_idx} needs a cache layer {self.cache_layer_type}, the cache has {found}: "
+                "build it with DynamicCache(config=model.config), or let generate() do it"
+            )
+        return layers[self.layer_idx]
+
+
+class MixerModelMixin:
+    """Goes before a stock PreTrainedModel class: initialisation, arms and backend of the mechanisms."""
+
+    _is_stateful = True
+    _supports_flash_attn = _supports_flex_attn = False
+    _can_compile_fullgraph = False
+    _keep_in_fp32_modules_strict = {"mixer"}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (FeatureMap, WindowMix)):
+            module.reset_parameters()
+
+    def mixer_attentions(self) -> list[nn.Module]:
+        """The attention modules of the converted layers, in order."""
+        return [module for module in self.modules() if isinstance(module, MixerAttention) and hasattr(module, "mixer")]
+
+    def set_arm(self, arm: str) -> None:
+        """Switch every converted layer: `mixed`, `teacher`, `softmax` or `linear`."""
+        if arm not in ARMS:
+            raise ValueError(f"unknown arm {arm!r}: use one of {', '.join(ARMS)}")
+        for attention in self.mixer_attentions():
+            attention.arm = arm
+
+    @contextlib.contextmanager
+    def use_arm(self, arm: str) -> Iterator[None]:
+        """Switch within a block, then back."""
+        before = [(attention, attention.arm) for attention in self.mixer_attentions()]
+        self.set_arm(arm)
+        try:
+            yield
+        finally:
+            for attention, previous in before:
+                attention.arm = previous
+
+    def set_op_backend(self, backend: str) -> None:
+        """Choose the ops' backend at run time; never saved."""
+        if backend not in BACKENDS:
+            raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+        for attention in self.mixer_attentions():
+            attention.mixer.op_backend = backend
+
+    def mixer_state_dict(self) -> dict[str, Tensor]:
+        """The mechanisms' tensors, named as in `state_dict()`."""
+        return {name: tensor for name, tensor in self.state_dict().items() if ".mixer." in name}
+
+    def load_mixer_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Load what `mixer_state_dict` gave.
+
+        Raises:
+            ValueError: tensors are missing or do not belong.
+        """
+        expected = set(self.mixer_state_dict())
+        if expected != set(tensors):
+            odd = sorted(expected ^ set(tensors))
+            raise ValueError(f"the mechanisms' tensors do not fit this model: {len(odd)} differ, first {odd[0]}")
+        self.load_state_dict(tensors, strict=False)
+
+
+def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_values) -> tuple[Tensor | None, Tensor | None]:
+    """The masks of one forward: the softmax layers' (causal, as transformers makes it) and the mixers'.
+
+    The mixers' is `(B, T)` of this call's tokens, or None when nothing is padded. It is ours because transformers'
+    recurrent mask is dropped on calls of one token.
+    """
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError("a converted model takes a 2-dimensional attention_mask (batch, tokens), 1 = real token")
+    padding_mask = None
+    if attention_mask is not None:
+        padding_mask = attention_mask[:, -inputs_embeds.shape[1] :].bool()
+        padding_mask = None if bool(padding_mask.all()) else padding_mask
+    attentions = [layer.self_attn for layer in model.layers]
+    softmax = [i for i, attention in enumerate(attentions) if getattr(attention, "arm", "teacher") == "teacher"]
+    if not softmax:
+        return None, padding_mask
+    causal_mask = create_causal_mask(
+        config=model.config,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        past_key_values=past_key_values,
+        position_ids=position_ids,
+        layer_idx=softmax[0],
+    )
+    return causal_mask, padding_mask
+
+
+def new_cache(model) -> DynamicCache:
+    """An empty cache for the current arm: in the teacher arm every layer's cache is the stock growing one."""
+    teacher = any(getattr(layer.self_attn, "arm", None) == "teacher" for layer in model.layers)
+    return DynamicCache() if teacher else DynamicCache(config=model.config)
+
+
+def real_positions(attention_mask: Tensor | None, length: int, past: int, device) -> Tensor:
+    """Positions of this call's tokens, counted over real tokens: features come after RoPE, so padding must not shift it."""
+    if attention_mask is not None and attention_mask.shape[1] == past + length:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return (torch.arange(length, device=device) + past)[None]

@@ -1,0 +1,102 @@
+"""Cache layers: holders of a sequence's state; the attention that owns the state does the arithmetic.
+
+transformers builds them by name from `config.layer_types`. The number in a name is raised with any change of the
+layer's fields or methods, so that a checkpoint's own copy of this code and an installed package of another version
+never take each other's. They are recognised by that name, never by `isinstance`.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+
+class StateLayer(CacheLayerMixin):
+    """A state of constant size: a NamedTuple of tensors (or None), batch first in each.
+
+    Attributes:
+        state: None until the first call.
+        seen: tokens so far, padding included, as transformers counts them.
+    """
+
+    is_compileable = False
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.state: NamedTuple | None = None
+        self.seen = 0
+
+    def store(self, state: NamedTuple, new_tokens: int) -> None:
+        """Take the state after a call of `new_tokens` tokens."""
+        self.state, self.is_initialized, self.device = state, True, state[0].device
+        self.seen += new_tokens
+
+    def nbytes(self) -> int:
+        """Bytes held."""
+        return 0 if self.state is None else sum(x.nbytes for x in self.state if x is not None)
+
+    def _map(self, function) -> None:
+        if self.state is not None:
+            self.state = type(self.state)(*(None if x is None else function(x) for x in self.state))
+
+    # What transformers' Cache calls on every layer.
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        raise NotImplementedError("the state is made by the attention, on its first call")
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
+        raise ValueError(
+            "a softmax layer was given the cache of a converted layer: to generate in the teacher arm, pass "
+            "past_key_values=DynamicCache()"
+        )
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def reset(self) -> None:
+        self.state, self.is_initialized, self.seen = None, False, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda x: x[indices])
+
+    def offload(self) -> None:
+        self._map(lambda x: x.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        self._map(lambda x: x.to(self.device, non_blocking=True))
+
+    def crop(self, max_length: int) -> None:
+        raise RuntimeError("a recurrent state cannot be rolled back: assisted decoding does not work with it")
+
+
+class LinearStateLayer(StateLayer):
+    """The state of hybrid linear attention."""
+
+    _layer_type = "linearize_linear_1"
+
+
+class SoftmaxLayer(DynamicLayer):
+    """The growing cache of a layer that stays softmax, with a `reset` that drops it.
+
+    transformers 5.17 resets such a layer to zeros of the old length, which a second prompt then attends to.
+    """
+
+    _layer_type = "linearize_softmax_1"
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized = False

@@ -1,0 +1,61 @@
+"""What every converted config has: which layer uses which mechanism, and with which settings."""
+
+from dataclasses import asdict
+
+from .cache_layers import SoftmaxLayer
+from .registry import mechanism
+
+SOFTMAX = "softmax"
+
+
+class MixerConfigMixin:
+    """Beside a stock config, which must declare the fields `mixer_types` and `mixers`.
+
+    `mixer_types` names one entry per layer; `mixers` holds the settings of each name, with `"type"` one of the
+    registry's mechanisms; `"softmax"` needs no entry. Both are plain JSON. Nothing typed is stored on the config.
+    """
+
+    def prepare_mixers(self) -> None:
+        """Check both fields and write every setting back, so that a later default never changes an old checkpoint.
+
+        Raises:
+            ValueError: unknown names or settings, or a number of layers that does not fit; one sentence.
+        """
+        if self.mixers is None:
+            self.mixers = {"linear": {"type": "linear"}} if self.mixer_types is None else {}
+        if self.mixer_types is None:
+            if len(self.mixers) != 1:
+                raise ValueError("mixer_types is needed: one name per layer, since mixers has not exactly one entry")
+            self.mixer_types = list(self.mixers) * self.num_hidden_layers
+        if len(self.mixer_types) != self.num_hidden_layers:
+            raise ValueError(f"mixer_types names {len(self.mixer_types)} layers, the model has {self.num_hidden_layers}")
+        if unknown := sorted(set(self.mixer_types) - set(self.mixers) - {SOFTMAX}):
+            known = ", ".join([*self.mixers, SOFTMAX])
+            raise ValueError(f"mixer_types uses {', '.join(unknown)}, which mixers does not describe: known are {known}")
+        heads, groups = self.num_attention_heads, getattr(self, "num_key_value_heads", None) or self.num_attention_heads
+        if heads % groups:
+            raise ValueError(f"{heads} attention heads do not divide among {groups} key/value heads")
+        self.mixers = {name: asdict(self._typed(settings)) for name, settings in self.mixers.items()}
+
+    def mixer(self, layer_idx: int):
+        """The typed settings of a layer, or None where it stays softmax."""
+        name = self.mixer_types[layer_idx]
+        return None if name == SOFTMAX else self._typed(self.mixers[name])
+
+    def _typed(self, settings: dict):
+        config_class = mechanism(settings.get("type", "(none)")).config
+        known = set(config_class.__dataclass_fields__)
+        if unknown := sorted(set(settings) - known):
+            raise ValueError(f"unknown attention setting {', '.join(unknown)}: known are {', '.join(sorted(known))}")
+        typed = config_class(**settings)
+        typed.resolve(getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads)
+        return typed
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Names of the cache layers, as transformers' DynamicCache reads them; never serialised."""
+        types = {name: mechanism(settings["type"]).cache_layer_type for name, settings in self.mixers.items()}
+        return [types.get(name, SoftmaxLayer._layer_type) for name in self.mixer_types]
+
+    def validate_layer_type(self) -> None:
+        """Replaces the stock whitelist of layer types; `prepare_mixers` has checked ours."""

@@ -1,0 +1,75 @@
+"""The one place that looks for kernels: which implementation of an op runs a call.
+
+A converted repository ships this file without the kernels; there, and where an installed package keeps another
+contract, the chunked PyTorch path beside each op does the work.
+"""
+
+import functools
+import importlib
+import logging
+import os
+from types import ModuleType
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "reference", "chunked", "triton")
+BACKEND_VARIABLE = "LINEARIZE_OP_BACKEND"
+
+
+@functools.cache
+def find_kernel(op: str, contract: int) -> tuple[ModuleType | None, str, bool]:
+    """Import `linearize.kernels.<op>`, once.
+
+    Returns:
+        The module, or None; the reason when there is none; whether something is installed but unusable.
+    """
+    try:
+        kernel = importlib.import_module(f"linearize.kernels.{op}")
+    except ModuleNotFoundError as error:
+        if error.name in ("linearize", "linearize.kernels", f"linearize.kernels.{op}"):
+            return None, "linearize, which brings the kernels, is not installed", False
+        return None, f"the installed linearize is broken ({error})", True
+    except ImportError as error:
+        return None, f"the installed linearize is broken ({error})", True
+    if kernel.CONTRACT != contract:
+        reason = f"the installed linearize keeps contract {kernel.CONTRACT} of {op}, this code keeps {contract}"
+        return None, reason, True
+    return kernel, "", False
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+def choose_backend(op: str, contract: int, backend: str, on_gpu: bool, args: tuple, kwargs: dict):
+    """Pick the implementation of one call.
+
+    Args:
+        backend: one of `BACKENDS`; `auto` gives way to the environment variable `LINEARIZE_OP_BACKEND`.
+        on_gpu: whether the tensors are on a GPU; only then does `auto` look for kernels.
+        args, kwargs: the arguments of the call, which `unsupported` judges.
+
+    Returns:
+        A callable with the op's arguments, or None for the chunked path.
+
+    Raises:
+        ValueError: an explicit backend is unknown, missing, or cannot do the call.
+    """
+    if backend == "auto":
+        backend = os.environ.get(BACKEND_VARIABLE, "auto")
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
+    if backend == "chunked" or (backend == "auto" and not on_gpu):
+        return None
+    kernel, reason, _ = find_kernel(op, contract)
+    if backend == "reference" and kernel is not None:
+        return kernel.reference
+    if kernel is not None:
+        reason = kernel.unsupported(*args, **kwargs)
+        if reason is None:
+            return kernel.fused
+    if backend != "auto":
+        raise ValueError(f"backend {backend!r} cannot run this call of {op}: {reason}")
+    warn_once(f"{op} runs its chunked PyTorch path on the GPU: {reason}")
+    return None

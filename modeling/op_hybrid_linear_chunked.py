@@ -1,0 +1,415 @@
+"""The chunked PyTorch path of hybrid linear attention: linear memory in T, on CPU and GPU, under autograd.
+
+Rows are brought to right padding. A causal row runs in segments that hand a state on; within a segment, and over a
+whole bidirectional row, chunks of C queries run in parallel. Each chunk meets the keys near it one by one (softmax
+inside the window, features outside it) and all the others through the sums of the chunks before (and after) it.
+
+Legend as in `op_hybrid_linear.py`; n chunks, K keys near a chunk (sinks first), R = H / G.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .feature_maps import FeatureMapWeights, apply_feature_map, feature_width
+
+CHUNK = 64
+SEGMENT = 2048  # tokens of a causal pass: bounds what lives at once when no graph is kept
+MASS_LIMIT = 30.0
+DENOMINATOR_FLOOR = 1e-20
+EMPTY_LEVEL = -1e30  # stands for the maximum of no scores
+
+
+class Settings(NamedTuple):
+    """What a call fixes for all its tokens; log_weight and shift are `(1, H, 1, 1, 1)` or None, maps may be None."""
+
+    window: int
+    sinks: int
+    scaling: float
+    level: str
+    log_weight: Tensor | None
+    shift: Tensor | None
+    query_map: FeatureMapWeights | None
+    key_map: FeatureMapWeights | None
+
+
+class Branches(NamedTuple):
+    """Both branches before they are joined, `(B, H, T, Dv | 1)`.
+
+    No softmax fields without window and sinks; no mass and linear fields without features.
+    """
+
+    softmax_output: Tensor | None
+    mass: Tensor | None
+    numerator: Tensor | None
+    denominator: Tensor | None
+
+    def join(self) -> Tensor:
+        if self.numerator is None:
+            return self.softmax_output
+        if self.mass is None:
+            return self.numerator / self.denominator.clamp(min=DENOMINATOR_FLOOR)
+        total = (self.mass + self.denominator).clamp(min=DENOMINATOR_FLOOR)
+        return (self.mass * self.softmax_output + self.numerator) / total
+
+    def linear_share(self) -> Tensor:
+        total = self.denominator if self.mass is None else self.mass + self.denominator
+        return self.denominator / total.clamp(min=DENOMINATOR_FLOOR)
+
+
+class HybridLinearState(NamedTuple):
+    """What a causal sequence leaves behind; batch first, sums in float32 (float64 for float64 input).
+
+    Fields: kv `(B, H|G, F, Dv)` and normalizer `(B, H|G, F)`, the sums over the keys S <= j < count - W;
+    window_key `(B, G, W, D)`, window_value `(B, G, W, Dv)`, the keys j >= S of the last W, as a ring: slot = j % W;
+    window_features `(B, H|G, W, F)`, None when the key map came as weights; sink_key `(B, G, S, D)`, sink_value
+    `(B, G, S, Dv)`; count `(B,)` int64, the real tokens so far. Slots not yet written are 0.
+    """
+
+    kv: Tensor
+    normalizer: Tensor
+    window_key: Tensor
+    window_value: Tensor
+    window_features: Tensor | None
+    sink_key: Tensor
+    sink_value: Tensor
+    count: Tensor
+
+
+class Inputs(NamedTuple):
+    """One pass: query `(B, H, T, D)`, key, value and features as the op receives them, or None."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    query_features: Tensor | None
+    key_features: Tensor | None
+
+    def map(self, function) -> "Inputs":
+        return Inputs(*(None if x is None else function(x) for x in self))
+
+
+class Keys(NamedTuple):
+    """The keys that a pass can see one by one, in the order of their token index.
+
+    key, value `(B, G, N, D)`; features `(B, H|G, N, F)` or None, 0 where not visible; index `(B, N)`; visible `(B, N)`,
+    which leaves out padding and sinks; sink_key, sink_value `(B, G, S, D)`; end `(B,)`, the row's tokens so far.
+    """
+
+    key: Tensor
+    value: Tensor
+    features: Tensor | None
+    index: Tensor
+    visible: Tensor
+    sink_key: Tensor
+    sink_value: Tensor
+    end: Tensor
+
+
+class _Rows:
+    """The padding of a batch: moves each row's real tokens to the front and zeroes the rest, and back."""
+
+    def __init__(self, attention_mask: Tensor | None, query: Tensor):
+        length = query.shape[2]
+        self.mask = None if attention_mask is None else attention_mask.bool()
+        if self.mask is None:
+            self.lengths = torch.full((query.shape[0],), length, dtype=torch.int64, device=query.device)
+            return
+        self.lengths = self.mask.sum(1)
+        first = self.mask.to(torch.int8).argmax(1, keepdim=True)
+        positions = torch.arange(length, device=query.device)
+        self.source = ((positions + first) % length)[:, None, :, None]
+        self.origin = ((positions - first) % length)[:, None, :, None]
+
+    def compact(self, x: Tensor) -> Tensor:
+        if self.mask is None:
+            return x
+        x = x.masked_fill(~self.mask[:, None, :, None], 0.0)
+        return x.gather(2, self.source.expand_as(x))
+
+    def restore(self, x: Tensor) -> Tensor:
+        if self.mask is None:
+            return x
+        x = x.gather(2, self.origin.expand_as(x))
+        return x.masked_fill(~self.mask[:, None, :, None], 0.0)
+
+
+def run_rows(
+    query,
+    key,
+    value,
+    query_features,
+    key_features,
+    *,
+    window_weight=None,
+    window_shift=None,
+    window_reference="logsumexp",
+    window=64,
+    sinks=0,
+    causal=True,
+    scaling=None,
+    attention_mask=None,
+    initial_state=None,
+    return_state=False,
+):
+    """Run rows that may be padded; the arguments are those of `hybrid_linear_attention`.
+
+    Returns:
+        The branches in row order (real tokens first), the function that brings a `(B, H, T, *)` tensor back to the
+        caller's order with 0 at padding, and the state or None.
+    """
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    maps = [None if x is None or isinstance(x, Tensor) else x for x in (query_features, key_features)]
+    features = [x if isinstance(x, Tensor) else None for x in (query_features, key_features)]
+    per_head = (None if x is None else x.to(dtype)[None, :, None, None, None] for x in (window_weight, window_shift))
+    weight, shift = per_head
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    with torch.autocast(query.device.type, enabled=False):
+        log_weight = None if weight is None else weight.log()
+        settings = Settings(window, sinks, scaling, window_reference, log_weight, shift, *maps)
+        rows = _Rows(attention_mask, query)
+        inputs = Inputs(query, key, value, *features).map(rows.compact)
+        if causal:
+            branches, state = _causal(inputs, rows.lengths, initial_state, return_state, dtype, settings)
+        else:
+            branches, state = _bidirectional(inputs, rows.lengths, dtype, settings), None
+    return branches, rows.restore, state
+
+
+def _causal(inputs, lengths, state, return_state, dtype, settings):
+    """The segments of a causal row in order, the state carried from one to the next."""
+    total = inputs.query.shape[2]
+    if state is None:
+        state = _empty_state(inputs, dtype, settings)
+    parts = []
+    for start in range(0, total, SEGMENT):
+        segment = inputs.map(lambda x: x[:, :, start : start + SEGMENT])  # noqa: B023 (used at once)
+        keys = _causal_keys(segment, (lengths - start).clamp(0, segment.query.shape[2]), state, dtype, settings)
+        parts.append(_chunks(segment, keys, state, dtype, settings, causal=True))
+        if return_state or start + SEGMENT < total:
+            state = _advance(segment, keys, state, settings)
+    if len(parts) > 1:
+        parts = [Branches(*(None if fields[0] is None else torch.cat(fields, dim=2) for fields in zip(*parts)))]
+    return parts[0], (state if return_state else None)
+
+
+def _empty_state(inputs, dtype, settings):
+    batch, groups, _, dim = inputs.key.shape
+    if settings.key_map is not None:
+        heads, width = settings.key_map.weight.shape[0], feature_width(settings.key_map)
+    elif inputs.key_features is not None:
+        heads, width = inputs.key_features.shape[1], inputs.key_features.shape[3]
+    else:
+        heads, width = inputs.query.shape[1], 0
+    key, value, window, sinks = inputs.key, inputs.value, settings.window, settings.sinks
+    value_dim = value.shape[-1]
+    return HybridLinearState(
+        kv=key.new_zeros(batch, heads, width, value_dim, dtype=dtype),
+        normalizer=key.new_zeros(batch, heads, width, dtype=dtype),
+        window_key=key.new_zeros(batch, groups, window, dim),
+        window_value=value.new_zeros(batch, groups, window, value_dim),
+        window_features=None if settings.key_map else key.new_zeros(batch, heads, window, width, dtype=dtype),
+        sink_key=key.new_zeros(batch, groups, sinks, dim),
+        sink_value=value.new_zeros(batch, groups, sinks, value_dim),
+        count=torch.zeros(batch, dtype=torch.int64, device=key.device),
+    )
+
+
+def _causal_keys(inputs, real, state, dtype, settings) -> Keys:
+    """The window's keys, oldest first, then this segment's: place p holds token count - W + p."""
+    window, sinks, count = settings.window, settings.sinks, state.count
+    key, value = inputs.key, inputs.value
+    end = count + real
+    order = (count[:, None] + torch.arange(window, device=key.device)) % max(window, 1)
+    keys = torch.cat([_take(state.window_key, order).to(dtype), key.to(dtype)], dim=2)
+    values = torch.cat([_take(state.window_value, order).to(dtype), value.to(dtype)], dim=2)
+    index = count[:, None] - window + torch.arange(keys.shape[2], device=key.device)
+    visible = (index >= sinks) & (index < end[:, None])
+    features = None
+    if settings.key_map is not None:
+        features = apply_feature_map(keys, settings.key_map)
+    elif inputs.key_features is not None:
+        features = torch.cat([_take(state.window_features, order), inputs.key_features], dim=2).to(dtype)
+    if features is not None:
+        features = features.masked_fill(~visible[:, None, :, None], 0.0)
+    places = torch.arange(sinks, device=key.device)
+    sink_key = _overwrite(state.sink_key, key, places, count, end)
+    sink_value = _overwrite(state.sink_value, value, places, count, end)
+    return Keys(keys, values, features, index, visible, sink_key, sink_value, end)
+
+
+def _advance(inputs, keys: Keys, state, settings) -> HybridLinearState:
+    """The state after a segment: fold the keys that left the window, overwrite ring and sinks."""
+    window, count, end = settings.window, state.count, keys.end
+    kv, normalizer = state.kv, state.normalizer
+    if keys.features is not None:
+        left = (keys.index < end[:, None] - window)[:, None, :, None]
+        folded = keys.features.masked_fill(~left, 0.0)
+        kv, normalizer = kv + _outer(folded, keys.value), normalizer + folded.sum(2)
+    # The newest token of slot s: the largest j < end with j % W == s; the sinks stay out of the ring.
+    newest = end[:, None] - 1 - (end[:, None] - 1 - torch.arange(window, device=end.device)) % max(window, 1)
+    newest = newest.masked_fill(newest < settings.sinks, -1)
+    features = state.window_features
+    if features is not None and inputs.key_features is not None:
+        features = _overwrite(features, inputs.key_features, newest, count, end)
+    return HybridLinearState(
+        kv,
+        normalizer,
+        _overwrite(state.window_key, inputs.key, newest, count, end),
+        _overwrite(state.window_value, inputs.value, newest, count, end),
+        features,
+        keys.sink_key,
+        keys.sink_value,
+        end,
+    )
+
+
+def _bidirectional(inputs, lengths, dtype, settings) -> Branches:
+    """A whole row at once; place p of the keys holds token p - W, so that the first chunk's window fits."""
+    window, sinks = settings.window, settings.sinks
+    inputs = inputs.map(lambda x: x.to(dtype))
+    key, value = (functional.pad(x, (0, 0, window, 0)) for x in (inputs.key, inputs.value))
+    index = (torch.arange(key.shape[2], device=key.device) - window).expand(key.shape[0], -1)
+    visible = (index >= sinks) & (index < lengths[:, None])
+    features = None
+    if settings.key_map is not None:
+        features = apply_feature_map(key, settings.key_map)
+    elif inputs.key_features is not None:
+        features = functional.pad(inputs.key_features, (0, 0, window, 0))
+    if features is not None:
+        features = features.masked_fill(~visible[:, None, :, None], 0.0)
+    first = (functional.pad(x[:, :, :sinks], (0, 0, 0, max(sinks - x.shape[2], 0))) for x in (inputs.key, inputs.value))
+    keys = Keys(key, value, features, index, visible, *first, lengths)
+    state = _empty_state(inputs, dtype, settings)
+    return _chunks(inputs, keys, state, dtype, settings, causal=False)
+
+
+def _chunks(inputs, keys: Keys, state, dtype, settings, causal: bool) -> Branches:
+    """Both branches of one pass. Chunk c meets the keys at places c C .. c C + W + C (+ W when bidirectional)."""
+    window, sinks, length = settings.window, settings.sinks, inputs.query.shape[2]
+    size = min(CHUNK, length)
+    count = -(-length // size)
+    ahead = 0 if causal else window
+    reach = size + window + ahead
+    grow = count * size - length
+
+    def near_blocks(x):  # (B, heads, N, D) -> (B, heads, n, reach, D)
+        return functional.pad(x, (0, 0, 0, grow + ahead)).unfold(2, reach, size).mT
+
+    def with_sinks(x, first):
+        return torch.cat([first.to(dtype)[:, :, None].expand(-1, -1, count, -1, -1), near_blocks(x)], dim=3)
+
+    place = functional.pad(keys.index, (0, grow + ahead)).unfold(1, reach, size)[:, None, :, None]
+    seen = functional.pad(keys.visible, (0, grow + ahead)).unfold(1, reach, size)[:, None, :, None]
+    start = keys.index[:, :1] + window
+    row = (start + torch.arange(count * size, device=start.device)).view(-1, 1, count, size, 1)
+    first = torch.arange(sinks, device=start.device)
+    first_seen = (first < keys.end[:, None])[:, None, None, None].expand(-1, -1, count, size, -1)
+    if causal:
+        seen, first_seen = seen & (place <= row), first_seen & (first <= row)
+    inside = (row - place).abs() < window
+    near = torch.cat([first_seen, seen & inside], dim=-1)
+
+    query = _split(inputs.query.to(dtype), grow, size)
+    local_key, local_value = with_sinks(keys.key, keys.sink_key), with_sinks(keys.value, keys.sink_value)
+    softmax = (None, None)
+    if keys.features is None or window + sinks > 0:
+        softmax = _softmax_branch(query, local_key, local_value, near, settings)
+    linear = (None, None)
+    if keys.features is not None:
+        phi = inputs.query_features
+        phi = apply_feature_map(inputs.query.to(dtype), settings.query_map) if phi is None else phi.to(dtype)
+        far = functional.pad(seen & ~inside, (sinks, 0))
+        local_features = functional.pad(near_blocks(keys.features), (0, 0, sinks, 0))
+        sums = _sums_elsewhere(keys, state, count, size, ahead, grow, causal)
+        linear = _linear_branch(_split(phi, grow, size), local_features, local_value, far, sums)
+    return Branches(*(None if x is None else x.flatten(2, 3)[:, :, :length] for x in (*softmax, *linear)))
+
+
+def _split(x: Tensor, grow: int, size: int) -> Tensor:
+    return functional.pad(x, (0, 0, 0, grow)).unflatten(2, (-1, size))
+
+
+def _softmax_branch(query, keys, values, near, settings):
+    """Softmax over the near keys: output `(B, H, n, C, Dv)` and mass `(B, H, n, C, 1)`, None without a weight."""
+    groups = keys.shape[1]
+    scores = _grouped(query * settings.scaling, groups, lambda q: q @ keys.mT).masked_fill(~near, -torch.inf)
+    maximum = scores.amax(-1, keepdim=True).clamp(min=EMPTY_LEVEL)
+    level = maximum.detach()
+    weights = (scores - level).exp()
+    total = weights.sum(-1, keepdim=True)
+    empty = total == 0
+    total = total.masked_fill(empty, 1.0)
+    output = _grouped(weights, groups, lambda w: w @ values) / total
+    if settings.log_weight is None:
+        return output, None
+    lse = total.log() + level
+    r = lse if settings.level == "logsumexp" else maximum
+    tilt = settings.log_weight
+    if settings.shift is not None:
+        tilt = tilt + settings.shift * r
+    mass = (lse - r + tilt.clamp(-MASS_LIMIT, MASS_LIMIT)).exp()
+    return output, mass.masked_fill(empty, 0.0)
+
+
+def _linear_branch(phi_q, local_features, local_value, far, sums):
+    """Numerator `(B, H, n, C, Dv)` and denominator `(B, H, n, C, 1)` over the far keys."""
+    heads, groups = local_features.shape[1], local_value.shape[1]
+    pairs = _grouped(phi_q, heads, lambda q: q @ local_features.mT).masked_fill(~far, 0.0)
+    kv, normalizer = sums
+    numerator = _grouped(pairs, groups, lambda p: p @ local_value) + _grouped(phi_q, heads, lambda q: q @ kv)
+    denominator = pairs.sum(-1, keepdim=True) + _grouped(phi_q, heads, lambda q: q @ normalizer[..., None])
+    return numerator, denominator
+
+
+def _sums_elsewhere(keys: Keys, state, count, size, ahead, grow, causal):
+    """Per chunk, kv `(B, heads, n, F, Dv)` and normaliser `(B, heads, n, F)` of the keys beyond its reach."""
+    kv, normalizer = state.kv.to(keys.value.dtype)[:, :, None], state.normalizer.to(keys.value.dtype)[:, :, None]
+    if count == 1:
+        return kv, normalizer
+    features, value = (functional.pad(x, (0, 0, 0, grow + ahead)) for x in (keys.features, keys.value))
+
+    def chunk_sums(begin):
+        parts = [x[:, :, begin : begin + count * size].unflatten(2, (count, size)) for x in (features, value)]
+        return _outer(*parts), parts[0].sum(3)
+
+    parts = [[_sum_before(x) for x in chunk_sums(0)]]
+    if not causal:  # the keys after chunk c's reach: chunks of the row that starts 2 W further on
+        parts.append([_sum_before(x.flip(2)).flip(2) for x in chunk_sums(2 * ahead)])
+    return sum((kv_part for kv_part, _ in parts), kv), sum((z_part for _, z_part in parts), normalizer)
+
+
+def _sum_before(x: Tensor) -> Tensor:
+    """Running sum along axis 2 of what comes before each place."""
+    return torch.cat([torch.zeros_like(x[:, :, :1]), x[:, :, :-1].cumsum(2)], dim=2)
+
+
+def _outer(features: Tensor, value: Tensor) -> Tensor:
+    """Sum over tokens of feature times value: `(B, heads, ..., N, F)`, `(B, G, ..., N, Dv)` -> `(B, heads, ..., F, Dv)`."""
+    ratio = features.shape[1] // value.shape[1]
+    folded = features.unflatten(1, (-1, ratio)).mT.movedim(2, -3).flatten(-3, -2)
+    return (folded @ value).unflatten(-2, (ratio, -1)).movedim(-3, 2).flatten(1, 2)
+
+
+def _grouped(x: Tensor, groups: int, product) -> Tensor:
+    """Multiply x `(B, H, n, C, N)` by tensors of `groups` heads, the R heads of a group laid along the rows."""
+    ratio = x.shape[1] // groups
+    if ratio == 1:
+        return product(x)
+    folded = x.unflatten(1, (groups, ratio)).movedim(2, -3).flatten(-3, -2)
+    return product(folded).unflatten(-2, (ratio, -1)).movedim(-3, 2).flatten(1, 2)
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """Reorder the slots of x `(B, heads, slots, D)` by order `(B, slots)`."""
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def _overwrite(old: Tensor, new: Tensor, index: Tensor, count: Tensor, end: Tensor) -> Tensor:
+    """Slots of `old` `(B, heads, slots, D)` take this call's token of that index `(slots,)` or `(B, slots)`, if any."""
+    index = index.expand(old.shape[0], -1)
+    fresh = (index >= count[:, None]) & (index < end[:, None])
+    place = (index - count[:, None]).clamp(0, new.shape[2] - 1)
+    return torch.where(fresh[:, None, :, None], _take(new, place).to(old.dtype), old)

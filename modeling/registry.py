@@ -1,0 +1,50 @@
+"""The mechanisms: one file each, one line here.
+
+Model card, command line and tests read this table. Backbones are listed in `__init__.py`, which does not ship.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import nn
+
+from .attention_linear import LinearAttention, LinearAttentionConfig, state_bytes
+from .cache_layers import LinearStateLayer
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What the rest of the project needs to know about an attention.
+
+    state_bytes takes (config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes).
+    """
+
+    attention: type[nn.Module]
+    config: type
+    cache_layer_type: str
+    state_bytes: Callable[..., int]
+    title: str
+    paper: str
+
+
+ATTENTIONS = {
+    "linear": Mechanism(
+        LinearAttention,
+        LinearAttentionConfig,
+        LinearStateLayer._layer_type,
+        state_bytes,
+        "hybrid linear attention (Hedgehog feature maps with a softmax window)",
+        "https://arxiv.org/abs/2410.10254",
+    ),
+}
+
+
+def mechanism(name: str) -> Mechanism:
+    """Look up a mechanism.
+
+    Raises:
+        ValueError: unknown name; the message lists the known ones.
+    """
+    if name not in ATTENTIONS:
+        raise ValueError(f"unknown attention {name!r}: choose one of {', '.join(ATTENTIONS)}")
+    return ATTENTIONS[name]
