@@ -1,0 +1,224 @@
+"""What the bare training loops share: devices, batches in a fixed order, schedules, Ctrl-C, and running out of memory."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import nn
+
+from linearize.errors import UserError
+from linearize.training_log import tracker_names
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from linearize.data import TokenBlocks
+    from linearize.settings import StepPlan
+
+
+class StageConfig(Protocol):
+    """The fields of `TransferConfig` and `FinetuneConfig` that the helpers here read."""
+
+    batch_size: int
+    tokens_per_step: int
+
+    def plan(self, sequence_length: int, num_processes: int = 1) -> StepPlan: ...
+
+
+def make_accelerator(
+    device: str | torch.device | None, report_to: str | Sequence[str], output_dir: str | Path
+) -> Accelerator:
+    """The accelerator of a stage: process group, device and trackers. Nothing is wrapped by it.
+
+    Mixed precision is not used: the dtype that the model was loaded in is the dtype of its arithmetic.
+
+    Args:
+        device: "cpu" keeps a machine's GPUs out of it; None and "auto" take what accelerate finds.
+        report_to: trackers, or "none".
+        output_dir: run directory; trackers that write files write under `logs`.
+    """
+    from accelerate import Accelerator
+
+    return Accelerator(
+        cpu=str(device) == "cpu", log_with=tracker_names(report_to) or None, project_dir=str(Path(output_dir) / "logs")
+    )
+
+
+def place_model(model: nn.Module, device: torch.device) -> torch.device:
+    """Moves a model that lies on the CPU to the device; one that its loader or its owner has placed stays there.
+
+    Returns:
+        The device that its inputs belong on.
+    """
+    embeddings = model.get_input_embeddings()  # type: ignore[operator]
+    placed = getattr(model, "hf_device_map", None) or getattr(model, "is_quantized", False)
+    if not placed and embeddings.weight.device.type == "cpu":
+        model.to(device)
+    return embeddings.weight.device
+
+
+def exact_plan(config: StageConfig, sequence_length: int, num_processes: int, section: str) -> StepPlan:
+    """The stage's steps, when `tokens_per_step` divides exactly into micro-batches.
+
+    Raises:
+        UserError: with the numbers, when it does not.
+    """
+    plan = config.plan(sequence_length, num_processes)
+    if plan.tokens_per_step != config.tokens_per_step:
+        raise UserError(
+            f"{section}.tokens_per_step is {config.tokens_per_step}, but it must be a multiple of processes x batch_size "
+            f"x sequence_length = {num_processes} x {config.batch_size} x {sequence_length} = "
+            f"{num_processes * config.batch_size * sequence_length}; the next one is {plan.tokens_per_step}"
+        )
+    return plan
+
+
+class Batches:
+    """Which sequences each step of each process takes: a function of seed, step and rank alone.
+
+    The epochs' permutations follow each other without a gap, and global micro-batch g is sequences
+    `[g * batch_size, (g + 1) * batch_size)` of that stream. Micro-batch i of step s on rank r is global micro-batch
+    `s * accumulation * num_processes + i * num_processes + r`: two processes take what one process takes in twice the
+    accumulation, and a resumed run what the interrupted one would have taken.
+
+    Args:
+        blocks: the sequences.
+        batch_size: sequences in a micro-batch.
+        accumulation: micro-batches per process and step.
+        seed: of the permutations.
+        rank: this process.
+        num_processes: all processes.
+    """
+
+    def __init__(
+        self, blocks: TokenBlocks, batch_size: int, accumulation: int, seed: int, rank: int = 0, num_processes: int = 1
+    ) -> None:
+        if len(blocks) == 0:
+            raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
+        self.blocks, self.batch_size, self.accumulation = blocks, batch_size, accumulation
+        self.seed, self.rank, self.num_processes = seed, rank, num_processes
+        self._epoch = -1
+        self._order: Sequence[int] = ()
+
+    def indices(self, step: int) -> list[list[int]]:
+        """The sequences of each micro-batch of a step (steps count from 0)."""
+        first = step * self.accumulation * self.num_processes + self.rank
+        return [
+            [self._index((first + i * self.num_processes) * self.batch_size + j) for j in range(self.batch_size)]
+            for i in range(self.accumulation)
+        ]
+
+    def step(self, step: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
+        """The micro-batches of a step: `input_ids` and `labels`, each `(batch_size, L)`."""
+        for indices in self.indices(step):
+            rows = [self.blocks[index] for index in indices]
+            yield {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
+
+    def _index(self, position: int) -> int:
+        from linearize.data import epoch_order
+
+        epoch, place = divmod(position, len(self.blocks))
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, epoch_order(len(self.blocks), self.seed, epoch)
+        return int(self._order[place])
+
+
+def learning_rate_factor(step: int, steps: int, schedule: str, warmup_steps: int = 0) -> float:
+    """Share of the learning rate at a step (from 0): a linear rise over the warm-up, then the schedule.
+
+    `linear` and `cosine` fall to 0 at the end of the run; `constant` stays.
+    """
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
+    if schedule == "constant":
+        return 1.0
+    if schedule == "linear":
+        return max(0.0, 1.0 - progress)
+    if schedule == "cosine":
+        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    raise ValueError(f"unknown schedule {schedule!r}; known are linear, constant, cosine")
+
+
+def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:
+    """Averages the gradients over the processes, by one all-reduce per device and dtype.
+
+    Which parameters have a gradient must be the same on every process.
+    """
+    if accelerator.num_processes == 1:
+        return
+    groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault((parameter.grad.device, parameter.grad.dtype), []).append(parameter.grad)
+    for gradients in groups.values():
+        mean = accelerator.reduce(torch.cat([gradient.reshape(-1) for gradient in gradients]), reduction="mean")
+        for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+class Interrupt:
+    """Ctrl-C, held back until the step is complete: `with Interrupt() as interrupt`, then ask `interrupt.requested`.
+
+    A second Ctrl-C, two seconds later or more, stops at once and without a checkpoint. (Under torchrun the terminal and
+    the launcher both pass on the first.) Outside the main thread, where Python delivers no signals, nothing is held back.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._previous: object = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether Ctrl-C was pressed."""
+        return self._since is not None
+
+    def __enter__(self) -> Interrupt:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._since is None:
+            self._since = time.monotonic()
+        elif time.monotonic() - self._since >= 2.0:
+            raise KeyboardInterrupt
+
+    def __exit__(self, *exception: object) -> None:
+        if self._previous is not None:
+            signal.signal(signal.SIGINT, self._previous)  # type: ignore[arg-type]
+
+
+@contextlib.contextmanager
+def readable_memory_errors(stage: str, batch_size: int, sequence_length: int) -> Iterator[None]:
+    """Turns running out of memory into a sentence that names the stage and what to lower."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        lower = "batch_size or data.sequence_length" if batch_size > 1 else "data.sequence_length"
+        raise UserError(
+            f"the GPU ran out of memory in {stage} (batch_size {batch_size}, sequence_length {sequence_length}): "
+            f"lower {lower}, or load the base in 4 bit (load_in_4bit)"
+        ) from error
+
+
+class PeakMemory:
+    """Peak memory of the GPU from here on; None on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+
+    def bytes(self) -> int | None:
+        """Highest number of bytes that tensors have held at once."""
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else None

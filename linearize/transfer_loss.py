@@ -1,0 +1,177 @@
+"""The loss of attention transfer, taken layer by layer while the teacher's forward runs.
+
+Each converted attention computes the teacher's softmax output, which flows on to the next layer, and calls an observer
+with the same queries, keys and values. The observer runs the student's mechanism on them and, at once, the backward of
+this layer's loss: its graph is gone before the next layer starts, so the peak memory is that of one layer. The layers
+are independent problems, because every layer sees the teacher's hidden states (LoLCATs: https://arxiv.org/abs/2410.10254,
+section 3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+LossFunction = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+
+
+def _in_float(tensor: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    """At least float32, and 0 where padded (padded places may hold NaN, which a product with 0 would keep)."""
+    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    return tensor if padding_mask is None else tensor.masked_fill(~padding_mask.bool()[:, None, :, None], 0.0)
+
+
+def _share_of_real(tensor: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor | float:
+    """Places per real place, which turns a mean over all tokens into one over the real ones."""
+    if padding_mask is None:
+        return 1.0
+    return padding_mask.numel() / padding_mask.bool().sum().clamp_min(1).to(tensor.dtype)
+
+
+def relative_mse(student: torch.Tensor, teacher: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    """Squared error over the mean square of the teacher's output: 1 is the loss of an output of zeros.
+
+    Args:
+        student, teacher: outputs of the attention before its output projection, `(B, H, T, D)`.
+        padding_mask: `(B, T)`, True at real tokens, or None: all are.
+
+    Returns:
+        A scalar in float32 or better.
+    """
+    student, teacher = _in_float(student, padding_mask), _in_float(teacher, padding_mask)
+    scale = teacher.square().mean().clamp_min(torch.finfo(teacher.dtype).tiny)
+    return (student - teacher).square().mean() / scale
+
+
+def mse(student: torch.Tensor, teacher: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean squared error over real tokens, heads and dimensions; arguments as in `relative_mse`."""
+    student, teacher = _in_float(student, padding_mask), _in_float(teacher, padding_mask)
+    return (student - teacher).square().mean() * _share_of_real(student, padding_mask)
+
+
+def cosine(student: torch.Tensor, teacher: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean over real tokens and heads of 1 - cosine similarity; arguments as in `relative_mse`."""
+    student, teacher = _in_float(student, padding_mask), _in_float(teacher, padding_mask)
+    distance = 1.0 - nn.functional.cosine_similarity(student, teacher, dim=-1)
+    if padding_mask is not None:
+        distance = distance.masked_fill(~padding_mask.bool()[:, None, :], 0.0)
+    return distance.mean() * _share_of_real(distance, padding_mask)
+
+
+LOSSES: dict[str, LossFunction] = {"relative_mse": relative_mse, "mse": mse, "cosine": cosine}
+
+
+def branch_weights(branch: str, hide_window: bool = False) -> dict[str, float]:
+    """Which arms of the student a step trains, and the weight of each in the sum.
+
+    Args:
+        branch: "mixed" trains the output as it will be used, "linear" the linear branch alone over all visible keys,
+            "both" the sum of the two losses.
+        hide_window: the linear arm takes the place of the mixed output in this step (window dropout).
+    """
+    arms = {"both": ("mixed", "linear"), "mixed": ("mixed",), "linear": ("linear",)}[branch]
+    weights: dict[str, float] = {}
+    for arm in arms:
+        arm = "linear" if hide_window else arm
+        weights[arm] = weights.get(arm, 0.0) + 1.0
+    return weights
+
+
+class LayerLosses:
+    """Observes the teacher's forward and collects each layer's losses: `with LayerLosses(...) as losses: losses.run(...)`.
+
+    Inside the block the model is in its teacher arm. The loss of a micro-batch is the mean over layers of the weighted
+    sum over arms.
+
+    Args:
+        model: a converted model.
+        loss: a name in `LOSSES`.
+        loss_scale: factor on each loss (1000 for the published MSE).
+        immediate: backward of each loss as soon as it is known. False keeps all graphs until the forward is over and
+            runs one backward on their sum: the same gradients, for the memory of all layers.
+    """
+
+    def __init__(self, model: Any, loss: str, loss_scale: float = 1.0, immediate: bool = True) -> None:
+        self.model = model
+        self.attentions = model.mixer_attentions()
+        self.layers: list[int] = [attention.layer_idx for attention in self.attentions]
+        self.loss_function, self.loss_scale, self.immediate = LOSSES[loss], loss_scale, immediate
+        self._places = {layer: place for place, layer in enumerate(self.layers)}
+        self._weights: Mapping[str, float] = {}
+        self._gradient_factor: float | None = None
+        self._graphs: list[torch.Tensor] = []
+        self._sums: dict[str, list[torch.Tensor | float]] = {}
+        self._count = 0
+
+    def __enter__(self) -> LayerLosses:
+        self._arm = self.model.use_arm("teacher")
+        self._arm.__enter__()
+        for attention in self.attentions:
+            attention.observer = self._observe
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for attention in self.attentions:
+            attention.observer = None
+        self._graphs = []
+        self._arm.__exit__(*exception)
+
+    def run(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        weights: Mapping[str, float],
+        gradient_factor: float | None,
+    ) -> None:
+        """Runs the teacher over a micro-batch and adds each layer's losses to the sums (and to the gradients).
+
+        Args:
+            input_ids: `(B, T)`.
+            attention_mask: `(B, T)`, 1 at real tokens, or None: all are.
+            weights: arm -> weight, see `branch_weights`.
+            gradient_factor: factor on the gradients, such as 1 / accumulation; None: no gradients.
+        """
+        self._weights, self._gradient_factor, self._count = weights, gradient_factor, self._count + 1
+        with torch.no_grad():
+            self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        if self._graphs:
+            torch.stack(self._graphs).sum().backward()
+            self._graphs = []
+
+    def means(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Mean over the micro-batches since the last call, by arm: `(layers,)` in float64. Starts the sums anew."""
+        means = {
+            arm: torch.stack([torch.as_tensor(value).to(device) for value in sums]) / self._count
+            for arm, sums in self._sums.items()
+        }
+        self._sums, self._count = {}, 0
+        return means
+
+    def _observe(
+        self,
+        attention: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        teacher_output: torch.Tensor,
+        padding_mask: torch.Tensor | None,
+    ) -> None:
+        place = self._places[attention.layer_idx]
+        for arm, weight in self._weights.items():
+            with torch.set_grad_enabled(self._gradient_factor is not None):
+                student = attention.mixer(query, key, value, padding_mask=padding_mask, arm=arm)
+                loss = self.loss_function(student, teacher_output, padding_mask) * self.loss_scale
+                if self._gradient_factor is not None:
+                    self._add_gradients(loss * (weight * self._gradient_factor / len(self.layers)))
+            sums = self._sums.setdefault(arm, [0.0] * len(self.layers))
+            sums[place] = sums[place] + loss.detach().double()
+
+    def _add_gradients(self, loss: torch.Tensor) -> None:
+        if self.immediate:
+            loss.backward()
+        else:
+            self._graphs.append(loss)
