@@ -1,0 +1,247 @@
+"""Stage 2: LoRA on the projections, the mechanism trained along, with cross-entropy and distillation to the model's
+own teacher.
+
+    model = linearize.convert("meta-llama/Meta-Llama-3-8B")
+    transfer_attention(model, train, TransferConfig(), output_dir="out")
+    result = finetune(model, train, FinetuneConfig(), output_dir="out")
+    plain = merge(result.model)
+
+The teacher is never a second model: the adapters and the mechanism are switched off for its pass. The steps are those
+of LoLCATs (Zhang et al. 2024, https://arxiv.org/abs/2410.10254, section 3.2): low-rank adapters of rank 8 on q, k, v
+and o, next-token cross-entropy.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from transformers import TrainingArguments, set_seed
+
+from linearize.adapters import AdaptedModel, add_adapters, merge, merge_into_unquantized, save_adapter
+from linearize.checkpointing import Checkpoint, checkpoint_to_resume, prune_checkpoints, require_same_run
+from linearize.errors import UserError
+from linearize.finetuning_trainer import FinetuningTrainer
+from linearize.training_log import TrainingLog, plot_curves, read_log, tracker_names
+from linearize.training_loop import Interrupt, PeakMemory, exact_plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from linearize.data import TokenBlocks
+    from linearize.settings import FinetuneConfig
+
+__all__ = ["FinetuneResult", "finetune", "merge", "merge_into_unquantized", "save_adapter"]
+
+logger = logging.getLogger(__name__)
+
+SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+
+
+@dataclass
+class FinetuneResult:
+    """What stage 2 leaves."""
+
+    model: AdaptedModel = field(repr=False)
+    """Adapters on the converted model (the same object that came in); `merge` makes it plain, `.unload()` gives the
+    base back untouched."""
+    losses: list[float]
+    """Loss of each step that this call ran."""
+    steps: int
+    """Steps of the whole stage, those before a resume included."""
+    tokens: int
+    """Tokens of the whole stage."""
+    seconds: float
+    """Duration of this call's training."""
+    peak_memory_bytes: int | None
+    """Highest number of bytes that tensors held on the GPU; None on a CPU."""
+    log_path: Path
+    """JSON lines: mean losses every `logging_steps`."""
+    adapter_path: Path
+    """The adapter in peft's format."""
+
+
+def finetune(
+    model: PreTrainedModel,
+    train: TokenBlocks,
+    config: FinetuneConfig,
+    *,
+    output_dir: str | os.PathLike[str],
+    seed: int = 0,
+    resume: bool | str | os.PathLike[str] = False,
+    report_to: str | Sequence[str] = ("none",),
+    arm: Literal["mixed", "teacher"] = "mixed",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    base_model: str | os.PathLike[str] | None = None,
+) -> FinetuneResult:
+    """Trains adapters (and the mechanism) of a converted model, in place.
+
+    Writes `checkpoints/finetune/step-N`, `logs/finetune.jsonl`, `plots/finetune_loss.png` and `adapter` under the
+    output directory. Ctrl-C ends the step, saves a checkpoint and raises `KeyboardInterrupt`.
+
+    Args:
+        model: A converted model; half precision and 4- or 8-bit bases keep their dtype, what trains is float32.
+        train: Packed sequences with labels.
+        config: Settings of the stage.
+        output_dir: The run directory.
+        seed: Of the adapters, the order of the data and the dropout.
+        resume: True goes on from the latest checkpoint of this stage, if there is one; a path from that one.
+        report_to: Trackers of the Trainer.
+        arm: "teacher" trains the yardstick: the same adapters and steps on the softmax teacher, the mechanism
+            untouched.
+        tokenizer: Saved beside the adapter.
+        base_model: What the adapter is recorded to belong on; default: where the model was loaded from.
+
+    Raises:
+        UserError: Settings that do not fit the model, the data or the processes; not finite losses; out of memory; a
+            full disk.
+        KeyboardInterrupt: After Ctrl-C, with a checkpoint left.
+    """
+    output = Path(output_dir)
+    root = output / "checkpoints" / "finetune"
+    sequence_length = len(train[0]["input_ids"]) if len(train) else 0
+    if not sequence_length:
+        raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
+    trackers = tracker_names(report_to)
+    use_cache = model.config.use_cache
+    checkpoint = checkpoint_to_resume(root, resume)
+    set_seed(seed)
+    adapted = add_adapters(model, config, train_mixers=config.train_mixers and arm != "teacher")
+    arguments = _training_arguments(config, root, seed, trackers, use_cpu=model.device.type == "cpu")
+    plan = exact_plan(config, sequence_length, arguments.world_size, "finetune")
+    arguments.gradient_accumulation_steps = plan.accumulation
+    arguments.max_steps = plan.steps
+    run = {
+        "sequence_length": sequence_length,
+        "tokens_per_step": plan.tokens_per_step,
+        "num_blocks": len(train),
+        "seed": seed,
+        "steps": plan.steps,
+        "arm": arm,
+    }
+    if checkpoint is not None:
+        require_same_run(checkpoint, run)
+    is_main = arguments.process_index == 0
+    log_path = output / "logs" / "finetune.jsonl"
+    log = TrainingLog(log_path, checkpoint.step if checkpoint else None) if is_main else None
+    memory = PeakMemory(arguments.device)
+    with Interrupt() as interrupt:
+        trainer = FinetuningTrainer(
+            adapted,
+            arguments,
+            config=config,
+            train_dataset=train,
+            interrupt=interrupt,
+            log=log,
+            run=run,
+            window=list(checkpoint.state["window"]) if checkpoint else [],
+        )
+        # The Trainer switches the cache off for good, which would be saved with the model and slow down its
+        # generation.
+        model.config.use_cache = use_cache
+        start = time.perf_counter()
+        if plan.steps:
+            _train(trainer, checkpoint, config, arm, sequence_length)
+        seconds = time.perf_counter() - start
+    adapted.eval()
+    if is_main:
+        if plan.steps:
+            prune_checkpoints(root, config.save_total_limit)
+        curves = {"loss": "loss"} | (
+            {"cross_entropy": "cross-entropy", "kl": "KL to the teacher"} if config.kl_weight else {}
+        )
+        plot_curves(read_log(log_path), curves, output / "plots" / "finetune_loss.png", title="Finetuning")
+        save_adapter(adapted, output / "adapter", base_model=base_model, tokenizer=tokenizer)
+    trainer.accelerator.wait_for_everyone()
+    return FinetuneResult(
+        model=adapted,
+        losses=trainer.step_losses,
+        steps=plan.steps,
+        tokens=plan.steps * plan.tokens_per_step,
+        seconds=seconds,
+        peak_memory_bytes=memory.bytes(),
+        log_path=log_path,
+        adapter_path=output / "adapter",
+    )
+
+
+def _training_arguments(
+    config: FinetuneConfig, root: Path, seed: int, trackers: list[str], *, use_cpu: bool
+) -> TrainingArguments:
+    """The Trainer's arguments; accumulation and steps follow when the number of processes is known.
+
+    Mixed precision stays off: the base computes in the dtype that it was loaded in, adapters and mechanism in float32.
+    """
+    arguments = TrainingArguments(
+        output_dir=str(root),
+        per_device_train_batch_size=config.batch_size,
+        learning_rate=config.learning_rate,
+        lr_scheduler_type=SCHEDULERS[config.schedule],
+        warmup_steps=config.warmup_steps,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        logging_steps=config.logging_steps,
+        logging_nan_inf_filter=False,
+        save_strategy="steps",
+        save_steps=config.save_steps,
+        # The Trainer would delete old checkpoints before the new one is in its place; `_save_checkpoint` does it
+        # afterwards.
+        save_total_limit=None,
+        seed=seed,
+        report_to=trackers or "none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        use_cpu=use_cpu,
+        dataloader_pin_memory=not use_cpu,
+        # A sequence within the window leaves the feature maps without a gradient.
+        ddp_find_unused_parameters=True,
+        ddp_broadcast_buffers=False,
+    )
+    # One process drives one GPU: the Trainer would otherwise wrap the model in DataParallel on a machine with several.
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
+
+
+def _train(
+    trainer: FinetuningTrainer, checkpoint: Checkpoint | None, config: FinetuneConfig, arm: str, sequence_length: int
+) -> None:
+    base = trainer.model.get_base_model()
+    try:
+        with base.use_arm(arm), gradient_checkpointing(base, config.gradient_checkpointing):
+            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"the GPU ran out of memory in finetuning (batch_size {config.batch_size}, sequence_length "
+            f"{sequence_length}): lower finetune.batch_size, finetune.logits_chunk or data.sequence_length, "
+            "set finetune.gradient_checkpointing, or load the base in 4 bit (load_in_4bit)."
+        ) from error
+    if trainer.interrupt.requested:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def gradient_checkpointing(base: PreTrainedModel, enabled: bool) -> Iterator[None]:
+    """Recomputes each layer in the backward pass. Non-reentrant: the frozen embeddings give no gradient to start
+    from."""
+    if not enabled:
+        yield
+        return
+    settings: dict[str, Any] = {"use_reentrant": False}
+    if hasattr(base, "activation_checkpointing_enable"):  # transformers 5.23; the older name warns there
+        base.activation_checkpointing_enable(activation_checkpointing_kwargs=settings)
+        disable = base.activation_checkpointing_disable
+    else:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+        disable = base.gradient_checkpointing_disable
+    try:
+        yield
+    finally:
+        disable()

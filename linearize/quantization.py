@@ -1,0 +1,83 @@
+"""4-bit and 8-bit bases through bitsandbytes: the frozen weights shrink, the mechanism and the adapters stay in
+float32."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+import torch
+
+from linearize.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+SKIPPED_MODULES = ("lm_head", "mixer")
+"""Never quantised: the head, whose weight the embeddings often share, and the mechanism's own parameters."""
+
+
+def require_bitsandbytes() -> None:
+    """Checks that quantised weights can be made here.
+
+    Raises:
+        UserError: bitsandbytes is not installed.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "load_in_4bit and load_in_8bit need bitsandbytes: install it with pip install 'linearize[quant]', "
+            "or switch them off."
+        )
+
+
+def quantization_config(
+    *, load_in_4bit: bool = False, load_in_8bit: bool = False, compute_dtype: torch.dtype = torch.bfloat16
+) -> BitsAndBytesConfig | None:
+    """The settings with which `linearize.convert` loads a quantised base.
+
+    4 bits: NF4 with double quantisation, as in QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section
+    3); 8 bits: LLM.int8() (Dettmers et al. 2022, https://arxiv.org/abs/2208.07339) with its outlier threshold of 6.
+
+    Args:
+        load_in_4bit: 4 bits a weight.
+        load_in_8bit: 8 bits a weight.
+        compute_dtype: What the 4-bit weights are expanded to for a product: the run's dtype.
+
+    Returns:
+        None when neither is asked for.
+
+    Raises:
+        UserError: both are asked for, or bitsandbytes is missing.
+    """
+    if load_in_4bit and load_in_8bit:
+        raise UserError("load_in_4bit and load_in_8bit are both set: choose one of them.")
+    if not (load_in_4bit or load_in_8bit):
+        return None
+    require_bitsandbytes()
+    from transformers import BitsAndBytesConfig
+
+    skipped = list(SKIPPED_MODULES)
+    if load_in_8bit:
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def is_quantized(model: torch.nn.Module) -> bool:
+    """Whether the base weights of a model are quantised by bitsandbytes."""
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
+
+
+def freeze_base(model: PreTrainedModel) -> None:
+    """Makes every weight of the base a constant, quantised or not, before adapters are attached.
+
+    peft's `prepare_model_for_kbit_training` would also turn embeddings and head to float32 (4 GiB more for
+    Llama-3-8B); neither trains here, norms compute in float32 anyway, and non-reentrant checkpointing needs no
+    gradient at the embeddings. Dtypes therefore stay as loaded.
+    """
+    model.requires_grad_(False)
