@@ -17,24 +17,24 @@ BACKEND_VARIABLE = "LINEARIZE_OP_BACKEND"
 
 
 @functools.cache
-def find_kernel(op: str, contract: int) -> tuple[ModuleType | None, str, bool]:
+def find_kernel(op: str, contract: int) -> tuple[ModuleType | None, str]:
     """Import `linearize.kernels.<op>`, once.
 
     Returns:
-        The module, or None; the reason when there is none; whether something is installed but unusable.
+        The module and an empty string, or None and the reason.
     """
     try:
         kernel = importlib.import_module(f"linearize.kernels.{op}")
     except ModuleNotFoundError as error:
         if error.name in ("linearize", "linearize.kernels", f"linearize.kernels.{op}"):
-            return None, "linearize, which brings the kernels, is not installed", False
-        return None, f"the installed linearize is broken ({error})", True
+            return None, "linearize, which brings the kernels, is not installed"
+        return None, f"the installed linearize is broken ({error})"
     except ImportError as error:
-        return None, f"the installed linearize is broken ({error})", True
+        return None, f"the installed linearize is broken ({error})"
     if kernel.CONTRACT != contract:
         reason = f"the installed linearize keeps contract {kernel.CONTRACT} of {op}, this code keeps {contract}"
-        return None, reason, True
-    return kernel, "", False
+        return None, reason
+    return kernel, ""
 
 
 @functools.cache
@@ -62,7 +62,7 @@ def choose_backend(op: str, contract: int, backend: str, on_gpu: bool, args: tup
         raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
     if backend == "chunked" or (backend == "auto" and not on_gpu):
         return None
-    kernel, reason, _ = find_kernel(op, contract)
+    kernel, reason = find_kernel(op, contract)
     if backend == "reference" and kernel is not None:
         return kernel.reference
     if kernel is not None:

@@ -1,0 +1,50 @@
+"""Tiny random models, made on the spot."""
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+TINY = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def make_teacher(seed: int = 0, **changes) -> LlamaForCausalLM:
+    """A random Llama whose attention is sharp enough for the branches to matter."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.normal_(std=0.15)
+    return model
+
+
+def make_student(teacher: LlamaForCausalLM, mixers: dict | None = None, mixer_types: list[str] | None = None):
+    """The student of a teacher in memory, with its weights."""
+    from linearize.modeling import LinearizedLlamaConfig, LinearizedLlamaForCausalLM
+
+    fields = teacher.config.to_dict()
+    for name in ("model_type", "architectures", "transformers_version", "dtype"):
+        fields.pop(name, None)
+    config = LinearizedLlamaConfig(**fields, mixers=mixers, mixer_types=mixer_types)
+    student = LinearizedLlamaForCausalLM(config).eval()
+    student.load_state_dict(teacher.state_dict(), strict=False)
+    return student
+
+
+def perturb(model, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".mixer." in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
