@@ -211,7 +211,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(path, int(state["step"]), tensors, optimizer, state)
     except Exception as error:
         raise UserError(
-            f"the checkpoint {path} is damaged ({type(error).__name__}: {error}): delete it to go on from the one before"
+            f"the checkpoint {path} is damaged ({type(error).__name__}): delete it to go on from the one before"
         ) from error
 
 

@@ -107,7 +107,7 @@ class Batches:
         self.blocks, self.batch_size, self.accumulation = blocks, batch_size, accumulation
         self.seed, self.rank, self.num_processes = seed, rank, num_processes
         self._epoch = -1
-        self._order: Sequence[int] = ()
+        self._order: list[int] = []
 
     def indices(self, step: int) -> list[list[int]]:
         """The sequences of each micro-batch of a step (steps count from 0)."""
@@ -128,8 +128,8 @@ class Batches:
 
         epoch, place = divmod(position, len(self.blocks))
         if epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(len(self.blocks), self.seed, epoch)
-        return int(self._order[place])
+            self._epoch, self._order = epoch, epoch_order(len(self.blocks), self.seed, epoch).tolist()
+        return self._order[place]
 
 
 def learning_rate_factor(step: int, steps: int, schedule: str, warmup_steps: int = 0) -> float:

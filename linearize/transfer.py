@@ -299,12 +299,14 @@ class _Transfer:
         factor = learning_rate_factor(step, self.plan.steps, self.config.schedule, self.config.warmup_steps)
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor
-        limit = self.config.max_grad_norm or float("inf")
-        norm = float(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
+        gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        total = nn.utils.get_total_norm(list(gradients.values()))
+        norm = float(total)
         if not math.isfinite(norm):
-            gradients = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
             norms = {f"the gradient of layer {name}": float(gradient.norm()) for name, gradient in gradients.items()}
             check_finite(STAGE, step + 1, norms | {"the norm of all gradients": norm}, ADVICE)
+        if self.config.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.max_grad_norm, total)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm

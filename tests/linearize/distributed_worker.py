@@ -1,0 +1,56 @@
+"""Runs training stages on a tiny model and writes their losses: the body of test_distributed.py, one process or several.
+
+    ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 tests/linearize/distributed_worker.py OUT transfer
+
+To add a stage: a function `(model, blocks, output_dir) -> losses by step` and its name in `STAGES`.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tiny_models import make_student, make_teacher
+
+from linearize.data import TokenBlocks
+from linearize.settings import TransferConfig
+
+STEPS = 20
+LENGTH = 16
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+
+
+def transfer(model, blocks, output_dir):
+    """Losses by step and layer. Window dropout is on, so that the processes must agree on it."""
+    from linearize.transfer import transfer_attention
+
+    config = TransferConfig(max_steps=STEPS, tokens_per_step=2 * LENGTH, logging_steps=1, window_dropout=0.2)
+    result = transfer_attention(model, blocks, config, output_dir=output_dir, seed=3, validation=blocks)
+    return result.losses_per_layer
+
+
+STAGES = {"transfer": transfer}
+
+
+def run(output_dir, stages, dtypes=tuple(DTYPES)):
+    """Runs each stage in each dtype; returns `{stage: {dtype: losses}}`."""
+    ids = torch.randint(3, 97, (7, LENGTH), generator=torch.Generator().manual_seed(5))
+    blocks = TokenBlocks(ids)
+    losses = {}
+    for stage in stages:
+        for name in dtypes:
+            model = make_student(make_teacher(), {"linear": {"type": "linear", "window": 4, "sinks": 1}})
+            model.to(DTYPES[name])
+            losses.setdefault(stage, {})[name] = STAGES[stage](model, blocks, Path(output_dir) / stage / name)
+    return losses
+
+
+if __name__ == "__main__":
+    output, *names = sys.argv[1:]
+    result = run(output, names or list(STAGES))
+    if int(os.environ.get("RANK", "0")) == 0:
+        (Path(output) / "losses.json").write_text(json.dumps(result))

@@ -1,0 +1,47 @@
+"""Two processes give the losses of one process with the same micro-batches."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_worker
+import pytest
+import torch
+
+WORKER = Path(distributed_worker.__file__)
+STAGES = list(distributed_worker.STAGES)
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    """The losses of two processes (one micro-batch each) and of one (accumulation 2), `{stage: {dtype: losses}}`."""
+    output = tmp_path_factory.mktemp("distributed")
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {
+        **os.environ,
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(WORKER)]
+    finished = subprocess.run(
+        [*command, str(output / "two"), *STAGES], env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert finished.returncode == 0, finished.stderr[-4000:]
+    two = json.loads((output / "two" / "losses.json").read_text())
+    return {"two": two, "one": distributed_worker.run(output / "one", STAGES)}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_processes_equal_one(losses, stage, record_property, capsys):
+    for dtype, tolerance in (("float64", 1e-6), ("float32", 1e-3)):
+        two, one = (torch.tensor(losses[run][stage][dtype], dtype=torch.float64) for run in ("two", "one"))
+        assert two.shape == one.shape and len(two) == distributed_worker.STEPS
+        assert one.isfinite().all() and len(one.unique()) > distributed_worker.STEPS
+        difference = (two - one).abs().max().item()
+        record_property(f"{stage} {dtype} largest difference", difference)
+        with capsys.disabled():
+            print(f"\n{stage}, {dtype}: largest difference of a loss over 20 steps {difference:.2e}")
+        assert difference <= tolerance
