@@ -118,7 +118,7 @@ class TransferConfig(_Stage):
     batch_size: int = 1
     """Sequences per process and micro-batch."""
     tokens_per_step: int = 8192
-    """Tokens per optimiser step over all processes, rounded up to whole micro-batches (8 x 1024 in LoLCATs)."""
+    """Tokens per optimiser step, a multiple of sequence length x batch size x processes (8 x 1024 in LoLCATs)."""
     loss: Literal["relative_mse", "mse", "cosine"] = "relative_mse"
     """Per-layer loss: squared error over the mean square of the teacher's output, plain squared error, or cosine distance."""
     loss_scale: float = 1.0
@@ -181,7 +181,7 @@ class FinetuneConfig(_Stage):
     batch_size: int = 1
     """Sequences per process and micro-batch."""
     tokens_per_step: int = 8192
-    """Tokens per optimiser step over all processes, rounded up to whole micro-batches (8 x 1024 in LoLCATs)."""
+    """Tokens per optimiser step, a multiple of sequence length x batch size x processes (8 x 1024 in LoLCATs)."""
     learning_rate: float = 1e-4
     """Learning rate of the LoRA weights (1e-4 in LoLCATs)."""
     mixer_learning_rate: float = 1e-3
@@ -296,8 +296,8 @@ class RunConfig:
     """Seed of the initialisation, the order of the data and the dropout."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Type of the teacher's weights and of the computation; the mechanism's parameters are float32 always."""
-    device: str = "auto"
-    """`auto` (the process's GPU, else the CPU), `cpu`, `cuda` or `cuda:N`."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """The process's GPU, else the CPU; or one of them (CUDA_VISIBLE_DEVICES chooses among several)."""
     load_in_4bit: bool = False
     """Hold the frozen weights in 4 bits while training (bitsandbytes NF4); the result is merged into the full weights."""
     load_in_8bit: bool = False
@@ -305,7 +305,7 @@ class RunConfig:
     attention: dict[str, Any] = field(default_factory=lambda: {"type": "linear"})
     """The new attention: `type` and the settings of that mechanism (window, sinks, feature_map, ...)."""
     softmax_layers: list[int] = field(default_factory=list)
-    """Indices of the layers that keep softmax attention."""
+    """Indices of the layers that keep softmax attention, from 0; negative ones count from the end."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation text."""
     transfer: TransferConfig | None = field(default_factory=TransferConfig)
@@ -339,5 +339,3 @@ class RunConfig:
             self.push_to_hub is None or self.push_to_hub.count("/") <= 1,
             f"push_to_hub is {self.push_to_hub!r}, but a repository is named NAME or OWNER/NAME.",
         )
-        for index in self.softmax_layers:
-            require(index >= 0, f"softmax_layers holds {index}, but layers are numbered from 0.")

@@ -1,0 +1,281 @@
+"""The command line: `linearize convert | transfer | finetune | evaluate | chat | info | push | run`.
+
+Every setting of `linearize/settings.py` is a flag of the commands that use it (`--transfer.tokens 1000000`). Bad input ends with one
+sentence and exit code 2, Ctrl-C with 130 (`linearize/failures.py`).
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from linearize.errors import UserError
+from linearize.failures import guarded, stage
+from linearize.settings_flags import normalise, with_settings
+from linearize.settings_io import resolve
+
+if TYPE_CHECKING:
+    from linearize.settings import RunConfig
+
+app = typer.Typer(
+    help="Convert softmax transformers to linear attention, and train, measure and publish them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Directory = Annotated[str, typer.Argument(help="Directory of a converted model, or of a run.")]
+Output = Annotated[str, typer.Argument(help="Directory to write.")]
+Data = Annotated[list[str] | None, typer.Option("--data", help="Text to train on: path(s) or a Hub id; short for --data.dataset.")]
+Config = Annotated[str | None, typer.Option("--config", help="YAML file, or the name of a shipped preset, that the flags lay over.")]
+TRAINING = ("seed", "dtype", "device", "load_in_4bit", "load_in_8bit", "overwrite", "resume_from_checkpoint", "report_to", "op_backend")
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn a command's failure into its sentence and exit code."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> None:
+        code = guarded(function, *args, **kwargs)
+        if code:
+            raise typer.Exit(code)
+
+    return call
+
+
+@app.command()
+@command
+@with_settings("attention", "softmax_layers", "revision", "dtype", "overwrite")
+def convert(
+    model: Annotated[str, typer.Argument(help="The teacher: a Hub id, a directory or a .gguf file.")],
+    output: Output,
+    *,
+    config: Config = None,
+    overrides: dict[str, Any],
+) -> None:
+    """Give a model another attention; nothing is trained."""
+    import torch
+
+    import linearize
+    from linearize.hub import make_record, save_final
+    from linearize.settings_io import to_values
+
+    settings = resolve(config, {"dtype": "float32", **overrides, "model_name_or_path": model, "output_dir": output})
+    _check_output(output, settings.overwrite)
+    tokenizer = linearize.load_tokenizer(model, revision=settings.revision)
+    where = {"softmax_layers": settings.softmax_layers, "revision": settings.revision}
+    dtype = getattr(torch, settings.dtype) if "dtype" in overrides or config else "auto"
+    student = linearize.convert(model, settings.attention, **where, dtype=dtype)
+    recipe = {name: to_values(settings)[name] for name in ("attention", "softmax_layers")}
+    revision = getattr(student.config, "_commit_hash", None) or settings.revision
+    with stage("saving the model"):
+        save_final(student, tokenizer, output, make_record(model, revision=revision, recipe=recipe))
+    print(f"Saved {output}: {len(student.mixer_attentions())} of {student.config.num_hidden_layers} layers converted, untrained")
+
+
+@app.command()
+@command
+@with_settings("data", "transfer", *TRAINING)
+def transfer(directory: Directory, output: Output, *, data: Data = None, config: Config = None, overrides: dict[str, Any]) -> None:
+    """Stage 1, attention transfer: train the mechanism to give each layer's softmax output."""
+    _train(directory, output, data, config, overrides, skipped="finetune")
+
+
+@app.command()
+@command
+@with_settings("data", "finetune", *TRAINING)
+def finetune(directory: Directory, output: Output, *, data: Data = None, config: Config = None, overrides: dict[str, Any]) -> None:
+    """Stage 2: LoRA (and the mechanism along) on the language-modelling loss; saves merged weights and the adapter."""
+    _train(directory, output, data, config, overrides, skipped="transfer")
+
+
+def _train(directory: str, output: str, data: list[str] | None, config: str | None, overrides: dict[str, Any], *, skipped: str) -> None:
+    """One stage on a converted model, as a run without the others."""
+    import linearize
+    from linearize.hub import find_converted
+
+    fixed: dict[str, Any] = {"model_name_or_path": str(find_converted(directory)), "output_dir": output, skipped: None, "evaluation": None}
+    if data:
+        fixed["data.dataset"] = data[0] if len(data) == 1 else data
+    linearize.run(resolve(config, {**overrides, **fixed}))
+
+
+@app.command()
+@command
+def evaluate(
+    directory: Annotated[str, typer.Argument(help="Directory of a converted model or of a run, or any Hub id or model directory.")],
+    text: Annotated[list[str] | None, typer.Option("--text", help="Text to take the perplexity on (.txt, .jsonl, .parquet); repeat for more.")] = None,
+    text_field: Annotated[str, typer.Option("--text_field", help="Column that holds the text.")] = "text",
+    tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, separated by commas.")] = None,
+    include_path: Annotated[str | None, typer.Option("--include_path", help="Folder with local task files.")] = None,
+    limit: Annotated[int | None, typer.Option("--limit", help="Documents per task.")] = None,
+    teacher: Annotated[str | None, typer.Option("--teacher", help="The teacher, for the rows that merged weights cannot give.")] = None,
+    sequence_length: Annotated[int, typer.Option("--sequence_length", help="Tokens of one scored sequence.")] = 1024,
+    max_tokens: Annotated[int, typer.Option("--max_tokens", help="Tokens to score.")] = 65_536,
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Sequences scored together.")] = 1,
+    controls: Annotated[bool, typer.Option("--controls/--no_controls", help="Measure teacher, control and single arms too.")] = True,
+    speed: Annotated[bool, typer.Option("--speed", help="Time prefill and decoding too.")] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    output: Annotated[str | None, typer.Option("--output", help="Folder for evaluation.json, evaluation.md, tasks.json and plots.")] = None,
+) -> None:
+    """Measure a model: perplexity of its arms on any text, and tasks of the lm-eval harness."""
+    from linearize.commands import evaluate_model
+
+    if not text and not tasks:
+        raise UserError("Nothing to measure: give --text FILE, --tasks NAMES or both.")
+    evaluate_model(
+        directory,
+        texts=text or [],
+        text_field=text_field,
+        tasks=[name.strip() for name in tasks.split(",") if name.strip()] if tasks else [],
+        include_path=include_path,
+        limit=limit,
+        teacher=teacher,
+        sequence_length=sequence_length,
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        controls=controls,
+        speed=speed,
+        dtype=dtype,
+        device=device,
+        output=output,
+    )
+
+
+@app.command()
+@command
+def chat(
+    directory: Directory,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and end, instead of a conversation.")] = None,
+    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="Tokens of an answer at most.")] = 256,
+    temperature: Annotated[float, typer.Option("--temperature", help="0 for greedy decoding.")] = 0.0,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Talk with a converted model; through its chat template if it has one."""
+    from linearize.commands import chat_with_model
+
+    chat_with_model(directory, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, device=device)
+
+
+@app.command()
+@command
+def info(
+    directory: Directory,
+    json_output: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+) -> None:
+    """Show layers, mechanisms, and the state's bytes against the teacher's KV cache."""
+    import json
+
+    from linearize.evaluation import info as describe
+    from linearize.hub import find_converted
+
+    description = describe(find_converted(directory))
+    if json_output:
+        print(json.dumps(description.to_dict(), indent=2))
+    else:
+        description.show()
+
+
+@app.command()
+@command
+def push(
+    directory: Directory,
+    repo_id: Annotated[str, typer.Argument(help="NAME or OWNER/NAME on the Hub.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a repository that is made.")] = None,
+    token: Annotated[str | None, typer.Option("--token", help="Access token; else that of `hf auth login` or HF_TOKEN.")] = None,
+    message: Annotated[str | None, typer.Option("--message", help="Commit message.")] = None,
+) -> None:
+    """Upload a converted model to the Hub."""
+    from linearize.hub import push as upload
+
+    print(f"Pushed to {upload(directory, repo_id, private=private, token=token, message=message)}")
+
+
+RUN_SETTINGS = (
+    "model_name_or_path",
+    "revision",
+    "output_dir",
+    *TRAINING,
+    "attention",
+    "softmax_layers",
+    "data",
+    "transfer",
+    "finetune",
+    "evaluation",
+    "push_to_hub",
+)
+
+
+@app.command()
+@command
+@with_settings(*RUN_SETTINGS)
+def run(
+    context: typer.Context,
+    preset: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="YAML file or the name of a shipped preset; the same as --config.")] = None,
+    *,
+    config: Config = None,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Check everything and print the plan, then end.")] = False,
+    overrides: dict[str, Any],
+) -> None:
+    """Convert, transfer, finetune, evaluate and save, as a YAML file and flags say (flags win)."""
+    import linearize
+    from linearize.pipeline import plan
+
+    settings = run_settings(preset or config, overrides, context.obj)
+    if dry_run:
+        plan(settings).show()
+    else:
+        linearize.run(settings)
+
+
+def run_settings(config: str | None, overrides: dict[str, Any], default_config: str | None = None) -> RunConfig:
+    """The settings of a run; one that resumes needs to name its directory alone."""
+    resume, output = overrides.get("resume_from_checkpoint"), overrides.get("output_dir")
+    if config is None and resume and output and (Path(output) / "config.yaml").is_file():
+        config = str(Path(output) / "config.yaml")
+        overrides = {"overwrite": False, **overrides}
+    return resolve(config or default_config, overrides)
+
+
+def _check_output(output: str, overwrite: bool) -> None:
+    path = Path(output)
+    if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
+        raise UserError(f"{output} exists already: replace it with --overwrite, or name another directory.")
+
+
+def main(argv: Sequence[str] | None = None, *, default_config: str | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    Args:
+        argv: Arguments; default those of this process.
+        default_config: What `run` takes when neither a config nor a run to resume is named.
+    """
+    arguments = normalise(sys.argv[1:] if argv is None else argv)
+    try:
+        app(arguments, prog_name="linearize", obj=default_config)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
+
+
+def run_recipe(default_config: str, argv: Sequence[str] | None = None) -> int:
+    """`linearize run` for a recipe: the same flags, over a config of its own when none is named.
+
+    Args:
+        default_config: Preset for a run that names neither a config nor a run to resume.
+        argv: Flags; default those of this process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    return main(["run", *arguments], default_config=default_config)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

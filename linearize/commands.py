@@ -1,0 +1,159 @@
+"""What `linearize evaluate` and `linearize chat` do once their flags are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from linearize.errors import UserError
+from linearize.failures import stage
+from linearize.hub import find_converted, is_converted
+
+DTYPES = ("auto", "bfloat16", "float16", "float32")
+
+
+def choose_device(name: str) -> Any:
+    """`auto`, `cpu` or `cuda` as a torch device."""
+    import torch
+
+    if name not in ("auto", "cpu", "cuda"):
+        raise UserError(f"--device is {name!r}, but it must be one of auto, cpu, cuda.")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device is cuda, but no GPU is visible: use auto or cpu.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def load(source: str, dtype: str, device: str) -> tuple[Any, Any, bool]:
+    """A model with its tokenizer, on its device, and whether it is a converted one."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from linearize.conversion import load_student, load_tokenizer
+    from linearize.load_errors import explained
+
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype is {dtype!r}, but it must be one of {', '.join(DTYPES)}.")
+    place = choose_device(device)
+    weights = dtype if dtype == "auto" else getattr(torch, dtype)
+    if Path(source).is_dir() and not is_converted(source) and is_converted(Path(source) / "final"):
+        source = str(Path(source) / "final")
+    converted = hasattr(_config(source), "mixer_types")
+    with stage("loading the model", "choose a smaller --dtype"):
+        if converted:
+            model = load_student(source, dtype=weights)
+        else:
+            with explained(source):
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=weights)
+        return model.to(place).eval(), load_tokenizer(source), converted
+
+
+def _config(source: str) -> Any:
+    from linearize.conversion import load_config
+
+    return load_config(source)
+
+
+def evaluate_model(
+    source: str,
+    *,
+    texts: Sequence[str],
+    text_field: str,
+    tasks: Sequence[str],
+    include_path: str | None,
+    limit: int | None,
+    teacher: str | None,
+    sequence_length: int,
+    max_tokens: int,
+    batch_size: int,
+    controls: bool,
+    speed: bool,
+    dtype: str,
+    device: str,
+    output: str | None,
+) -> None:
+    """Print the tables of the perplexities and of the tasks, and write them where `output` says."""
+    from linearize.data import load_text_blocks
+    from linearize.evaluation import evaluate, run_tasks
+    from linearize.hub import read_record
+
+    model, tokenizer, converted = load(source, dtype, device)
+    limit_of_model = getattr(model.config, "max_position_embeddings", None)
+    if texts and limit_of_model is not None and sequence_length > limit_of_model:
+        raise UserError(f"--sequence_length is {sequence_length}, but the model's context is {limit_of_model} tokens.")
+    with stage("evaluation", f"lower --batch_size (now {batch_size}) or --sequence_length (now {sequence_length})"):
+        if texts:
+            blocks = load_text_blocks(list(texts), tokenizer, sequence_length, max_tokens, text_field=text_field)
+            path = find_converted(source) if converted and Path(source).is_dir() else None
+            merged = bool(path and (read_record(path).get("tokens") or {}).get("finetune"))
+            original = _original(model, teacher) if converted and teacher else None
+            report = evaluate(
+                model, blocks, original=original, merged=merged, controls=controls, batch_size=batch_size, speed=speed
+            )
+            report.show()
+            if output:
+                report.save(output)
+        if tasks:
+            path_of_scores = Path(output) / "tasks.json" if output else None
+            arm = "mixed" if converted else None
+            run_tasks(
+                model,
+                tokenizer,
+                tasks,
+                include_path=include_path,
+                limit=limit,
+                batch_size=batch_size,
+                output_path=path_of_scores,
+                arm=arm,
+            ).show()
+
+
+def _original(model: Any, teacher: str) -> Any:
+    """The untrained student of the same settings, which gives the teacher's and the control's rows."""
+    from linearize.conversion import convert
+
+    config = model.config
+    original = convert(teacher, mixer_types=list(config.mixer_types), mixers=dict(config.mixers), dtype=model.dtype)
+    return original.to(model.device)
+
+
+def chat_with_model(
+    source: str, *, prompt: str | None, max_new_tokens: int, temperature: float, dtype: str, device: str
+) -> None:
+    """Answer one prompt, or hold a conversation until the input ends."""
+    if max_new_tokens < 1 or temperature < 0:
+        raise UserError("--max_new_tokens must be at least 1 and --temperature must not be negative.")
+    model, tokenizer, _ = load(source, dtype, device)
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    messages: list[dict[str, str]] = []
+    if prompt is not None:
+        _answer(model, tokenizer, messages, prompt, max_new_tokens, sampling)
+        return
+    print("An empty line or Ctrl-D ends the conversation.")
+    while text := _read_line():
+        _answer(model, tokenizer, messages, text, max_new_tokens, sampling)
+
+
+def _read_line() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+def _answer(
+    model: Any, tokenizer: Any, messages: list[dict[str, str]], text: str, max_new_tokens: int, sampling: dict[str, Any]
+) -> None:
+    """Stream one answer; the conversation so far goes along where there is a chat template."""
+    from transformers import TextStreamer
+
+    messages.append({"role": "user", "content": text})
+    if tokenizer.chat_template:
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(text, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
+    answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    messages.append({"role": "assistant", "content": answer})

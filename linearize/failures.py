@@ -1,0 +1,94 @@
+"""How a run ends when it cannot go on: one sentence and an exit code, from the command line and from the recipes alike.
+
+| what happened | exit code | output |
+| --- | --- | --- |
+| `UserError`, no memory, no disk space | 2 | one sentence on stderr |
+| Ctrl-C | 130 | one sentence on stderr |
+| anything else | 1 | the trace: it is a bug, and the trace is what mends it |
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from linearize.errors import UserError
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def is_main_process() -> bool:
+    """Whether this is the process that prints and writes: the only one, or rank 0 of a launcher's."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an accelerator or the host ran out of memory."""
+    if isinstance(error, MemoryError):
+        return True
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(error, RuntimeError):
+        return False
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the disk or the quota is full; safetensors and torch tell it only in the message."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return "No space left on device" in str(error) or "Disk quota exceeded" in str(error)
+
+
+@contextlib.contextmanager
+def stage(name: str, out_of_memory: str = "") -> Iterator[None]:
+    """Name the stage in the sentence about missing memory or disk space.
+
+    Args:
+        name: The stage as a person would call it, e.g. `stage 1 (attention transfer)`.
+        out_of_memory: What to lower when memory ends, with the present values.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            advice = f"; {out_of_memory}" if out_of_memory else ""
+            raise UserError(f"Out of memory in {name}{advice}.") from error
+        if is_disk_full(error):
+            raise UserError(
+                f"No space left on the disk in {name}: free some space and continue with --resume_from_checkpoint "
+                "(the previous checkpoint is whole)."
+            ) from error
+        raise
+
+
+def guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
+    """Call a function and turn its failure into the exit code and the sentence of the table above.
+
+    In a launch of several processes all of them leave with the code, and the main one alone prints the sentence. Memory may end
+    in one process only, so each process reports that itself.
+    """
+    try:
+        with stage("this command"):
+            function(*args, **kwargs)
+    except UserError as error:
+        if is_main_process() or is_out_of_memory(error.__cause__ or error):
+            say(str(error))
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt as interrupt:
+        if is_main_process():
+            say(f"interrupted; {interrupt}" if str(interrupt) else "interrupted")
+        return EXIT_INTERRUPTED
+    return 0
+
+
+def say(sentence: str) -> None:
+    """Print the sentence on stderr, whole and unwrapped, so that it can be searched for."""
+    sys.stdout.flush()
+    print(f"linearize: {' '.join(sentence.split())}", file=sys.stderr, flush=True)

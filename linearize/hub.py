@@ -1,0 +1,297 @@
+"""A converted repository on disk and on the Hub.
+
+A repository is complete by itself: weights in safetensors, the flat model code with `auto_map`, tokenizer, generation config, a model card and
+`linearize.json`, the record of how it was made. `AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)` needs nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+RECORD_FILE = "linearize.json"
+CARD_FILE = "README.md"
+FINAL = "final"
+"""The repository in a run directory."""
+OWNED_SUFFIXES = (".safetensors", ".safetensors.index.json", ".py")
+MAX_SHARD_SIZE = "5GB"
+VERSIONED = ("linearize", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
+PRIVATE_SETTINGS = ("output_dir", "overwrite", "resume_from_checkpoint", "push_to_hub", "cache_dir", "include_path")
+"""Settings that say where a run lived and not what it was: they stay out of a repository that may be published."""
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that shaped the result, those that are installed."""
+    versions = {}
+    for name in VERSIONED:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+def published_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without the places of one machine: private fields dropped, local paths cut to their last name."""
+    published: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in PRIVATE_SETTINGS:
+            continue
+        if isinstance(value, Mapping):
+            published[name] = published_settings(value)
+        elif isinstance(value, list):
+            published[name] = [published_name(item) for item in value]
+        else:
+            published[name] = published_name(value)
+    return published
+
+
+def published_name(value: Any) -> Any:
+    """A local path's last component; everything else as it is."""
+    if isinstance(value, str) and value and (os.path.isabs(value) or value.startswith((".", "~")) or os.path.exists(value)):
+        return os.path.basename(os.path.abspath(value))
+    return value
+
+
+def make_record(
+    teacher: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    recipe: Mapping[str, Any] | None = None,
+    tokens: Mapping[str, int] | None = None,
+    seconds: Mapping[str, float] | None = None,
+    peak_memory_bytes: Mapping[str, int | None] | None = None,
+    evaluation: Mapping[str, Any] | None = None,
+    tasks: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The contents of `linearize.json`.
+
+    Args:
+        teacher: Hub id or path of the teacher; of a path only the last name is kept.
+        revision: Commit of the teacher's repository, where there is one.
+        recipe: The settings of the run.
+        tokens: Training tokens by stage.
+        seconds: Seconds by stage.
+        peak_memory_bytes: Peak accelerator memory by stage, bytes.
+        evaluation: `evaluation.Report.to_dict()`.
+        tasks: `evaluation.TaskReport.to_dict()`.
+    """
+    name = os.fspath(teacher)
+    return {
+        "teacher": published_name(name),
+        "teacher_revision": revision,
+        "teacher_on_hub": not os.path.exists(name),
+        "recipe": published_settings(recipe or {}),
+        "tokens": dict(tokens or {}),
+        "seconds": {stage: round(value, 1) for stage, value in (seconds or {}).items()},
+        "peak_memory_bytes": dict(peak_memory_bytes or {}),
+        "evaluation": dict(evaluation) if evaluation else None,
+        "tasks": dict(tasks) if tasks else None,
+        "versions": library_versions(),
+    }
+
+
+def read_record(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """`linearize.json` of a converted repository; an empty record where the file is missing."""
+    path = Path(directory) / RECORD_FILE
+    if not path.is_file():
+        return {}
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged ({error}): restore it, or delete it to go on without the record.") from error
+    return record if isinstance(record, dict) else {}
+
+
+def save_final(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    directory: str | os.PathLike[str],
+    record: Mapping[str, Any],
+) -> Path:
+    """Write a complete converted repository; a directory that exists is replaced as a whole, and only at the end.
+
+    Args:
+        model: The converted model, adapters merged, weights not quantised.
+        tokenizer: Its tokenizer, chat template included.
+        directory: Where to.
+        record: See `make_record`.
+
+    Raises:
+        UserError: The disk is full or the directory cannot be written; what was there is untouched.
+    """
+    from linearize.checkpointing import atomic_directory
+
+    with atomic_directory(directory) as partial:
+        model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(partial)
+        for name, text in _record_files(Path(directory).name, record, model.config).items():
+            (partial / name).write_text(text, encoding="utf-8")
+    return Path(directory)
+
+
+def update_record(directory: str | os.PathLike[str], record: Mapping[str, Any], config: Any) -> None:
+    """Write the record and the card of a saved repository anew, for what was measured after the weights were safe."""
+    from linearize.checkpointing import write_file
+
+    for name, text in _record_files(Path(directory).name, record, config).items():
+        write_file(Path(directory) / name, text.encode("utf-8"))
+
+
+def _record_files(name: str, record: Mapping[str, Any], config: Any) -> dict[str, str]:
+    from linearize.model_card import model_card
+
+    record_text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    return {RECORD_FILE: record_text, CARD_FILE: model_card(name, record, config)}
+
+
+def find_converted(directory: str | os.PathLike[str]) -> Path:
+    """The path of a local converted repository, or of the one in a run directory.
+
+    Raises:
+        UserError: The directory is missing or holds no converted model.
+    """
+    path = Path(directory)
+    if not path.is_dir():
+        raise UserError(f"There is no directory {path}: give the directory of a converted model, e.g. out/final.")
+    if not (path / "config.json").is_file() and (path / FINAL).is_dir():
+        path = path / FINAL
+    if not is_converted(path):
+        raise UserError(f"{path} holds no converted model: make one with `linearize convert MODEL OUT`.")
+    return path
+
+
+def is_converted(path: str | os.PathLike[str]) -> bool:
+    """Whether a local path is the directory of a converted model."""
+    config = Path(path) / "config.json"
+    if not config.is_file():
+        return False
+    try:
+        return "mixer_types" in json.loads(config.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{config} is not valid JSON ({error}): save the model again.") from error
+
+
+@contextlib.contextmanager
+def readable_hub_errors(repository: str, action: str) -> Iterator[None]:
+    """Turn the Hub's failures into one sentence.
+
+    Args:
+        repository: Hub id, for the sentence.
+        action: What was tried, as in `cannot ACTION me/model`.
+    """
+    import httpx
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise UserError(f"{repository!r} is not a repository name: write NAME or OWNER/NAME.") from error
+    except errors.LocalTokenNotFoundError as error:
+        raise UserError(f"Cannot {action} {repository} without a token: run `hf auth login` or set HF_TOKEN.") from error
+    except errors.GatedRepoError as error:
+        raise UserError(
+            f"Cannot {action} {repository}: the repository is gated; ask for access on its page and log in with `hf auth login`."
+        ) from error
+    except errors.OfflineModeIsEnabled as error:
+        raise UserError(f"Cannot {action} {repository}: HF_HUB_OFFLINE is set; unset it to use the network.") from error
+    except (errors.RepositoryNotFoundError, errors.HfHubHTTPError) as error:
+        raise UserError(f"Cannot {action} {repository}: {_status_sentence(error)}") from error
+    except (httpx.TransportError, ConnectionError, TimeoutError) as error:
+        raise UserError(f"Cannot {action} {repository}: no connection to the Hub ({_cause(error)}); check the network.") from error
+
+
+def _status_sentence(error: Any) -> str:
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status == 401:
+        return "the Hub refuses the token, or the repository is private or missing; check the name and run `hf auth login`."
+    if status == 403:
+        return "the token may not write there; use a token with write access to this owner."
+    if status == 404:
+        return "there is no such repository, or the token may not see it; check the name and the token."
+    return f"the Hub answers {status or 'nothing'} ({_cause(error)}); try again later."
+
+
+def _cause(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def check_token(repo_id: str, token: str | None = None) -> str:
+    """The name of the account that a push to the repository would use.
+
+    Raises:
+        UserError: There is no token, the Hub refuses it, or there is no network.
+    """
+    from huggingface_hub import HfApi, get_token
+
+    if (token or get_token()) is None:
+        raise UserError(f"Cannot push to {repo_id} without a token: run `hf auth login` or set HF_TOKEN.")
+    with readable_hub_errors(repo_id, "push to"):
+        return str(HfApi(token=token).whoami()["name"])
+
+
+def push(
+    directory: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | None = None,
+    message: str | None = None,
+) -> str:
+    """Upload a converted repository.
+
+    Args:
+        directory: What `save_final` wrote.
+        repo_id: NAME or OWNER/NAME; made if it does not exist.
+        private: Visibility of a repository that is made; None leaves it to the owner's default.
+        token: Access token; None takes the one of `hf auth login` or HF_TOKEN.
+        message: Commit message.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: The directory holds no converted model, there is no token or a wrong one, no such owner, or no network.
+    """
+    from huggingface_hub import HfApi
+
+    path = find_converted(directory)
+    check_token(repo_id, token)
+    api = HfApi(token=token)
+    with readable_hub_errors(repo_id, "push to"):
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.create_commit(
+            url.repo_id,
+            _operations(path, url.repo_id, api.list_repo_files(url.repo_id)),
+            commit_message=message or "Upload a model converted with linearize",
+        )
+    return str(url)
+
+
+def _operations(directory: Path, repo_id: str, present: list[str]) -> list[Any]:
+    """One commit that leaves the repository with this model's files alone.
+
+    Weights and code of an earlier upload must go: transformers would load an old `model.safetensors` beside new shards. The card names
+    the repository in place of the local directory.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
+
+    files = sorted(file for file in directory.iterdir() if file.is_file())
+    names = {file.name for file in files}
+    stale = [name for name in present if name not in names and name.endswith(OWNED_SUFFIXES)]
+    operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in stale]
+    for file in files:
+        content: Any = file
+        if file.name == CARD_FILE:
+            content = file.read_text(encoding="utf-8").replace(f'"{directory.name}"', f'"{repo_id}"').encode("utf-8")
+        operations.append(CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=content))
+    return operations

@@ -1,0 +1,123 @@
+"""The README.md of a converted repository: metadata for the Hub, a quick start, what was measured, how it was made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+BASE_TAGS = ["linearize", "linear-attention"]
+QUICK_START = """\
+from transformers import pipeline
+generator = pipeline("text-generation", "{name}", trust_remote_code=True)
+print(generator("The history of Rome began", max_new_tokens=40)[0]["generated_text"])"""
+
+
+def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
+    """The card as Markdown with its metadata block.
+
+    Args:
+        name: What the quick start loads, until the repository has a name on the Hub.
+        record: The contents of `linearize.json`.
+        config: Config of the converted model.
+    """
+    metadata = yaml.safe_dump(card_metadata(record, config), sort_keys=False, allow_unicode=True).strip()
+    sections = [
+        f"---\n{metadata}\n---",
+        f"# {title(record)}",
+        introduction(record, config),
+        f"## Quick start\n\n```python\n{QUICK_START.format(name=name)}\n```\n\n"
+        "The model code comes with the repository; the `linearize` package is not needed. Generation keeps a state of constant size.",
+        evaluation_section(record),
+        training_section(record),
+        papers_section(config),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def card_metadata(record: Mapping[str, Any], config: Any) -> dict[str, Any]:
+    """What the Hub reads: base model, data, library, tags."""
+    data = (record.get("recipe") or {}).get("data") or {}
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    if record.get("teacher") and record.get("teacher_on_hub"):
+        metadata |= {"base_model": record["teacher"], "base_model_relation": "finetune"}
+    dataset = data.get("dataset")
+    if isinstance(dataset, str) and dataset.count("/") == 1 and trained(record):
+        metadata["datasets"] = [dataset]
+    metadata["tags"] = BASE_TAGS + [f"{kind}-attention" for kind in mechanisms(config) if f"{kind}-attention" not in BASE_TAGS]
+    return metadata
+
+
+def trained(record: Mapping[str, Any]) -> bool:
+    """Whether any stage trained."""
+    return any((record.get("tokens") or {}).values())
+
+
+def mechanisms(config: Any) -> list[str]:
+    """Types of the mechanisms in use, in order of first appearance."""
+    return list(dict.fromkeys(config.mixers[name]["type"] for name in config.mixer_types if name in config.mixers))
+
+
+def teacher_name(record: Mapping[str, Any]) -> str:
+    """Name of the teacher as the card prints it."""
+    return str(record.get("teacher") or "a pretrained model")
+
+
+def title(record: Mapping[str, Any]) -> str:
+    """Heading of the card."""
+    return f"{os.path.basename(teacher_name(record))} with linear attention"
+
+
+def introduction(record: Mapping[str, Any], config: Any) -> str:
+    """What the model is, in two sentences."""
+    converted = sum(name in config.mixers for name in config.mixer_types)
+    lines = [
+        f"`{teacher_name(record)}` with {converted} of its {config.num_hidden_layers} attention layers converted "
+        f"({', '.join(mechanisms(config)) or 'none'})."
+    ]
+    for name, settings in config.mixers.items():
+        values = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "type" and value is not None)
+        lines.append(f"Layers `{name}`: {settings['type']} attention, {values}.")
+    if not trained(record):
+        lines.append("**The conversion has not been trained: expect poor text until attention transfer and finetuning have run.**")
+    return "\n".join(lines)
+
+
+def evaluation_section(record: Mapping[str, Any]) -> str:
+    """The tables of the evaluation, if there was one."""
+    parts = []
+    if record.get("evaluation"):
+        from linearize.evaluation.report import Report
+
+        parts.append(Report.from_dict(record["evaluation"]).markdown().strip())
+    if record.get("tasks"):
+        from linearize.evaluation.tasks import TaskReport, TaskScore
+
+        scores = [TaskScore(**score) for score in record["tasks"]["scores"]]
+        parts.append(TaskReport(scores).markdown().strip())
+    return "## Evaluation\n\n" + "\n\n".join(parts) if parts else ""
+
+
+def training_section(record: Mapping[str, Any]) -> str:
+    """Tokens, settings and versions."""
+    lines = ["## How it was made", ""]
+    revision = f", revision `{record['teacher_revision']}`" if record.get("teacher_revision") else ""
+    lines.append(f"- teacher: `{teacher_name(record)}`{revision}")
+    for stage, tokens in (record.get("tokens") or {}).items():
+        lines.append(f"- {stage}: {tokens:,} tokens")
+    versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+    lines.append(f"- versions: {versions}")
+    if record.get("recipe"):
+        settings = yaml.safe_dump(dict(record["recipe"]), sort_keys=False, allow_unicode=True).strip()
+        lines += ["", "<details><summary>All settings</summary>", "", f"```yaml\n{settings}\n```", "", "</details>"]
+    return "\n".join(lines)
+
+
+def papers_section(config: Any) -> str:
+    """The papers behind the mechanisms, from the registry."""
+    from linearize.modeling.registry import ATTENTIONS
+
+    papers = [f"- {kind} attention: {ATTENTIONS[kind].paper}" for kind in mechanisms(config) if kind in ATTENTIONS]
+    return "## Papers\n\n" + "\n".join(papers) if papers else ""

@@ -1,0 +1,385 @@
+"""A whole run: convert, transfer, finetune, evaluate, save. The recipes and `linearize run` call `run`, and so can a program.
+
+    result = linearize.run("llama3_8b_linear")           # a preset, a YAML file, a dictionary or a RunConfig
+    result = linearize.run({"model_name_or_path": "my/llama", "data": {"dataset": "text.jsonl"}, "output_dir": "out"})
+
+Each process of a launcher calls it; the main one alone prints and writes. What lies in the run directory: `linearize/run_directory.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from linearize.errors import UserError
+from linearize.failures import stage
+from linearize.run_directory import RunDirectory
+from linearize.settings import FinetuneConfig, RunConfig, TransferConfig
+from linearize.settings_io import resolve, to_values
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from linearize.data import TokenBlocks
+    from linearize.evaluation import Report, TaskReport
+    from linearize.finetuning import FinetuneResult
+    from linearize.run_plan import RunPlan
+    from linearize.transfer import TransferResult
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+
+@dataclass
+class RunResult:
+    """What a run leaves. On the other processes of a launcher the measurements are None."""
+
+    output_dir: Path
+    final: Path
+    """The converted repository."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """The contents of its `linearize.json`."""
+    transfer: TransferResult | None = None
+    finetune: FinetuneResult | None = None
+    report: Report | None = None
+    tasks: TaskReport | None = None
+
+
+def run(config: RunConfig | Mapping[str, Any] | str | PathLike[str]) -> RunResult:
+    """Run the whole pipeline.
+
+    Args:
+        config: Settings, a mapping of them, a YAML file, or the name of a shipped preset.
+
+    Raises:
+        UserError: Input that the user can mend; nothing half-written is left, checkpoints stay.
+        KeyboardInterrupt: After Ctrl-C in a training stage, with a checkpoint left.
+    """
+    return _Run(resolve(config)).run()
+
+
+def plan(config: RunConfig | Mapping[str, Any] | str | PathLike[str]) -> RunPlan:
+    """Check a run and work out its steps and memory; nothing is loaded or written."""
+    from linearize.run_plan import make_plan
+
+    settings = resolve(config)
+    RunDirectory(settings).check()
+    return make_plan(settings)
+
+
+class _Run:
+    """One call of `run`, step by step."""
+
+    def __init__(self, config: RunConfig) -> None:
+        from accelerate import PartialState
+
+        self.config = config
+        self.directory = RunDirectory(config)
+        self.state: PartialState = PartialState(cpu=config.device == "cpu")
+        self.record: dict[str, Any] = {}
+        self.result = RunResult(self.directory.path, self.directory.final)
+
+    def run(self) -> RunResult:
+        """The steps of a run, in order."""
+        from linearize.conversion import load_tokenizer
+        from linearize.run_plan import make_plan
+
+        config, directory = self.config, self.directory
+        directory.check()
+        self._alone(self._check_push)
+        if config.resume_from_checkpoint and directory.is_complete():
+            self._say(f"The run in {directory.path} is complete: {directory.final}")
+            return self._finished()
+        self.plan = make_plan(config, self.state.num_processes)
+        if self.state.is_main_process:
+            self.plan.show()
+        self.tokenizer = load_tokenizer(config.model_name_or_path, revision=config.revision)
+        train, validation, held_out = self._load_data()
+        with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
+            model = self._load_model(quantized=True)
+        self._alone(directory.prepare)
+        report = self._start_report(held_out)
+        if report is not None:
+            untouched = not self._earlier_record().get("tokens", {}).get("finetune")
+            self._measure(lambda: report.before_training(model, base_is_teacher=untouched))
+        if config.transfer is not None:
+            self._transfer(config.transfer, model, train, validation)
+            if report is not None:
+                self._measure(lambda: report.after_transfer(model))
+        if config.finetune is not None:
+            self._finetune(config.finetune, model, train)
+        if self.state.is_main_process:
+            self._finish(model, report)
+        return self.result
+
+    def _finish(self, model: Any, report: Any) -> None:
+        """Merge, save, measure and push: the main process, while the others are done."""
+        final = self._merged(model)
+        self._save(final)
+        self._evaluate(final, report)
+        if self.config.push_to_hub is not None:
+            from linearize.hub import push
+
+            self._say(f"Pushed to {push(self.directory.final, self.config.push_to_hub)}")
+        self._say(f"Saved {self.directory.final}")
+
+    def _check_push(self) -> None:
+        """Ask the Hub who we are before hours of training, not after them."""
+        if self.config.push_to_hub is None:
+            return
+        from linearize.hub import check_token
+
+        check_token(self.config.push_to_hub)
+
+    def _load_data(self) -> tuple[TokenBlocks | None, TokenBlocks | None, TokenBlocks | None]:
+        """Sequences to train on, to validate on and to evaluate on, as far as this run needs them."""
+        from linearize.data import load_text_blocks, prepare_data
+
+        data, evaluation = self.config.data, self.config.evaluation
+        train = validation = held_out = None
+        with stage("preparing the data"):
+            if self.plan.stages or (evaluation is not None and evaluation.texts is None):
+                train, validation = prepare_data(data, self.tokenizer, seed=self.config.seed)
+                held_out = validation
+                self._say(f"{len(train):,} training sequences, {len(validation):,} for validation")
+            if evaluation is not None and evaluation.texts is not None:
+                length = evaluation.sequence_length or data.sequence_length
+                limit, column = evaluation.max_tokens, data.text_field
+                held_out = load_text_blocks(evaluation.texts, self.tokenizer, length, limit, text_field=column)
+        if evaluation is not None and not held_out:
+            raise UserError(
+                "There is no held-out text to evaluate on: give data.validation or evaluation.texts, raise "
+                "data.validation_documents, or set evaluation to none."
+            )
+        return train, validation, held_out
+
+    def _load_model(self, *, quantized: bool) -> Any:
+        """The untrained student, or the converted model that the run starts from.
+
+        Args:
+            quantized: In 4 or 8 bits if the settings say so; False loads the full weights on the CPU, to merge into.
+        """
+        import torch
+
+        from linearize.conversion import convert, load_student
+        from linearize.quantization import quantization_config
+
+        config = self.config
+        dtype = getattr(torch, config.dtype)
+        bits = quantization_config(
+            load_in_4bit=config.load_in_4bit and quantized,
+            load_in_8bit=config.load_in_8bit and quantized,
+            compute_dtype=dtype,
+        )
+        options: dict[str, Any] = {"dtype": dtype}
+        if bits is not None:
+            options |= {"quantization_config": bits, "device_map": {"": self.state.device}}
+        torch.manual_seed(config.seed)
+        if self.plan.converted:
+            model = load_student(config.model_name_or_path, **options)
+        else:
+            where = {"softmax_layers": config.softmax_layers, "revision": config.revision}
+            model = convert(config.model_name_or_path, config.attention, **where, **options)
+        if bits is None and quantized:
+            model.to(self.state.device)
+        model.set_op_backend(config.op_backend)
+        return model
+
+    def _start_report(self, blocks: Any) -> Any:
+        """The measurements of this run; None on the other processes or when there are none."""
+        if self.config.evaluation is None or not self.state.is_main_process:
+            return None
+        from linearize.run_report import RunReport
+
+        return RunReport(
+            self.config.evaluation, blocks, self.directory.measurements, keep=self.config.resume_from_checkpoint
+        )
+
+    def _transfer(self, settings: TransferConfig, model: Any, train: Any, validation: Any) -> None:
+        from linearize.transfer import transfer_attention
+
+        lower = (
+            f"lower transfer.batch_size (now {settings.batch_size}) or data.sequence_length (now "
+            f"{self.config.data.sequence_length}), or set load_in_4bit"
+        )
+        with stage("stage 1 (attention transfer)", lower):
+            self.result.transfer = transfer_attention(
+                model,
+                train,
+                settings,
+                output_dir=self.directory.path,
+                seed=self.config.seed,
+                resume=self.config.resume_from_checkpoint,
+                report_to=self.config.report_to,
+                validation=validation,
+                device=self.config.device if self.config.device == "cpu" else None,
+            )
+        self._say_stage("attention transfer", self.result.transfer)
+
+    def _finetune(self, settings: FinetuneConfig, model: Any, train: Any) -> None:
+        from linearize.finetuning import finetune
+
+        lower = (
+            f"lower finetune.batch_size (now {settings.batch_size}) or data.sequence_length (now "
+            f"{self.config.data.sequence_length}), set finetune.gradient_checkpointing, or set load_in_4bit"
+        )
+        with stage("stage 2 (finetuning)", lower):
+            self.result.finetune = finetune(
+                model,
+                train,
+                settings,
+                output_dir=self.directory.path,
+                seed=self.config.seed,
+                resume=self.config.resume_from_checkpoint,
+                report_to=self.config.report_to,
+                tokenizer=self.tokenizer,
+                base_model=self.config.model_name_or_path,
+            )
+        self._say_stage("finetuning", self.result.finetune)
+
+    def _merged(self, model: Any) -> Any:
+        """The plain model in full weights."""
+        import torch
+
+        from linearize.finetuning import merge, merge_into_unquantized
+        from linearize.quantization import is_quantized
+
+        quantized = is_quantized(model)
+        if self.result.finetune is None:
+            if not quantized:
+                return model
+            full = self._load_model(quantized=False)
+            full.load_mixer_state_dict({name: tensor.cpu() for name, tensor in model.mixer_state_dict().items()})
+            return full
+        adapted = self.result.finetune.model
+        if not quantized:
+            return merge(adapted)
+        return merge_into_unquantized(
+            adapted,
+            self.config.model_name_or_path,
+            dtype=getattr(torch, self.config.dtype),
+            revision=self.config.revision,
+        )
+
+    def _save(self, model: Any) -> None:
+        from linearize.hub import make_record, save_final
+
+        earlier, stages = self._earlier_record(), {"transfer": self.result.transfer, "finetune": self.result.finetune}
+        done = {name: outcome for name, outcome in stages.items() if outcome is not None}
+        tokens = dict(earlier.get("tokens", {}))
+        for name, outcome in done.items():
+            tokens[name] = tokens.get(name, 0) + outcome.tokens
+        self.record = make_record(
+            earlier.get("teacher") or self.config.model_name_or_path,
+            revision=earlier.get("teacher_revision") if earlier else getattr(self.plan.teacher, "_commit_hash", None),
+            recipe=to_values(self.config),
+            tokens=tokens,
+            seconds={name: outcome.seconds for name, outcome in done.items()},
+            peak_memory_bytes={name: outcome.peak_memory_bytes for name, outcome in done.items()},
+        )
+        if earlier:
+            self.record["teacher_on_hub"] = earlier.get("teacher_on_hub", False)
+        self.result.record = self.record
+        with stage("saving the model"):
+            save_final(model, self.tokenizer, self.directory.final, self.record)
+
+    def _evaluate(self, model: Any, report: Any) -> None:
+        """Measure the saved model, and add the figures to its record and card."""
+        settings = self.config.evaluation
+        if settings is None:
+            return
+        from linearize.hub import update_record
+
+        lower = f"lower evaluation.batch_size (now {settings.batch_size}); the model is saved in {self.directory.final}"
+        with stage("evaluation", lower):
+            model.to(self.state.device)
+            self.result.report = report.finish(model)
+            self.record["evaluation"] = self.result.report.to_dict()
+            self._draw(self.result.report)
+            update_record(self.directory.final, self.record, model.config)
+            self.result.report.show()
+            if settings.tasks:
+                self.result.tasks = self._run_tasks(model)
+                self.record["tasks"] = self.result.tasks.to_dict()
+                update_record(self.directory.final, self.record, model.config)
+
+    def _draw(self, report: Any) -> None:
+        from linearize.evaluation.plots import plot_arms, plot_linear_share
+
+        plots = self.directory.path / "plots"
+        plots.mkdir(exist_ok=True)
+        reference = report.reference if report.row(report.reference) else None
+        plot_arms({row.name: row.perplexity for row in report.rows}, plots / "evaluation_arms.png", reference=reference)
+        if report.share is not None and report.share.per_layer:
+            plot_linear_share(report.share.per_layer, plots / "evaluation_linear_share.png", mean=report.share.mean)
+
+    def _run_tasks(self, model: Any) -> TaskReport:
+        from linearize.evaluation import run_tasks
+
+        settings = self.config.evaluation
+        assert settings is not None
+        tasks = run_tasks(
+            model,
+            self.tokenizer,
+            settings.tasks,
+            include_path=settings.include_path,
+            limit=settings.limit,
+            batch_size=settings.batch_size,
+            output_path=self.directory.path / "logs" / "tasks.json",
+        )
+        tasks.show()
+        return tasks
+
+    def _earlier_record(self) -> dict[str, Any]:
+        """The record of the converted model that the run starts from; empty for a teacher."""
+        from linearize.hub import read_record
+
+        return read_record(self.config.model_name_or_path) if self.plan.converted else {}
+
+    def _finished(self) -> RunResult:
+        from linearize.hub import read_record
+
+        self.result.record = read_record(self.directory.final)
+        return self.result
+
+    def _say(self, text: str) -> None:
+        if self.state.is_main_process:
+            print(text, flush=True)
+
+    def _say_stage(self, name: str, outcome: Any) -> None:
+        """One line after a stage: tokens, seconds, and the memory against its forecast."""
+        from linearize.memory import format_bytes
+
+        line = f"{name}: {outcome.steps:,} steps, {outcome.tokens:,} tokens, {outcome.seconds:.0f} s"
+        if outcome.peak_memory_bytes is not None:
+            planned = self.plan.stage(name)
+            expected = f" ({format_bytes(planned.forecast.total)} expected)" if planned else ""
+            line += f", peak memory {format_bytes(outcome.peak_memory_bytes)}{expected}"
+        self._say(line)
+
+    def _measure(self, work: Callable[[], None]) -> None:
+        """Measure on the main process; the others go on and wait for it in the next stage."""
+        with stage("evaluation", "lower evaluation.batch_size"):
+            work()
+
+    def _alone(self, work: Callable[[], Result]) -> Result | None:
+        """Do something on the main process while the others wait; its error is raised in all of them."""
+        if self.state.num_processes == 1:
+            return work()
+        import torch.distributed as distributed
+
+        result, failure = None, [None]
+        if self.state.is_main_process:
+            try:
+                result = work()
+            except UserError as error:
+                failure = [str(error)]
+        distributed.broadcast_object_list(failure, src=0)
+        if failure[0] is not None:
+            raise UserError(failure[0])
+        return result

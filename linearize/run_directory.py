@@ -1,0 +1,107 @@
+"""The directory of a run: what lies in it, whether it may be used, and whether a resumed run is the run that it holds.
+
+    config.yaml                          every setting, resolved
+    logs/{transfer,finetune}.jsonl       losses; evaluation.json: what has been measured so far
+    plots/*.png
+    checkpoints/{transfer,finetune}/step-N
+    adapter/                             LoRA and the trained mechanisms, in peft's format
+    final/                               the converted repository
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from linearize.errors import UserError
+from linearize.hub import FINAL, read_record
+from linearize.settings import RunConfig
+from linearize.settings_io import differences, resolve, write_config
+
+CONFIG = "config.yaml"
+CONTENTS = (CONFIG, "logs", "plots", "checkpoints", "adapter", FINAL)
+FREE_TO_CHANGE = (
+    "output_dir",
+    "overwrite",
+    "resume_from_checkpoint",
+    "report_to",
+    "push_to_hub",
+    "device",
+    "op_backend",
+    "data.cache_dir",
+)
+"""Settings that a resumed run may change: they do not touch what the checkpoints mean. So may the evaluation, and when to log and save."""
+FREE_KEYS = ("logging_steps", "save_steps", "save_total_limit", "eval_steps")
+
+
+class RunDirectory:
+    """The directory of one run."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.path = Path(config.output_dir)
+        self.final = self.path / FINAL
+
+    @property
+    def measurements(self) -> Path:
+        """What has been measured so far, for a resumed run to go on with."""
+        return self.path / "logs" / "evaluation.json"
+
+    def holds_run(self) -> bool:
+        """Whether any part of a run lies there."""
+        return any((self.path / name).exists() for name in CONTENTS)
+
+    def check(self) -> None:
+        """Refuse a directory that this run may not use; nothing is touched.
+
+        Raises:
+            UserError: it is a file, holds a run, or holds another run than the one to resume.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: name a directory as output_dir.")
+        if not self.holds_run():
+            return
+        if self.config.resume_from_checkpoint:
+            self._check_same_run()
+        elif not self.config.overwrite:
+            raise UserError(
+                f"{self.path} already holds a run: continue it with --resume_from_checkpoint, replace it with --overwrite, "
+                "or name another output_dir."
+            )
+
+    def _check_same_run(self) -> None:
+        if not (self.path / CONFIG).is_file():
+            return
+        changed = [name for name in differences(resolve(self.path / CONFIG), self.config) if not _may_change(name)]
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with other settings ({', '.join(changed)}): resume it with its own, "
+                f"{self.path / CONFIG}, or name another output_dir."
+            )
+
+    def is_complete(self) -> bool:
+        """Whether the run that lies there has ended: the repository is saved and, if asked for, measured."""
+        if not self.final.is_dir():
+            return False
+        record = read_record(self.final)
+        wanted = self.config.evaluation
+        return wanted is None or bool(record.get("evaluation")) and (not wanted.tasks or bool(record.get("tasks")))
+
+    def prepare(self) -> None:
+        """Make the directory, without the run that it held if that is to be replaced, and write the settings."""
+        if self.config.overwrite:
+            for name in CONTENTS:
+                target = self.path / name
+                if target.is_dir() and not target.is_symlink():
+                    shutil.rmtree(target)
+                else:
+                    target.unlink(missing_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"The directory {self.path} cannot be made ({error.strerror}): name another output_dir.") from error
+        write_config(self.config, self.path / CONFIG)
+
+
+def _may_change(name: str) -> bool:
+    return name in FREE_TO_CHANGE or name.startswith("evaluation") or name.rpartition(".")[2] in FREE_KEYS

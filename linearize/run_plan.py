@@ -1,0 +1,191 @@
+"""What a run is about to do, checked before any weight is loaded and printed before anything starts."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from linearize import memory
+from linearize.errors import UserError
+from linearize.hub import is_converted
+from linearize.settings import FinetuneConfig, RunConfig, StepPlan, TransferConfig
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One training stage: its steps, what it trains and what memory it should take."""
+
+    name: str
+    settings: TransferConfig | FinetuneConfig
+    steps: StepPlan
+    trained: dict[str, int]
+    forecast: memory.Forecast
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the stage over all processes."""
+        return self.steps.steps * self.steps.tokens_per_step
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run before it starts."""
+
+    config: RunConfig
+    teacher: Any
+    converted: bool
+    num_processes: int
+    stages: list[StagePlan]
+
+    def stage(self, name: str) -> StagePlan | None:
+        """The stage of that name, if the run has it."""
+        return next((stage for stage in self.stages if stage.name == name), None)
+
+    def show(self, console: Any = None) -> None:
+        """Print the plan as tables."""
+        from linearize.evaluation.tables import show_tables
+
+        show_tables(self.tables(), (), console)
+
+    def tables(self) -> list[Any]:
+        """The run, and each stage with its tokens, steps, trained parameters and expected memory."""
+        from linearize.evaluation.tables import Table
+
+        config, teacher = self.config, self.teacher
+        layers = teacher.num_hidden_layers
+        attention = ", ".join(f"{key} {value}" for key, value in config.attention.items() if key != "type")
+        bits = ", 4-bit base" if config.load_in_4bit else ", 8-bit base" if config.load_in_8bit else ""
+        dataset = config.data.dataset
+        rows = [
+            ["teacher", f"{config.model_name_or_path} ({layers} layers, {config.dtype}{bits})"],
+            ["attention", "as converted" if self.converted else f"{config.attention['type']}, {attention or 'default settings'}"],
+            ["softmax layers", "as converted" if self.converted else ", ".join(map(str, config.softmax_layers)) or "none"],
+            ["data", dataset if isinstance(dataset, str) else ", ".join(dataset)],
+            ["sequence length", f"{config.data.sequence_length:,} tokens"],
+            ["processes", str(self.num_processes)],
+            ["output", config.output_dir],
+        ]
+        tables = [Table("Run", ["", "value"], rows, text=True)]
+        if self.stages:
+            header = ["stage", "trains", "tokens", "steps", "tokens a step", "expected memory a process"]
+            tables.append(Table("Training", header, [_stage_row(stage) for stage in self.stages], text=True))
+        return tables
+
+
+def _stage_row(stage: StagePlan) -> list[str]:
+    trained = ", ".join(f"{what} {count:,}" for what, count in stage.trained.items())
+    steps = stage.steps
+    return [
+        stage.name,
+        trained,
+        f"{stage.tokens:,}",
+        f"{steps.steps:,}",
+        f"{steps.tokens_per_step:,} ({steps.accumulation} x {stage.settings.batch_size} sequences a process)",
+        memory.format_bytes(stage.forecast.total),
+    ]
+
+
+def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
+    """Check what can be checked without weights, and work out steps and memory.
+
+    Raises:
+        UserError: the teacher cannot be read or is too short for the sequences, settings do not fit it, or a package is missing.
+    """
+    from linearize.conversion import load_config
+    from linearize.training_loop import exact_plan
+
+    check_environment(config)
+    teacher = load_config(config.model_name_or_path, revision=config.revision)
+    converted = hasattr(teacher, "mixer_types") or is_converted(config.model_name_or_path)
+    if not converted:
+        check_attention(config, teacher)
+    check_lengths(config, teacher)
+    settings = _sizes_of(config, teacher) if converted else config
+    shape = memory.Shape.of(teacher)
+    mixers = memory.Mechanism.of(shape, settings.attention, settings.softmax_layers).parameters
+    stages = []
+    if config.transfer is not None:
+        steps = exact_plan(config.transfer, config.data.sequence_length, num_processes, "transfer")
+        forecast = memory.forecast_transfer(teacher, settings)
+        stages.append(StagePlan("attention transfer", config.transfer, steps, {"mechanism": mixers}, forecast))
+    if config.finetune is not None:
+        steps = exact_plan(config.finetune, config.data.sequence_length, num_processes, "finetune")
+        trained = {"LoRA": memory.adapter_parameters(shape, config)}
+        trained |= {"mechanism": mixers} if config.finetune.train_mixers else {}
+        stages.append(StagePlan("finetuning", config.finetune, steps, trained, memory.forecast_finetune(teacher, settings)))
+    return RunPlan(config, teacher, converted, num_processes, stages)
+
+
+def _sizes_of(config: RunConfig, student: Any) -> RunConfig:
+    """The settings with the attention of an already converted model, for the forecast."""
+    import dataclasses
+
+    softmax = [index for index, name in enumerate(student.mixer_types) if name not in student.mixers]
+    first = next(iter(student.mixers.values()), config.attention)
+    return dataclasses.replace(config, attention=dict(first), softmax_layers=softmax)
+
+
+def check_attention(config: RunConfig, teacher: Any) -> None:
+    """Build the typed settings of the mechanism, which checks them, before data and weights take their time."""
+    from linearize.modeling import BACKBONES
+    from linearize.modeling.registry import mechanism
+
+    if teacher.model_type not in BACKBONES:
+        raise UserError(
+            f"{config.model_name_or_path} is a {teacher.model_type} model, which cannot be converted; known are {', '.join(BACKBONES)}."
+        )
+    settings = dict(config.attention)
+    try:
+        typed_config = mechanism(settings["type"]).config
+        unknown = [name for name in settings if name not in typed_config.__dataclass_fields__]
+        if unknown:
+            known = ", ".join(typed_config.__dataclass_fields__)
+            raise UserError(f"Unknown setting attention.{unknown[0]}; known are {known}.")
+        typed_config(**settings).resolve(memory.Shape.of(teacher).head_dim)
+    except UserError:
+        raise
+    except Exception as error:  # @strict wraps what a check raises in errors of its own
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(f"attention: {' '.join(str(cause).split())}") from error
+    layers = teacher.num_hidden_layers
+    for index in config.softmax_layers:
+        if not -layers <= index < layers:
+            raise UserError(f"softmax_layers names layer {index}, but the teacher has layers 0 to {layers - 1}.")
+
+
+def check_lengths(config: RunConfig, teacher: Any) -> None:
+    """Refuse sequences that the teacher has never seen the positions of."""
+    limit = getattr(teacher, "max_position_embeddings", None)
+    lengths = {"data.sequence_length": config.data.sequence_length}
+    if config.evaluation is not None and config.evaluation.sequence_length is not None:
+        lengths["evaluation.sequence_length"] = config.evaluation.sequence_length
+    for name, length in lengths.items():
+        if limit is not None and length > limit:
+            raise UserError(f"{name} is {length}, but the teacher's context is {limit} tokens: set it to {limit} or lower.")
+
+
+def check_environment(config: RunConfig) -> None:
+    """Refuse now what would fail after hours: a missing package, device, folder or token."""
+    from linearize.quantization import require_bitsandbytes
+    from linearize.training_log import tracker_names
+
+    tracker_names(config.report_to)
+    if config.load_in_4bit or config.load_in_8bit:
+        require_bitsandbytes()
+    if config.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("device is cuda, but no GPU is visible: set device to auto or cpu.")
+    evaluation = config.evaluation
+    if evaluation is not None:
+        texts = [evaluation.texts] if isinstance(evaluation.texts, str) else evaluation.texts or []
+        for path in [*texts, *([evaluation.include_path] if evaluation.include_path else [])]:
+            if not os.path.exists(path):
+                raise UserError(f"evaluation: there is no file or folder {path}; check the path.")
+        if evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
+            raise UserError("evaluation.tasks needs lm-eval: install it with pip install 'linearize[eval]', or leave tasks empty.")

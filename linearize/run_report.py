@@ -1,0 +1,97 @@
+"""What a run measures, and when: teacher and control before training, the student after each stage, its arms at the end.
+
+The rows are kept in `logs/evaluation.json` as they come, so that a resumed run has those that can no longer be measured.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Subset
+
+from linearize.evaluation.report import (
+    LINEAR_ARM,
+    OWN_WEIGHTS,
+    SHARE_TOKENS,
+    SOFTMAX_ARM,
+    STUDENT,
+    TEACHER,
+    Report,
+    control_name,
+    linear_index,
+    window_reach,
+)
+from linearize.settings import EvaluationConfig
+
+CONVERTED = "student after conversion"
+TRANSFERRED = "student after attention transfer"
+
+
+class RunReport:
+    """The measurements of one run."""
+
+    def __init__(self, config: EvaluationConfig, blocks: Any, path: Path, *, keep: bool) -> None:
+        """Start a report, or go on with the one that an interrupted run left.
+
+        Args:
+            config: What to measure.
+            blocks: Held-out sequences.
+            path: Where the rows are kept.
+            keep: Whether rows that lie there belong to this run.
+        """
+        self.config, self.path = config, path
+        self.blocks = Subset(blocks, range(min(len(blocks), max(1, config.max_tokens // blocks.sequence_length))))
+        self.report = Report.from_json(path.read_text(encoding="utf-8")) if keep and path.is_file() else Report()
+
+    def measure(self, name: str, model: Any, arm: str) -> None:
+        """Append the perplexity of one arm, unless it is there."""
+        from linearize.evaluation import perplexity
+
+        if self.report.row(name) is None:
+            self.report.add(name, perplexity(model, self.blocks, arm=arm, batch_size=self.config.batch_size))
+            self.keep()
+
+    def keep(self) -> None:
+        """Write what has been measured."""
+        from linearize.checkpointing import write_file
+
+        write_file(self.path, self.report.to_json().encode("utf-8"))
+
+    def before_training(self, model: Any, *, base_is_teacher: bool) -> None:
+        """Measure the references on the student before anything trains.
+
+        Args:
+            model: The untrained student, whose base weights are the teacher's.
+            base_is_teacher: False for a model that was finetuned before: its own weights are then the reference, and there is no control.
+        """
+        self.report.reach = window_reach(model.config)
+        self.report.reference = TEACHER if base_is_teacher else OWN_WEIGHTS
+        if self.config.controls:
+            self.measure(self.report.reference, model, "teacher")
+            if base_is_teacher:
+                self.report.control = control_name(model.config)
+                self.measure(self.report.control, model, "softmax")
+            self.measure(CONVERTED, model, "mixed")
+
+    def after_transfer(self, model: Any) -> None:
+        """Measure the student between the stages."""
+        if self.config.controls:
+            self.measure(TRANSFERRED, model, "mixed")
+
+    def finish(self, model: Any) -> Report:
+        """Measure the finished student, its arms and the linear branch's share."""
+        from linearize.evaluation import linear_share, state_bytes
+
+        report = self.report
+        self.measure(STUDENT, model, "mixed")
+        if self.config.controls:
+            self.measure(SOFTMAX_ARM, model, "softmax")
+            self.measure(LINEAR_ARM, model, "linear")
+            rows = [report.row(name) for name in (report.reference, STUDENT, SOFTMAX_ARM)]
+            if all(rows):
+                report.linear_index = linear_index(*(row.nll for row in rows if row))
+            report.share = linear_share(model, self.blocks, batch_size=self.config.batch_size, max_tokens=SHARE_TOKENS)
+        report.state = state_bytes(model.config)
+        self.keep()
+        return report

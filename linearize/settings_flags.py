@@ -1,0 +1,158 @@
+"""Command-line flags made from the settings: one for each field, named as in YAML with a dot before the section's fields.
+
+`with_settings` gives a function that takes a dictionary of overrides the flags as a signature that typer reads, so that the
+names, the choices and the help are written once: in `linearize/settings.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+import typing
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import typer
+
+from linearize.settings import RunConfig
+from linearize.settings_io import flat_names
+from linearize.settings_values import FALSE, TRUE, field_types, options, section_type
+
+NO = "no_"
+
+
+@functools.cache
+def field_help(settings: type) -> dict[str, str]:
+    """The docstring under each field of a settings dataclass."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(settings))).body[0].body  # type: ignore[attr-defined]
+    texts = {}
+    for statement, following in pairwise(body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            texts[statement.target.id] = inspect.cleandoc(following.value.value)  # type: ignore
+    return texts
+
+
+def is_flag(annotation: Any) -> bool:
+    """Whether a field is switched by its bare flag."""
+    return bool in options(annotation)
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether a field takes several values."""
+    return any(typing.get_origin(option) is list for option in options(annotation))
+
+
+def shown_default(settings: type, name: str) -> str:
+    """The default as the help shows it; empty where there is none worth showing."""
+    field = next(field for field in dataclasses.fields(settings) if field.name == name)
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if value is None or isinstance(value, (bool, dict)) or dataclasses.is_dataclass(value):
+        return ""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def mechanism_fields() -> dict[str, str]:
+    """Setting -> help of every mechanism's configuration, for the `--attention.` flags."""
+    from linearize.modeling.registry import ATTENTIONS
+
+    texts: dict[str, str] = {"type": "The mechanism: " + ", ".join(ATTENTIONS) + "."}
+    for mechanism, entry in ATTENTIONS.items():
+        described = field_help(entry.config)
+        for field in dataclasses.fields(entry.config):
+            if field.name not in ("type", "contract"):
+                text = described.get(field.name, f"Setting of {mechanism} attention.")
+                texts.setdefault(field.name, f"{text} [default: {field.default}]")
+    return texts
+
+
+def _parameter(name: str, annotation: Any, help_text: str, default: str, panel: str) -> inspect.Parameter:
+    identifier = name.replace(".", "__dot__")
+    section, _, key = name.rpartition(".")
+    prefix = f"{section}." if section else ""
+    if is_flag(annotation):
+        declaration, kind = f"--{name}/--{prefix}{NO}{key}", bool | None
+    else:
+        declaration, kind = f"--{name}", list[str] | None if is_list(annotation) else str | None
+    choices = [choice for option in options(annotation) if typing.get_origin(option) is Literal for choice in typing.get_args(option)]
+    shown = help_text + (f" One of {', '.join(choices)}." if choices and len(choices) <= 6 else "")
+    option = typer.Option(None, declaration, help=shown, rich_help_panel=panel, show_default=default or False, metavar=None if is_flag(annotation) else "VALUE")
+    return inspect.Parameter(identifier, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+
+
+def setting_parameters(names: Sequence[str]) -> list[inspect.Parameter]:
+    """One typer parameter for each field of the named sections and top-level settings."""
+    parameters = []
+    for name in names:
+        annotation = field_types(RunConfig)[name]
+        section = section_type(annotation)
+        if section is None or type(None) in options(annotation):  # of a section only "none", which switches it off, is a value
+            parameters.append(_parameter(name, annotation, field_help(RunConfig)[name], shown_default(RunConfig, name), "run"))
+        if section is not None:
+            parameters += [
+                _parameter(f"{name}.{key}", inner, field_help(section)[key], shown_default(section, key), name)
+                for key, inner in field_types(section).items()
+            ]
+        if name == "attention":
+            parameters += [_parameter(f"attention.{key}", str, text, "", "attention") for key, text in mechanism_fields().items()]
+    return parameters
+
+
+def with_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the flags of the named settings (a section's name brings all its fields).
+
+    The command must take a keyword `overrides`: dotted name -> value for every flag that was given.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = [parameter for parameter in inspect.signature(command, eval_str=True).parameters.values() if parameter.name != "overrides"]
+        flags = setting_parameters(names)
+        identifiers = {parameter.name: parameter.name.replace("__dot__", ".") for parameter in flags}
+
+        @functools.wraps(command)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = {identifiers[key]: kwargs.pop(key) for key in list(kwargs) if key in identifiers}
+            overrides = {name: _value(name, value) for name, value in given.items() if value not in (None, [])}
+            return command(*args, overrides=overrides, **kwargs)
+
+        call.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *flags]}
+        return call
+
+    return decorate
+
+
+def _value(name: str, value: Any) -> Any:
+    """What a flag gave, as YAML would have given it."""
+    import yaml
+
+    if name.startswith("attention."):
+        return yaml.safe_load(value)
+    if name == "attention" and isinstance(value, str) and not value.strip().startswith("{"):
+        return {"type": value}
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def normalise(argv: Sequence[str]) -> list[str]:
+    """Write `--overwrite true` and `--overwrite=false` as `--overwrite` and `--no_overwrite`: both styles are in common use."""
+    switches = {f"--{name}" for name, annotation in flat_names().items() if is_flag(annotation)}
+    result: list[str] = []
+    for word in argv:
+        flag, _, value = word.partition("=")
+        if flag in switches and value.lower() in TRUE + FALSE and value:
+            result.append(flag if value.lower() in TRUE else _negated(flag))
+        elif result and result[-1] in switches and word.lower() in TRUE[:3] + FALSE[:3]:
+            result[-1] = result[-1] if word.lower() in TRUE else _negated(result[-1])
+        else:
+            result.append(word)
+    return result
+
+
+def _negated(flag: str) -> str:
+    section, dot, key = flag[2:].rpartition(".")
+    return f"--{section}{dot}{NO}{key}"
+
+

@@ -1,0 +1,114 @@
+"""Settings as YAML files: the shipped presets, a person's own file, and the resolved `config.yaml` of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from linearize.errors import UserError
+from linearize.settings import RunConfig
+from linearize.settings_values import NOTHING, build, field_types, section_type
+
+PRESETS = Path(__file__).parent / "configs"
+"""The YAML files of `recipes/configs`, which the wheel carries under this name."""
+
+
+def preset_names() -> list[str]:
+    """Names of the shipped presets, which stand for their paths."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+
+
+def find_config(path_or_preset: str | PathLike[str]) -> Path:
+    """The YAML file that a path or the bare name of a shipped preset stands for."""
+    path = Path(path_or_preset)
+    if path.is_file():
+        return path
+    preset = PRESETS / f"{path_or_preset}.yaml"
+    if preset.is_file():
+        return preset
+    known = ", ".join(preset_names())
+    raise UserError(f"There is no config {str(path_or_preset)!r}: give the path of a YAML file or a preset ({known}).")
+
+
+def read_values(path_or_preset: str | PathLike[str]) -> dict[str, Any]:
+    """The settings that a YAML file gives, unchecked."""
+    path = find_config(path_or_preset)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not a valid YAML file: {' '.join(str(error).split())}.") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path} must hold settings as names with values, but it holds a {type(values).__name__}.")
+    return values
+
+
+def merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Lay `overrides` (dotted names, as the flags give them) over nested `values`; `values` stay untouched.
+
+    A section that is switched off (`transfer: none`) comes back with its defaults when one of its fields is set.
+    """
+    merged = {key: dict(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    for name, value in overrides.items():
+        section, _, key = name.partition(".")
+        if not key:
+            merged[section] = value
+            continue
+        inside = merged.get(section)
+        if inside is None or (isinstance(inside, str) and inside.lower() in NOTHING):
+            inside = merged[section] = {}
+        if not isinstance(inside, dict):
+            raise UserError(f"{section} must be a section (names with values), not {inside!r}.")
+        inside[key] = value
+    return merged
+
+
+def resolve(config: RunConfig | Mapping[str, Any] | str | PathLike[str] | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+    """Settings from a path, a preset's name, a mapping or settings, with `overrides` (dotted names) laid over them."""
+    if isinstance(config, RunConfig):
+        config = to_values(config)
+    values: Mapping[str, Any] = {} if config is None else config if isinstance(config, Mapping) else read_values(config)
+    return build(RunConfig, merge(values, overrides or {}))
+
+
+def to_values(settings: Any) -> dict[str, Any]:
+    """Settings as plain nested values, for YAML or JSON."""
+    return dataclasses.asdict(settings)
+
+
+def write_config(config: RunConfig, path: str | PathLike[str]) -> None:
+    """Write every setting, defaults included, so that a later default never changes what this run was."""
+    from linearize.checkpointing import write_file
+
+    text = yaml.safe_dump(to_values(config), sort_keys=False, allow_unicode=True, width=119)
+    write_file(path, text.encode("utf-8"))
+
+
+def flat_names(settings: type = RunConfig) -> dict[str, Any]:
+    """Dotted name -> annotation of every plain field, sections' fields included."""
+    names: dict[str, Any] = {}
+    for name, annotation in field_types(settings).items():
+        section = section_type(annotation)
+        names[name] = annotation
+        if section is not None:
+            names |= {f"{name}.{key}": inner for key, inner in field_types(section).items()}
+    return names
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Dotted names of the settings whose values differ."""
+    first, second = to_values(old), to_values(new)
+    found = []
+    for name, value in first.items():
+        other = second[name]
+        if isinstance(value, dict) and isinstance(other, dict):
+            found += [f"{name}.{key}" for key in {**value, **other} if value.get(key) != other.get(key)]
+        elif value != other:
+            found.append(name)
+    return found
