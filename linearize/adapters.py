@@ -180,12 +180,12 @@ def merge_into_unquantized(
     Returns:
         The plain model on the CPU.
     """
-    from linearize.conversion import convert, load_student
+    from linearize.conversion import PREFIX, convert, load_config, load_student
 
     base = model.get_base_model()
     source = os.fspath(model_name_or_path)
     where = {"revision": revision, "token": token, "dtype": dtype}
-    if _is_converted(source, revision, token):
+    if load_config(source, revision=revision, token=token).model_type.startswith(PREFIX):
         full = load_student(source, **where)
     else:
         full = convert(source, mixer_types=list(base.config.mixer_types), mixers=dict(base.config.mixers), **where)
@@ -196,15 +196,6 @@ def merge_into_unquantized(
     if outcome.unexpected_keys:
         raise UserError(f"{source} is not what the adapter was trained on: it has no {outcome.unexpected_keys[0]}.")
     return merge(adapted)
-
-
-def _is_converted(source: str, revision: str | None, token: str | None) -> bool:
-    from transformers import PreTrainedConfig
-
-    if source.endswith(".gguf"):
-        return False
-    settings, _ = PreTrainedConfig.get_config_dict(source, revision=revision, token=token)
-    return "mixer_types" in settings
 
 
 def _copy_of(config: Any) -> Any:

@@ -16,20 +16,27 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from accelerate import PartialState
 from transformers import TrainingArguments, set_seed
 
 from linearize.adapters import AdaptedModel, add_adapters, merge, merge_into_unquantized, save_adapter
-from linearize.checkpointing import Checkpoint, checkpoint_to_resume, prune_checkpoints, require_same_run
+from linearize.checkpointing import (
+    Checkpoint,
+    checkpoint_to_resume,
+    prune_checkpoints,
+    readable_write_errors,
+    require_same_run,
+)
 from linearize.errors import UserError
 from linearize.finetuning_trainer import FinetuningTrainer
-from linearize.training_log import TrainingLog, plot_curves, read_log, tracker_names
+from linearize.training_log import TrainingLog, has_matplotlib, read_log, tracker_names
 from linearize.training_loop import Interrupt, PeakMemory, exact_plan
 
 if TYPE_CHECKING:
@@ -80,6 +87,7 @@ def finetune(
     arm: Literal["mixed", "teacher"] = "mixed",
     tokenizer: PreTrainedTokenizerBase | None = None,
     base_model: str | os.PathLike[str] | None = None,
+    device: str | None = None,
 ) -> FinetuneResult:
     """Trains adapters (and the mechanism) of a converted model, in place.
 
@@ -98,6 +106,7 @@ def finetune(
             untouched.
         tokenizer: Saved beside the adapter.
         base_model: What the adapter is recorded to belong on; default: where the model was loaded from.
+        device: "cpu" keeps to the CPU; None takes the process's GPU where there is one.
 
     Raises:
         UserError: Settings that do not fit the model, the data or the processes; not finite losses; out of memory; a
@@ -106,20 +115,19 @@ def finetune(
     """
     output = Path(output_dir)
     root = output / "checkpoints" / "finetune"
-    sequence_length = len(train[0]["input_ids"]) if len(train) else 0
-    if not sequence_length:
+    if len(train) == 0:
         raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
     trackers = tracker_names(report_to)
     use_cache = model.config.use_cache
     checkpoint = checkpoint_to_resume(root, resume)
     set_seed(seed)
     adapted = add_adapters(model, config, train_mixers=config.train_mixers and arm != "teacher")
-    arguments = _training_arguments(config, root, seed, trackers, use_cpu=model.device.type == "cpu")
-    plan = exact_plan(config, sequence_length, arguments.world_size, "finetune")
+    arguments = _training_arguments(config, root, seed, trackers, on_cpu=_stays_on_cpu(device))
+    plan = exact_plan(config, train.sequence_length, arguments.world_size, "finetune")
     arguments.gradient_accumulation_steps = plan.accumulation
     arguments.max_steps = plan.steps
     run = {
-        "sequence_length": sequence_length,
+        "sequence_length": train.sequence_length,
         "tokens_per_step": plan.tokens_per_step,
         "num_blocks": len(train),
         "seed": seed,
@@ -148,16 +156,13 @@ def finetune(
         model.config.use_cache = use_cache
         start = time.perf_counter()
         if plan.steps:
-            _train(trainer, checkpoint, config, arm, sequence_length)
+            _train(trainer, checkpoint, config, arm, train.sequence_length)
         seconds = time.perf_counter() - start
     adapted.eval()
     if is_main:
         if plan.steps:
             prune_checkpoints(root, config.save_total_limit)
-        curves = {"loss": "loss"} | (
-            {"cross_entropy": "cross-entropy", "kl": "KL to the teacher"} if config.kl_weight else {}
-        )
-        plot_curves(read_log(log_path), curves, output / "plots" / "finetune_loss.png", title="Finetuning")
+        plot_losses(read_log(log_path), output / "plots" / "finetune_loss.png", with_kl=bool(config.kl_weight))
         save_adapter(adapted, output / "adapter", base_model=base_model, tokenizer=tokenizer)
     trainer.accelerator.wait_for_everyone()
     return FinetuneResult(
@@ -172,8 +177,13 @@ def finetune(
     )
 
 
+def _stays_on_cpu(device: str | None) -> bool:
+    """The Trainer resets accelerate's state: an earlier stage's choice of the CPU must be handed on."""
+    return PartialState(cpu=device == "cpu").device.type == "cpu"
+
+
 def _training_arguments(
-    config: FinetuneConfig, root: Path, seed: int, trackers: list[str], *, use_cpu: bool
+    config: FinetuneConfig, root: Path, seed: int, trackers: list[str], *, on_cpu: bool
 ) -> TrainingArguments:
     """The Trainer's arguments; accumulation and steps follow when the number of processes is known.
 
@@ -198,8 +208,8 @@ def _training_arguments(
         report_to=trackers or "none",
         remove_unused_columns=False,
         label_names=["labels"],
-        use_cpu=use_cpu,
-        dataloader_pin_memory=not use_cpu,
+        use_cpu=on_cpu,
+        dataloader_pin_memory=not on_cpu,
         # A sequence within the window leaves the feature maps without a gradient.
         ddp_find_unused_parameters=True,
         ddp_broadcast_buffers=False,
@@ -223,7 +233,7 @@ def _train(
             f"{sequence_length}): lower finetune.batch_size, finetune.logits_chunk or data.sequence_length, "
             "set finetune.gradient_checkpointing, or load the base in 4 bit (load_in_4bit)."
         ) from error
-    if trainer.interrupt.requested:
+    if trainer.stopped:
         raise KeyboardInterrupt
 
 
@@ -245,3 +255,31 @@ def gradient_checkpointing(base: PreTrainedModel, enabled: bool) -> Iterator[Non
         yield
     finally:
         disable()
+
+
+def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, *, with_kl: bool) -> None:
+    """Draws the loss over the steps, and beside it the divergence, which is much smaller.
+
+    Args:
+        records: The log, as `read_log` gives it.
+        path: The PNG.
+        with_kl: Whether the teacher had a part in the loss.
+    """
+    if not records or not has_matplotlib():
+        return
+    from matplotlib.figure import Figure
+
+    panels = [{"loss": "loss"}]
+    if with_kl:
+        panels = [{"loss": "weighted sum", "cross_entropy": "cross-entropy"}, {"kl": "KL to the teacher"}]
+    figure = Figure(figsize=(7 if len(panels) == 1 else 11, 4.2), layout="constrained")
+    steps = [record["step"] for record in records]
+    for axes, curves in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for key, label in curves.items():
+            axes.plot(steps, [record[key] for record in records], label=label, marker="." if len(steps) == 1 else "")
+        axes.set(title="Finetuning", xlabel="step", ylabel="nats per supervised token")
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+    with readable_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)

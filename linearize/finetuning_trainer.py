@@ -157,7 +157,7 @@ class FinetuningTrainer(Trainer):
         self.step_losses: list[float] = []
         self._sums: Tensor | None = None
         self._norm, self._rate = 0.0, 0.0
-        self._stop = False
+        self.stopped = False
         super().__init__(model=model, args=args, train_dataset=train_dataset, callbacks=[_StopAfterStep(self)])
         self.model_accepts_loss_kwargs = True
 
@@ -241,7 +241,7 @@ class FinetuningTrainer(Trainer):
                 named,
                 "lower finetune.learning_rate or finetune.mixer_learning_rate, or look at the data of that step",
             )
-        self._stop, self._rate = stop > 0, self._get_learning_rate()
+        self.stopped, self._rate = stop > 0, self._get_learning_rate()
         self.step_losses.append(losses[0])
         self.window.append(losses)
 
@@ -303,7 +303,7 @@ class _StopAfterStep(TrainerCallback):
         self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self.trainer._stop:
+        if self.trainer.stopped:
             control.should_save = control.should_training_stop = True
         return control
 

@@ -11,13 +11,14 @@ import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_models import make_student, make_teacher
 
 from linearize.data import TokenBlocks
-from linearize.settings import TransferConfig
+from linearize.settings import FinetuneConfig, TransferConfig
 
 STEPS = 20
 LENGTH = 16
@@ -33,7 +34,22 @@ def transfer(model, blocks, output_dir):
     return result.losses_per_layer
 
 
-STAGES = {"transfer": transfer}
+def finetune(model, blocks, output_dir):
+    """Losses by step: total, cross-entropy, KL. The sequences have different numbers of labels."""
+    from linearize.finetuning import finetune
+
+    labels = torch.where(torch.arange(LENGTH) < torch.arange(len(blocks))[:, None] * 2, -100, blocks.input_ids)
+    config = FinetuneConfig(
+        max_steps=STEPS, tokens_per_step=2 * LENGTH, logging_steps=1, learning_rate=1e-2, kl_weight=0.5, logits_chunk=8
+    )
+    result = finetune(model, TokenBlocks(blocks.input_ids, labels), config, output_dir=output_dir, seed=3)
+    records = [json.loads(line) for line in result.log_path.read_text().splitlines()]
+    assert [record["loss"] for record in records] == result.losses
+    assert PartialState().num_processes == int(os.environ.get("WORLD_SIZE", "1"))
+    return [[record[name] for name in ("loss", "cross_entropy", "kl")] for record in records]
+
+
+STAGES = {"transfer": transfer, "finetune": finetune}
 
 
 def run(output_dir, stages, dtypes=tuple(DTYPES)):
