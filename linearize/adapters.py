@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,12 @@ class AdaptedModel(PeftModelForCausalLM):
     The objective works on hidden states and never sees all logits, yet it must be called through the outermost module:
     the hooks of DDP, which average the gradients, sit there.
     """
+
+    def __init__(self, model: nn.Module, peft_config: LoraConfig, *args: Any, **kwargs: Any) -> None:
+        with warnings.catch_warnings():
+            # peft 0.21 asks by the older of two names, which transformers 5.23 warns about.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+            super().__init__(model, peft_config, *args, **kwargs)
 
     def forward(self, *args: Any, objective: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
         """Runs `objective(self, **kwargs)` where one is given, else the model as usual."""
