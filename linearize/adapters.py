@@ -52,10 +52,10 @@ class AdaptedModel(PeftModelForCausalLM):
         super().save_pretrained(save_directory, *args, **kwargs)
 
 
-def adaptable_layers(model: nn.Module) -> list[str]:
+def adaptable_layers(model: PreTrainedModel) -> list[str]:
     """Last names of the linear layers that can take an adapter, in order of appearance; the mechanism and the head are
     left out."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     names: dict[str, None] = {}
     for name, module in model.named_modules():
         parts = name.split(".")
@@ -64,7 +64,7 @@ def adaptable_layers(model: nn.Module) -> list[str]:
     return list(names)
 
 
-def check_targets(model: nn.Module, targets: Sequence[str]) -> None:
+def check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
     """Refuses names of layers that the model does not have.
 
     Raises:
@@ -153,7 +153,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
         UserError: The base is quantised (merge into full weights instead), or the adapter holds values that are not
             finite.
     """
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     if is_quantized(base):
         raise UserError("the base is quantised: merge into the full weights with merge_into_unquantized.")
     try:
@@ -189,17 +189,17 @@ def merge_into_unquantized(
     """
     from linearize.conversion import PREFIX, convert, load_config, load_student
 
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     source = os.fspath(model_name_or_path)
-    where = {"revision": revision, "token": token, "dtype": dtype}
+    where: dict[str, Any] = {"revision": revision, "token": token, "dtype": dtype}
     if load_config(source, revision=revision, token=token).model_type.startswith(PREFIX):
-        full = load_student(source, **where)
+        full: Any = load_student(source, **where)
     else:
         full = convert(source, mixer_types=list(base.config.mixer_types), mixers=dict(base.config.mixers), **where)
     full.load_mixer_state_dict(_mixer_tensors(base))
     adapter = "default"
     adapted = AdaptedModel(full, _copy_of(model.peft_config[adapter]))
-    outcome = set_peft_model_state_dict(adapted, get_peft_model_state_dict(model, save_embedding_layers=False))
+    outcome: Any = set_peft_model_state_dict(adapted, get_peft_model_state_dict(model, save_embedding_layers=False))
     if outcome.unexpected_keys:
         raise UserError(f"{source} is not what the adapter was trained on: it has no {outcome.unexpected_keys[0]}.")
     return merge(adapted)

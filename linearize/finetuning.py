@@ -30,7 +30,6 @@ from linearize.adapters import AdaptedModel, add_adapters, merge, merge_into_unq
 from linearize.checkpointing import (
     Checkpoint,
     checkpoint_to_resume,
-    prune_checkpoints,
     readable_write_errors,
     require_same_run,
 )
@@ -43,12 +42,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from linearize.data import TokenBlocks
-    from linearize.settings import FinetuneConfig
+    from linearize.settings import FinetuneConfig, StepPlan
 
 __all__ = ["FinetuneResult", "finetune", "merge", "merge_into_unquantized", "save_adapter"]
 
 logger = logging.getLogger(__name__)
 
+CHECKPOINTS = Path("checkpoints", "finetune")
+LOG = Path("logs", "finetune.jsonl")
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -113,19 +114,11 @@ def finetune(
             full disk.
         KeyboardInterrupt: After Ctrl-C, with a checkpoint left.
     """
-    output = Path(output_dir)
-    root = output / "checkpoints" / "finetune"
     if len(train) == 0:
         raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
-    trackers = tracker_names(report_to)
-    use_cache = model.config.use_cache
-    checkpoint = checkpoint_to_resume(root, resume)
-    set_seed(seed)
-    adapted = add_adapters(model, config, train_mixers=config.train_mixers and arm != "teacher")
-    arguments = _training_arguments(config, root, seed, trackers, on_cpu=_stays_on_cpu(device))
-    plan = exact_plan(config, train.sequence_length, arguments.world_size, "finetune")
-    arguments.gradient_accumulation_steps = plan.accumulation
-    arguments.max_steps = plan.steps
+    output = Path(output_dir)
+    checkpoint = checkpoint_to_resume(output / CHECKPOINTS, resume)
+    arguments, plan = _training_arguments(config, train.sequence_length, output, seed, report_to, device)
     run = {
         "sequence_length": train.sequence_length,
         "tokens_per_step": plan.tokens_per_step,
@@ -136,62 +129,51 @@ def finetune(
     }
     if checkpoint is not None:
         require_same_run(checkpoint, run)
+    set_seed(seed)
+    adapted = add_adapters(model, config, train_mixers=config.train_mixers and arm != "teacher")
     is_main = arguments.process_index == 0
-    log_path = output / "logs" / "finetune.jsonl"
-    log = TrainingLog(log_path, checkpoint.step if checkpoint else None) if is_main else None
+    log = TrainingLog(output / LOG, checkpoint.step if checkpoint else None) if is_main else None
     memory = PeakMemory(arguments.device)
-    with Interrupt() as interrupt:
-        trainer = FinetuningTrainer(
-            adapted,
-            arguments,
-            config=config,
-            train_dataset=train,
-            interrupt=interrupt,
-            log=log,
-            run=run,
-            window=list(checkpoint.state["window"]) if checkpoint else [],
-        )
-        # The Trainer switches the cache off for good, which would be saved with the model and slow down its
-        # generation.
-        model.config.use_cache = use_cache
-        start = time.perf_counter()
-        if plan.steps:
-            _train(trainer, checkpoint, config, arm, train.sequence_length)
-        seconds = time.perf_counter() - start
-    adapted.eval()
+    start = time.perf_counter()
+    losses = _train(adapted, train, config, arguments, run, checkpoint, log)
+    seconds = time.perf_counter() - start
     if is_main:
-        if plan.steps:
-            prune_checkpoints(root, config.save_total_limit)
-        plot_losses(read_log(log_path), output / "plots" / "finetune_loss.png", with_kl=bool(config.kl_weight))
+        plot_losses(read_log(output / LOG), output / "plots" / "finetune_loss.png", with_kl=bool(config.kl_weight))
         save_adapter(adapted, output / "adapter", base_model=base_model, tokenizer=tokenizer)
-    trainer.accelerator.wait_for_everyone()
+    PartialState().wait_for_everyone()
     return FinetuneResult(
         model=adapted,
-        losses=trainer.step_losses,
+        losses=losses,
         steps=plan.steps,
         tokens=plan.steps * plan.tokens_per_step,
         seconds=seconds,
         peak_memory_bytes=memory.bytes(),
-        log_path=log_path,
+        log_path=output / LOG,
         adapter_path=output / "adapter",
     )
 
 
-def _stays_on_cpu(device: str | None) -> bool:
-    """The Trainer resets accelerate's state: an earlier stage's choice of the CPU must be handed on."""
-    return PartialState(cpu=device == "cpu").device.type == "cpu"
-
-
 def _training_arguments(
-    config: FinetuneConfig, root: Path, seed: int, trackers: list[str], *, on_cpu: bool
-) -> TrainingArguments:
-    """The Trainer's arguments; accumulation and steps follow when the number of processes is known.
+    config: FinetuneConfig,
+    sequence_length: int,
+    output: Path,
+    seed: int,
+    report_to: str | Sequence[str],
+    device: str | None,
+) -> tuple[TrainingArguments, StepPlan]:
+    """The Trainer's arguments, and the steps that they amount to.
 
     Mixed precision stays off: the base computes in the dtype that it was loaded in, adapters and mechanism in float32.
     """
+    # The Trainer resets accelerate's state: an earlier stage's choice of the CPU must be handed on.
+    state = PartialState(cpu=device == "cpu")
+    on_cpu = state.device.type == "cpu"
+    plan = exact_plan(config, sequence_length, state.num_processes, "finetune")
     arguments = TrainingArguments(
-        output_dir=str(root),
+        output_dir=str(output / CHECKPOINTS),
+        max_steps=plan.steps,
         per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=plan.accumulation,
         learning_rate=config.learning_rate,
         lr_scheduler_type=SCHEDULERS[config.schedule],
         warmup_steps=config.warmup_steps,
@@ -201,11 +183,11 @@ def _training_arguments(
         logging_nan_inf_filter=False,
         save_strategy="steps",
         save_steps=config.save_steps,
-        # The Trainer would delete old checkpoints before the new one is in its place; `_save_checkpoint` does it
-        # afterwards.
+        # The Trainer would delete old checkpoints before the new one is in its place: `_save_checkpoint` does it
+        # after.
         save_total_limit=None,
         seed=seed,
-        report_to=trackers or "none",
+        report_to=tracker_names(report_to) or "none",
         remove_unused_columns=False,
         label_names=["labels"],
         use_cpu=on_cpu,
@@ -217,28 +199,54 @@ def _training_arguments(
     # One process drives one GPU: the Trainer would otherwise wrap the model in DataParallel on a machine with several.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
-    return arguments
+    return arguments, plan
 
 
 def _train(
-    trainer: FinetuningTrainer, checkpoint: Checkpoint | None, config: FinetuneConfig, arm: str, sequence_length: int
-) -> None:
-    base = trainer.model.get_base_model()
-    try:
-        with base.use_arm(arm), gradient_checkpointing(base, config.gradient_checkpointing):
-            trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"the GPU ran out of memory in finetuning (batch_size {config.batch_size}, sequence_length "
-            f"{sequence_length}): lower finetune.batch_size, finetune.logits_chunk or data.sequence_length, "
-            "set finetune.gradient_checkpointing, or load the base in 4 bit (load_in_4bit)."
-        ) from error
+    adapted: AdaptedModel,
+    train: TokenBlocks,
+    config: FinetuneConfig,
+    arguments: TrainingArguments,
+    run: dict[str, Any],
+    checkpoint: Checkpoint | None,
+    log: TrainingLog | None,
+) -> list[float]:
+    """Runs the Trainer; the loss of each step."""
+    base: Any = adapted.get_base_model()
+    window = list(checkpoint.state["window"]) if checkpoint else []
+    use_cache = base.config.use_cache
+    with Interrupt() as interrupt:
+        trainer = FinetuningTrainer(
+            adapted,
+            arguments,
+            config=config,
+            train_dataset=train,
+            interrupt=interrupt,
+            log=log,
+            run=run,
+            window=window,
+        )
+        # The Trainer switches the cache off for good: that would be saved with the model and slow down its generation.
+        base.config.use_cache = use_cache
+        if run["steps"] == 0:
+            return []
+        try:
+            with base.use_arm(run["arm"]), gradient_checkpointing(base, config.gradient_checkpointing):
+                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU ran out of memory in finetuning (batch_size {config.batch_size}, sequence_length "
+                f"{run['sequence_length']}): lower finetune.batch_size, finetune.logits_chunk or "
+                "data.sequence_length, set finetune.gradient_checkpointing, or load the base in 4 bit (load_in_4bit)."
+            ) from error
     if trainer.stopped:
         raise KeyboardInterrupt
+    adapted.eval()
+    return trainer.step_losses
 
 
 @contextmanager
-def gradient_checkpointing(base: PreTrainedModel, enabled: bool) -> Iterator[None]:
+def gradient_checkpointing(base: Any, enabled: bool) -> Iterator[None]:
     """Recomputes each layer in the backward pass. Non-reentrant: the frozen embeddings give no gradient to start
     from."""
     if not enabled:

@@ -7,7 +7,7 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sized
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from linearize.adapters import AdaptedModel, is_mixer_parameter
 from linearize.checkpointing import STATE_FILE, prune_checkpoints, readable_write_errors, write_file
@@ -79,7 +79,7 @@ class Objective:
             Scalars: what is differentiated, the cross-entropy, the divergence; each summed over this micro-batch and
                 divided by the denominator.
         """
-        base = model.get_base_model()
+        base: Any = model.get_base_model()
         teacher = teacher_hidden_states(model, input_ids) if self.weights.kl_weight else None
         hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
         sums = language_model_loss(
@@ -97,7 +97,7 @@ class Objective:
 def teacher_hidden_states(model: AdaptedModel, input_ids: Tensor) -> Tensor:
     """The teacher's last hidden states `[B, T, E]` from the same weights: adapters and mechanism off, no dropout, no
     gradient."""
-    base = model.get_base_model()
+    base: Any = model.get_base_model()
     training = model.training
     model.eval()
     try:
@@ -150,8 +150,9 @@ class FinetuningTrainer(Trainer):
         run: dict[str, Any],
         window: list[list[float]],
     ) -> None:
-        self.config, self.interrupt, self.records, self.run, self.window = config, interrupt, log, run, window
-        self.objective = Objective(
+        self.adapted, self.config, self.interrupt = model, config, interrupt
+        self.records, self.run, self.window = log, run, window
+        self.objective: Objective = Objective(
             LossWeights(config.ce_weight, config.kl_weight, config.temperature), config.logits_chunk
         )
         self.step_losses: list[float] = []
@@ -161,9 +162,9 @@ class FinetuningTrainer(Trainer):
         super().__init__(model=model, args=args, train_dataset=train_dataset, callbacks=[_StopAfterStep(self)])
         self.model_accepts_loss_kwargs = True
 
-    def _get_train_sampler(self, train_dataset: Sized | None = None) -> Sampler[int]:
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int]:
         """The order of `data.epoch_order` instead of the Trainer's random one."""
-        blocks = self.train_dataset if train_dataset is None else train_dataset
+        blocks: Any = self.train_dataset if train_dataset is None else train_dataset
         sequences = (
             self.args.per_device_train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
         )
@@ -186,9 +187,10 @@ class FinetuningTrainer(Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW with one group for the adapters and one for the mechanism."""
         if self.optimizer is None:
-            trained = self.model if model is None else model
-            optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args, trained)
-            self.optimizer = optimizer(parameter_groups(trained, self.config), **settings)
+            optimizer, settings = self.get_optimizer_cls_and_kwargs(self.args)
+            self.optimizer = optimizer(
+                parameter_groups(self.adapted if model is None else model, self.config), **settings
+            )
         return self.optimizer
 
     def compute_loss(
@@ -196,7 +198,7 @@ class FinetuningTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor:
         """The objective, times the number of processes because DDP averages their gradients."""
         losses = model(
@@ -210,7 +212,7 @@ class FinetuningTrainer(Trainer):
         return losses[0] * self.args.world_size
 
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | None = None
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """A micro-batch; after a step's last one its losses and gradients are checked before the optimiser sees
         them."""
@@ -228,12 +230,12 @@ class FinetuningTrainer(Trainer):
             facts = self.accelerator.reduce(facts, reduction="sum")
         self._sums = None
         *losses, stop = facts.tolist()
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.adapted.parameters() if parameter.grad is not None]
         self._norm = float(torch.nn.utils.get_total_norm(gradients))
         step = self.state.global_step + 1
         found = {"the loss": losses[0], "the gradient norm": self._norm}
         if not torch.isfinite(torch.tensor(list(found.values()))).all():
-            origin = find_non_finite(self.model, input_ids)
+            origin = find_non_finite(self.adapted, input_ids)
             named = {f"{name} (first seen in {origin})" if origin else name: value for name, value in found.items()}
             check_finite(
                 STAGE,
@@ -267,7 +269,7 @@ class FinetuningTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
         """Lets the Trainer write its folder, then gives it its place `step-N` in one move: a checkpoint is whole or
         absent."""
-        root = Path(self.args.output_dir)
+        root = Path(str(self.args.output_dir))
         partial, target = root / f"checkpoint-{self.state.global_step}", root / f"step-{self.state.global_step}"
         try:
             with readable_write_errors(target):
@@ -330,7 +332,7 @@ def find_non_finite(model: AdaptedModel, input_ids: Tensor) -> str:
 
 
 @torch.no_grad()
-def _first_non_finite_output(base: PreTrainedModel, input_ids: Tensor) -> str:
+def _first_non_finite_output(base: Any, input_ids: Tensor) -> str:
     found: list[str] = []
 
     def watch(name: str) -> Any:

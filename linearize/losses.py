@@ -120,7 +120,7 @@ def language_model_loss(
     targets = labels[:, 1:].reshape(-1)
     keep = targets.ne(IGNORE_INDEX).nonzero().squeeze(-1)
     hidden = hidden_states[:, :-1].flatten(0, 1)[keep]
-    teacher = teacher_hidden_states[:, :-1].flatten(0, 1)[keep] if weights.kl_weight else None
+    teacher = None if teacher_hidden_states is None else teacher_hidden_states[:, :-1].flatten(0, 1)[keep]
     targets = targets[keep]
 
     # Starting the sum from the hidden states keeps the graph (and DDP's hooks) alive when a batch has no supervised
