@@ -1,0 +1,53 @@
+# `make demo` and `make test` work in a bare checkout: each sets up .venv (once; about 5 minutes and 2 GB) and fetches a real
+# Llama checkpoint (93 MB) before it starts.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SMOLLM2 := .cache/smollm2-135m-instruct
+
+PYTEST_ARGS ?=
+export TOKENIZERS_PARALLELISM := false
+
+.PHONY: demo test install checkpoint style quality tests test-gpu build clean
+
+demo: install checkpoint ## convert, train and measure SmolLM2-135M on the CPU
+	@echo "== Demo: SmolLM2-135M to hybrid linear attention, on this machine"
+	$(BIN)/python scripts/demo.py
+
+test: install quality checkpoint tests ## what CI runs
+	@echo "== All checks and tests passed"
+
+install: $(VENV)/installed ## set up .venv
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	@echo "== Set-up: a virtual environment in $(VENV), with the tested versions of constraints.txt"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt --editable ".[dev,eval,quant]"
+	@touch $@
+
+checkpoint: install ## fetch SmolLM2-135M-Instruct for the demo and the tests
+	@echo "== Checkpoint: SmolLM2-135M-Instruct in $(SMOLLM2)"
+	$(BIN)/python scripts/fetch_smollm2.py
+
+style: install ## format and mend what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+quality: install ## lint, format and types
+	@echo "== Quality: ruff and mypy"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+tests: install
+	@echo "== Tests on the CPU"
+	$(BIN)/python -m pytest -m "not gpu and not multi_gpu" --durations=15 $(PYTEST_ARGS)
+
+test-gpu: install checkpoint ## the tests that need a GPU
+	$(BIN)/python -m pytest -m "gpu or multi_gpu" $(PYTEST_ARGS)
+
+build: install ## a wheel and a source archive in dist/
+	$(BIN)/python -m build
+
+clean: ## remove what builds leave (not .venv, not the checkpoint)
+	rm -rf build dist *.egg-info out
