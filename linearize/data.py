@@ -153,10 +153,11 @@ def _check_length(sequence_length: int) -> None:
 def _prepare(config: "DataConfig", tokenizer: Any) -> tuple[TokenBlocks, TokenBlocks]:
     root = _cache_root(config.cache_dir)
     train_source, validation_source = _open_sources(config)
-    train_key, train_documents = _tokenized(root, train_source, config, tokenizer)
+    identity = data_documents.tokenizer_identity(tokenizer)
+    train_key, train_documents = _tokenized(root, train_source, config, tokenizer, identity)
     held_out_key, held_out_documents = "", None
     if validation_source is not None:
-        held_out_key, held_out_documents = _tokenized(root, validation_source, config, tokenizer)
+        held_out_key, held_out_documents = _tokenized(root, validation_source, config, tokenizer, identity)
 
     def build(folder: Path) -> dict[str, Any]:
         return _pack(folder, config, train_source, train_documents, held_out_documents)
@@ -208,8 +209,10 @@ def _open_sources(config: "DataConfig") -> tuple[Source, Source | None]:
     return train, validation
 
 
-def _tokenized(root: Path, source: Source, config: "DataConfig", tokenizer: Any) -> tuple[str, Documents]:
-    """The key and the documents of a source."""
+def _tokenized(
+    root: Path, source: Source, config: "DataConfig", tokenizer: Any, identity: str
+) -> tuple[str, Documents]:
+    """The key and the documents of a source; `identity` is the tokenizer's."""
     format: Format = data_documents.resolve_format(source, config.format, config.text_field, config.messages_field)
     completion_only = format != "text" if config.completion_only is None else config.completion_only
     if completion_only and format == "text":
@@ -223,7 +226,8 @@ def _tokenized(root: Path, source: Source, config: "DataConfig", tokenizer: Any)
     key = data_packing.cache_key(
         kind="documents",
         source=source.identity,
-        tokenizer=data_documents.tokenizer_identity(tokenizer, with_template=format == "chat"),
+        tokenizer=identity,
+        template=tokenizer.get_chat_template() if format == "chat" else None,
         format=format,
         field=field,
         completion_only=completion_only,

@@ -89,8 +89,8 @@ def tokenize_records(
             yield from _conversations(batch, tokenizer, messages_field, completion_only)
 
 
-def tokenizer_identity(tokenizer: Any, with_template: bool) -> str:
-    """Hash of all that decides the ids: vocabulary, merges, normalisation, added tokens, BOS and EOS, chat template.
+def tokenizer_identity(tokenizer: Any) -> str:
+    """Hash of all that decides the ids: vocabulary, merges, normalisation, added tokens, BOS and EOS.
 
     Padding and truncation are left out: they change with the tokenizer's last call and do not matter here.
     """
@@ -101,8 +101,7 @@ def tokenizer_identity(tokenizer: Any, with_template: bool) -> str:
     else:
         probe = tokenizer("The quick brown fox, 1234.\n\n naïve Ωmega")["input_ids"]
         content = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items()), probe]
-    template = tokenizer.get_chat_template() if with_template and tokenizer.chat_template else None
-    facts = [content, tokenizer.bos_token_id, tokenizer.eos_token_id, leading_ids(tokenizer), template]
+    facts = [content, tokenizer.bos_token_id, tokenizer.eos_token_id, leading_ids(tokenizer)]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

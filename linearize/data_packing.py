@@ -113,8 +113,10 @@ def _move_into_place(scratch: Path, entry: Path) -> None:
         if not entry.exists():
             raise
         logger.warning("The cache entry %s is damaged and is replaced.", entry)
-        os.replace(entry, entry.with_name(f"{entry.name}.{uuid.uuid4().hex[:12]}.tmp"))
+        damaged = entry.with_name(f"{entry.name}.{uuid.uuid4().hex[:12]}.tmp")
+        os.replace(entry, damaged)
         os.replace(scratch, entry)
+        shutil.rmtree(damaged, ignore_errors=True)
 
 
 def _remove_stale(root: Path) -> None:
