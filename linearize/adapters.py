@@ -164,7 +164,7 @@ def merge(model: PeftModel) -> PreTrainedModel:
         raise UserError(
             "the adapter holds values that are not finite: finetune again from a checkpoint before them."
         ) from error
-    return merged.eval()
+    return merged.requires_grad_(True).eval()
 
 
 def merge_into_unquantized(

@@ -116,6 +116,8 @@ def finetune(
     """
     if len(train) == 0:
         raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
+    if model.dtype == torch.float16:
+        raise UserError("finetuning in float16 would lose small gradients: set dtype to bfloat16 or float32.")
     output = Path(output_dir)
     checkpoint = checkpoint_to_resume(output / CHECKPOINTS, resume)
     arguments, plan = _training_arguments(config, train.sequence_length, output, seed, report_to, device)

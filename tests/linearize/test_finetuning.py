@@ -195,6 +195,7 @@ def test_merging_gives_a_plain_model_with_equal_logits(stock, tmp_path):
     plain = merge(result.model)
     assert type(plain).__name__ == "LinearizedLlamaForCausalLM"
     assert set(plain.state_dict()) == set(student(stock).state_dict())
+    assert not hasattr(plain, "peft_config") and all(parameter.requires_grad for parameter in plain.parameters())
     torch.testing.assert_close(logits(plain), expected, rtol=0, atol=1e-5)
     plain.save_pretrained(tmp_path / "final")
     assert torch.equal(logits(type(plain).from_pretrained(tmp_path / "final")), logits(plain))
@@ -242,6 +243,11 @@ def test_tokens_per_step_must_be_exact(stock, tmp_path):
     ):
         finetune(student(stock), token_blocks(), settings(tokens_per_step=100), output_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_float16_is_refused(stock, tmp_path):
+    with pytest.raises(UserError, match="set dtype to bfloat16 or float32"):
+        finetune(student(stock, torch.float16), token_blocks(), settings(), output_dir=tmp_path)
 
 
 def test_sampler_walks_the_epochs_without_a_gap():

@@ -26,7 +26,8 @@ def checkpoints(output):
 def run(stock, output, **changes):
     keywords = {key: changes.pop(key) for key in ("resume", "arm", "train") if key in changes}
     keywords.setdefault("train", token_blocks())
-    return finetune(student(stock), config=settings(**changes), output_dir=output, **keywords)
+    model = student(stock, changes.pop("dtype", torch.float32))
+    return finetune(model, config=settings(**changes), output_dir=output, **keywords)
 
 
 class InterruptedBlocks(type(token_blocks())):
@@ -64,6 +65,14 @@ def test_resuming_continues_bit_for_bit(stock, tmp_path):
         again.model.state_dict()["base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"],
         whole.model.state_dict()["base_model.model.model.layers.0.self_attn.q_proj.lora_B.default.weight"],
     )
+
+
+def test_resuming_with_another_batch_size_trains_the_same(stock, tmp_path):
+    whole = run(stock, tmp_path / "whole", max_steps=6, dtype=torch.float64)
+    run(stock, tmp_path / "parts", max_steps=6, dtype=torch.float64, save_steps=3, save_total_limit=9)
+    (tmp_path / "parts" / "checkpoints" / "finetune" / "step-6").rename(tmp_path / "away")
+    rest = run(stock, tmp_path / "parts", max_steps=6, dtype=torch.float64, resume=True, batch_size=4)
+    assert rest.losses == pytest.approx(whole.losses[3:], abs=1e-7)
 
 
 def test_a_run_is_not_trained_over_and_not_resumed_as_another(stock, tmp_path):
