@@ -1,34 +1,46 @@
 """The report's two pictures: perplexity of the arms, and the linear branch's share by layer."""
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 
 def plot_arms(
-    perplexities: Mapping[str, float], path: str | os.PathLike[str], *, reference: str | None = None
+    perplexities: Mapping[str, float],
+    path: str | os.PathLike[str],
+    *,
+    reference: str | None = None,
+    untrained: Collection[str] = (),
 ) -> None:
-    """Horizontal bars, one a row, on a logarithmic axis (the linear arm alone is often a hundred times the rest).
+    """Bars from the reference's perplexity to each row's, on a logarithmic axis: to the right is worse.
 
     Args:
-        perplexities: name of the row -> perplexity.
+        perplexities: name of the row -> perplexity; what is not finite is left out.
         path: the PNG.
-        reference: row whose value is drawn as a line through all bars.
+        reference: the row that the bars start from; default the best.
+        untrained: rows to draw in grey.
     """
+    perplexities = {name: value for name, value in perplexities.items() if math.isfinite(value)}
+    if not perplexities:
+        return
+    reference = reference if reference in perplexities else min(perplexities, key=perplexities.__getitem__)
     figure, axes = _figure(height=1.2 + 0.42 * len(perplexities))
-    names, values = list(perplexities), list(perplexities.values())
-    colours = ["tab:grey" if "teacher" in n or "control" in n else "tab:blue" for n in names]
-    bars = axes.barh(names, values, color=colours, height=0.7)
-    axes.bar_label(bars, labels=[f"{value:.4g}" for value in values], padding=3)
-    if reference is not None:
-        axes.axvline(perplexities[reference], color="black", linewidth=0.8, linestyle="--")
+    names, values, start = list(perplexities), list(perplexities.values()), perplexities[reference]
+    colours = ["tab:grey" if name in untrained else "tab:blue" for name in names]
+    axes.barh(names, [value - start for value in values], left=start, color=colours, height=0.7)
+    axes.axvline(start, color="black", linewidth=0.8)
     axes.set_xscale("log")
-    axes.set_xlim(min(values) / 1.15, max(values) * 1.0 * (max(values) / min(values)) ** 0.15 * 1.1)
+    room = max(max(values) / min(values), 1.1)
+    axes.set_xlim(min(values) / room**0.08, max(values) * room**0.15)
+    for place, value in enumerate(values):
+        offset = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
+        axes.annotate(f"{value:.4g}", (max(value, start), place), **offset)
     axes.invert_yaxis()
-    axes.set_xlabel("held-out perplexity, lower is better (log scale)")
+    axes.set_xlabel(f"held-out perplexity, bars from {start:.4g} ({reference}), log scale")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if max(values) / min(values) < 10 else "")
+    axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if room < 10 else "")
     _save(figure, path)
 
 

@@ -151,8 +151,9 @@ class Report:
         paths[1].write_text(self.markdown())
         if self.rows:
             paths.append(folder / "evaluation_arms.png")
-            reference = self.reference if self.row(self.reference) else None
-            plot_arms({row.name: row.perplexity for row in self.rows}, paths[-1], reference=reference)
+            values = {row.name: row.perplexity for row in self.rows}
+            untrained = [name for name in (self.reference, self.control) if name is not None]
+            plot_arms(values, paths[-1], reference=self.reference, untrained=untrained)
         if self.share is not None and self.share.per_layer:
             paths.append(folder / "evaluation_linear_share.png")
             plot_linear_share(self.share.per_layer, paths[-1], mean=self.share.mean)
@@ -180,8 +181,9 @@ class Report:
         if layers:
             low, high = min(layers, key=layers.__getitem__), max(layers, key=layers.__getitem__)
             rows.append([f"least, layer {low}; most, layer {high}", f"{layers[low]:.3f}; {layers[high]:.3f}"])
-        index = f"index: (student - softmax arm) / ({self.reference} - softmax arm), in log-perplexity"
-        rows.append([index, format_number(self.linear_index, 3)])
+        if self.linear_index is not None:
+            index = f"index: (student - softmax arm) / ({self.reference} - softmax arm), in log-perplexity"
+            rows.append([index, format_number(self.linear_index, 3)])
         return Table(f"The linear branch, on {self.share.tokens:,} tokens past the window", ["", "value"], rows)
 
 

@@ -24,6 +24,8 @@ from linearize.evaluation import perplexity as perplexity_function
 from linearize.evaluation.report import LINEAR_ARM, OWN_WEIGHTS, SOFTMAX_ARM, STUDENT, TEACHER
 from linearize.modeling import LinearizedLlamaConfig, LinearizedLlamaForCausalLM
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # inside peft 0.21
+
 SHAPE = {
     "vocab_size": 97,
     "hidden_size": 32,
