@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 import math
@@ -199,6 +200,6 @@ def _has(record: Mapping[str, Any], key: str) -> bool:
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> None:
-    with readable_write_errors(path):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=130, format="png")
+    write_file(path, image.getvalue())

@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -64,6 +64,32 @@ def place_model(model: nn.Module, device: torch.device) -> torch.device:
     if not placed and embeddings.weight.device.type == "cpu":
         model.to(device)
     return embeddings.weight.device
+
+
+def shard_frozen_base(model: Any, device: torch.device) -> None:
+    """Shards the base weights over the processes (FSDP2), for a teacher that does not fit on one GPU.
+
+    For stage 1 alone: call it before `transfer_attention`, which needs no other change. The mechanism's parameters are
+    left whole on every process, so they are trained, averaged and saved as ever. The sharding is for good: for stage 2
+    load the student anew and give it the `mixers` of the last checkpoint.
+
+    Args:
+        model: a converted model, not quantised. Its output head, which stage 1 does not use, stays where it is.
+        device: of this process.
+    """
+    from torch.distributed import get_world_size, is_initialized
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    if not is_initialized() or get_world_size() == 1:
+        return
+    mesh = init_device_mesh(device.type, (get_world_size(),))
+    mixers = {parameter for attention in model.mixer_attentions() for parameter in attention.mixer.parameters()}
+    for layer in model.base_model.layers:
+        fully_shard(layer, mesh=mesh, ignored_params=mixers)
+    fully_shard(model.base_model, mesh=mesh, ignored_params=mixers)
+    for parameter in mixers:
+        parameter.data = parameter.data.to(device)
 
 
 def exact_plan(config: StageConfig, sequence_length: int, num_processes: int, section: str) -> StepPlan:

@@ -345,11 +345,15 @@ class _Transfer:
         assert self.validation is not None
         weights = branch_weights(self.config.branch)
         sums = torch.zeros(len(weights) + 1, dtype=torch.float64, device=self.device)
-        for index in range(self.rank, len(self.validation), self.world):
+        for first in range(0, len(self.validation), self.world):
+            # A sharded base gathers its weights in every forward, so that no process may leave one out.
+            index = min(first + self.rank, len(self.validation) - 1)
             ids = self.validation[index]["input_ids"][None].to(self.device)
             self.losses.run(ids, weights=weights, gradient_factor=None)
-            sums[1:] += torch.stack([values.mean() for values in self.losses.means(self.device).values()])
-            sums[0] += 1
+            means = torch.stack([values.mean() for values in self.losses.means(self.device).values()])
+            if index == first + self.rank:
+                sums[1:] += means
+                sums[0] += 1
         count, *totals = self.accelerator.reduce(sums, reduction="sum").tolist()
         arms = {arm: total / count for arm, total in zip(weights, totals, strict=True)}
         record = {f"validation_{arm}_loss": value for arm, value in arms.items()}

@@ -34,6 +34,14 @@ def transfer(model, blocks, output_dir):
     return result.losses_per_layer
 
 
+def sharded_transfer(model, blocks, output_dir):
+    """Stage 1 with the frozen base sharded over the processes."""
+    from linearize.training_loop import make_accelerator, shard_frozen_base
+
+    shard_frozen_base(model, make_accelerator(None, "none", output_dir).device)
+    return transfer(model, blocks, output_dir)
+
+
 def finetune(model, blocks, output_dir):
     """Losses by step: total, cross-entropy, KL. The sequences have different numbers of labels."""
     from linearize.finetuning import finetune
@@ -49,7 +57,7 @@ def finetune(model, blocks, output_dir):
     return [[record[name] for name in ("loss", "cross_entropy", "kl")] for record in records]
 
 
-STAGES = {"transfer": transfer, "finetune": finetune}
+STAGES = {"transfer": transfer, "sharded_transfer": sharded_transfer, "finetune": finetune}
 
 
 def run(output_dir, stages, dtypes=tuple(DTYPES)):

@@ -261,10 +261,14 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_is_bit_equal(blocks, tmp_path):
     expected = transfer_attention(whole, blocks, config, output_dir=tmp_path / "whole")
 
     stopped = make_student(make_teacher())
-    interrupt_at = lambda step: lambda record: record["step"] == step and os.kill(os.getpid(), signal.SIGINT)  # noqa: E731
+
+    def interrupt(record):
+        if record["step"] == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match="attention transfer stopped after step 5 of 9"):
-        transfer_attention(stopped, blocks, config, output_dir=tmp_path / "parts", on_log=interrupt_at(4))
+        transfer_attention(stopped, blocks, config, output_dir=tmp_path / "parts", on_log=interrupt)
     assert signal.getsignal(signal.SIGINT) == before
     assert [path.name for path in step_directories(tmp_path / "parts" / "checkpoints" / "transfer")] == ["step-5"]
 
