@@ -125,7 +125,7 @@ class FinetuningTrainer(Trainer):
 
     Args:
         model: Adapters on a converted model.
-        args: See `finetuning.training_arguments`.
+        args: As `finetune` makes them.
         config: The stage's settings.
         train_dataset: Token blocks: `input_ids` and `labels`, `[T]` each.
         interrupt: Ctrl-C, held back to the end of the step.
@@ -281,6 +281,8 @@ class FinetuningTrainer(Trainer):
                     shutil.rmtree(target, ignore_errors=True)
                     os.replace(partial, target)
                     prune_checkpoints(root, self.config.save_total_limit)
+                    for leftover in root.glob("checkpoint-*"):  # of a process that was killed while saving
+                        shutil.rmtree(leftover, ignore_errors=True)
         except BaseException:
             if self.args.should_save:
                 shutil.rmtree(partial, ignore_errors=True)

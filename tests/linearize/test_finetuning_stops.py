@@ -84,6 +84,8 @@ def test_a_run_is_not_trained_over_and_not_resumed_as_another(stock, tmp_path):
 
 
 def test_checkpoints_are_kept_to_the_limit(stock, tmp_path):
+    """And what a killed process left half-written goes."""
+    (tmp_path / "checkpoints" / "finetune" / "checkpoint-99").mkdir(parents=True)
     run(stock, tmp_path, max_steps=6, save_steps=1, save_total_limit=3)
     assert checkpoints(tmp_path) == ["step-4", "step-5", "step-6"]
 
