@@ -3,8 +3,9 @@
     apt-get download jargon-text dict-devil sword-text-web r-cran-janeaustenr      # in an empty folder
     python scripts/make_demo_text.py FOLDER                                        # needs dpkg-deb
 
-Writes linearize/demo_text/{train,validation}.jsonl.gz. The two splits come from different works (for the Jargon File: from
-its lexicon and its appendices). Line wraps, markup, verse and tables are dropped. The same packages give the same text.
+Writes linearize/demo_text/{train,validation}.jsonl.gz. The two splits come from different works (for the Jargon File,
+from its lexicon and its appendices). Line wraps, markup, verse and tables are dropped. The same packages give the
+same text.
 """
 
 import argparse
