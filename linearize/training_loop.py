@@ -1,4 +1,4 @@
-"""What the bare training loops share: devices, batches in a fixed order, schedules, Ctrl-C, and running out of memory."""
+"""What the training loops share: devices, batches in a fixed order, schedules, Ctrl-C, and running out of memory."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def exact_plan(config: StageConfig, sequence_length: int, num_processes: int, se
     plan = config.plan(sequence_length, num_processes)
     if plan.tokens_per_step != config.tokens_per_step:
         raise UserError(
-            f"{section}.tokens_per_step is {config.tokens_per_step}, but it must be a multiple of processes x batch_size "
-            f"x sequence_length = {num_processes} x {config.batch_size} x {sequence_length} = "
+            f"{section}.tokens_per_step is {config.tokens_per_step}, but it must be a multiple of processes x "
+            f"batch_size x sequence_length = {num_processes} x {config.batch_size} x {sequence_length} = "
             f"{num_processes * config.batch_size * sequence_length}; the next one is {plan.tokens_per_step}"
         )
     return plan
@@ -195,8 +195,9 @@ def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerat
 class Interrupt:
     """Ctrl-C, held back until the step is complete: `with Interrupt() as interrupt`, then ask `interrupt.requested`.
 
-    A second Ctrl-C, two seconds later or more, stops at once and without a checkpoint. (Under torchrun the terminal and
-    the launcher both pass on the first.) Outside the main thread, where Python delivers no signals, nothing is held back.
+    A second Ctrl-C, two seconds later or more, stops at once and without a checkpoint. (Under torchrun the terminal
+    and the launcher both pass on the first.) Outside the main thread, where Python delivers no signals, nothing is
+    held back.
     """
 
     def __init__(self) -> None:

@@ -71,7 +71,7 @@ class TransferResult:
     """Peak of this process's GPU; None on a CPU."""
     log_path: Path
     tokens_per_second: float | None
-    """Over all processes, without this call's first step, its checkpoints and its validation; None for a single step."""
+    """Over all processes, without this call's first step, checkpoints and validation; None for a single step."""
 
 
 def transfer_attention(
@@ -116,7 +116,7 @@ def transfer_attention(
 
 
 def hides_window(config: TransferConfig, step: int, steps: int, seed: int) -> bool:
-    """Whether window dropout hides the softmax window in a step (from 0): the same answer on every process and resume."""
+    """Whether window dropout hides the softmax window in a step (from 0): the same on every process and resume."""
     schedule = config.window_dropout_schedule
     probability = schedule[min(step * len(schedule) // max(steps, 1), len(schedule) - 1)]
     return random.Random(f"window dropout {seed} {step}").random() < probability
@@ -268,7 +268,7 @@ class _Transfer:
             bar.close()
 
     def _step(self, step: int, interrupt: Interrupt) -> Record:
-        """One optimiser step. Returns the losses by layer ("loss", and each arm's), norm of the gradients, "stop"."""
+        """One optimiser step. Returns the losses by layer ("loss"), the norm of the gradients, and "stop"."""
         hidden = hides_window(self.config, step, self.plan.steps, self.seed)
         weights = branch_weights(self.config.branch, hidden)
         for batch in self.batches.step(step, self.device):
@@ -295,7 +295,7 @@ class _Transfer:
         return {arm: shared[i * layers : (i + 1) * layers] for i, arm in enumerate(means)}, shared[-1] > 0
 
     def _update(self, step: int) -> float:
-        """Clips the gradients by their norm over all layers together, and updates. Returns the norm before clipping."""
+        """Clips the gradients by their norm over all layers, and updates. Returns the norm before clipping."""
         factor = learning_rate_factor(step, self.plan.steps, self.config.schedule, self.config.warmup_steps)
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
             group["lr"] = rate * factor

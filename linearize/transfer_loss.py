@@ -81,7 +81,7 @@ def branch_weights(branch: str, hide_window: bool = False) -> dict[str, float]:
 
 
 class LayerLosses:
-    """Observes the teacher's forward and collects each layer's losses: `with LayerLosses(...) as losses: losses.run(...)`.
+    """Observes the teacher's forward and collects each layer's losses: `with LayerLosses(model, ...) as losses`.
 
     Inside the block the model is in its teacher arm. The loss of a micro-batch is the mean over layers of the weighted
     sum over arms.

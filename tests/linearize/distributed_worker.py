@@ -1,6 +1,7 @@
-"""Runs training stages on a tiny model and writes their losses: the body of test_distributed.py, one process or several.
+"""Runs training stages on a tiny model and writes their losses: what test_distributed.py starts, once or twice.
 
-    ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 tests/linearize/distributed_worker.py OUT transfer
+    ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 \\
+        tests/linearize/distributed_worker.py OUT transfer
 
 To add a stage: a function `(model, blocks, output_dir) -> losses by step` and its name in `STAGES`.
 """
