@@ -383,7 +383,13 @@ class _Transfer:
                 checkpoint.state["steps"],
                 self.plan.steps,
             )
-        self.model.load_mixer_state_dict(checkpoint.tensors["mixers"])
+        try:
+            self.model.load_mixer_state_dict(checkpoint.tensors["mixers"])
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"cannot resume from {checkpoint.path}: its mechanism has other settings than the model's; set the "
+                "attention's settings back, or start a new run in another output directory"
+            ) from error
         self.optimizer.load_state_dict(checkpoint.optimizer)
         self.completed = checkpoint.step
         self.since_log = checkpoint.state["since_log"]

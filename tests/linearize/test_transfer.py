@@ -359,6 +359,11 @@ def test_settings_that_do_not_fit(student, blocks, tmp_path):
         transfer_attention(student, blocks, settings(max_steps=1), output_dir=tmp_path)
     with pytest.raises(UserError, match=r"trained with tokens_per_step 96 \(now 48\), seed 0 \(now 7\)"):
         transfer_attention(student, blocks, settings(tokens_per_step=48), output_dir=tmp_path, resume=True, seed=7)
+    other = make_student(make_teacher(), {"linear": {"type": "linear", "feature_dim": 4}})
+    with pytest.raises(UserError, match="its mechanism has other settings"):
+        transfer_attention(other, blocks, settings(), output_dir=tmp_path, resume=True)
+    nothing = transfer_attention(student, blocks, settings(max_steps=0), output_dir=tmp_path / "none")
+    assert (nothing.steps, nothing.tokens, nothing.losses_per_layer) == (0, 0, [])
 
 
 def test_bfloat16_base_trains_float32_mixers(teacher, blocks, tmp_path):
