@@ -1,6 +1,7 @@
 """The command line: `linearize convert | transfer | finetune | evaluate | chat | info | push | run`.
 
-Every setting of `linearize/settings.py` is a flag of the commands that use it (`--transfer.tokens 1000000`). Bad input ends with one
+Every setting of `linearize/settings.py` is a flag of the commands that use it (`--transfer.tokens 1000000`). Bad
+input ends with one
 sentence and exit code 2, Ctrl-C with 130 (`linearize/failures.py`).
 """
 
@@ -32,9 +33,23 @@ app = typer.Typer(
 
 Directory = Annotated[str, typer.Argument(help="Directory of a converted model, or of a run.")]
 Output = Annotated[str, typer.Argument(help="Directory to write.")]
-Data = Annotated[list[str] | None, typer.Option("--data", help="Text to train on: path(s) or a Hub id; short for --data.dataset.")]
-Config = Annotated[str | None, typer.Option("--config", help="YAML file, or the name of a shipped preset, that the flags lay over.")]
-TRAINING = ("seed", "dtype", "device", "load_in_4bit", "load_in_8bit", "overwrite", "resume_from_checkpoint", "report_to", "op_backend")
+Data = Annotated[
+    list[str] | None, typer.Option("--data", help="Text to train on: path(s) or a Hub id; short for --data.dataset.")
+]
+Config = Annotated[
+    str | None, typer.Option("--config", help="YAML file, or the name of a shipped preset, that the flags lay over.")
+]
+TRAINING = (
+    "seed",
+    "dtype",
+    "device",
+    "load_in_4bit",
+    "load_in_8bit",
+    "overwrite",
+    "resume_from_checkpoint",
+    "report_to",
+    "op_backend",
+)
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -63,26 +78,31 @@ def convert(
     import torch
 
     import linearize
-    from linearize.hub import make_record, save_final
+    from linearize.hub import loaded_commit, make_record, save_final
     from linearize.settings_io import to_values
 
     settings = resolve(config, {"dtype": "float32", **overrides, "model_name_or_path": model, "output_dir": output})
     _check_output(output, settings.overwrite)
     tokenizer = linearize.load_tokenizer(model, revision=settings.revision)
-    where = {"softmax_layers": settings.softmax_layers, "revision": settings.revision}
+    where: dict[str, Any] = {"softmax_layers": settings.softmax_layers, "revision": settings.revision}
     dtype = getattr(torch, settings.dtype) if "dtype" in overrides or config else "auto"
-    student = linearize.convert(model, settings.attention, **where, dtype=dtype)
+    student: Any = linearize.convert(model, settings.attention, **where, dtype=dtype)
     recipe = {name: to_values(settings)[name] for name in ("attention", "softmax_layers")}
-    revision = getattr(student.config, "_commit_hash", None) or settings.revision
+    revision = loaded_commit(model, settings.revision)
     with stage("saving the model"):
         save_final(student, tokenizer, output, make_record(model, revision=revision, recipe=recipe))
-    print(f"Saved {output}: {len(student.mixer_attentions())} of {student.config.num_hidden_layers} layers converted, untrained")
+    print(
+        f"Saved {output}: {len(student.mixer_attentions())} of {student.config.num_hidden_layers} layers converted, "
+        "untrained"
+    )
 
 
 @app.command()
 @command
 @with_settings("data", "transfer", *TRAINING)
-def transfer(directory: Directory, output: Output, *, data: Data = None, config: Config = None, overrides: dict[str, Any]) -> None:
+def transfer(
+    directory: Directory, output: Output, *, data: Data = None, config: Config = None, overrides: dict[str, Any]
+) -> None:
     """Stage 1, attention transfer: train the mechanism to give each layer's softmax output."""
     _train(directory, output, data, config, overrides, skipped="finetune")
 
@@ -90,17 +110,26 @@ def transfer(directory: Directory, output: Output, *, data: Data = None, config:
 @app.command()
 @command
 @with_settings("data", "finetune", *TRAINING)
-def finetune(directory: Directory, output: Output, *, data: Data = None, config: Config = None, overrides: dict[str, Any]) -> None:
+def finetune(
+    directory: Directory, output: Output, *, data: Data = None, config: Config = None, overrides: dict[str, Any]
+) -> None:
     """Stage 2: LoRA (and the mechanism along) on the language-modelling loss; saves merged weights and the adapter."""
     _train(directory, output, data, config, overrides, skipped="transfer")
 
 
-def _train(directory: str, output: str, data: list[str] | None, config: str | None, overrides: dict[str, Any], *, skipped: str) -> None:
+def _train(
+    directory: str, output: str, data: list[str] | None, config: str | None, overrides: dict[str, Any], *, skipped: str
+) -> None:
     """One stage on a converted model, as a run without the others."""
     import linearize
     from linearize.hub import find_converted
 
-    fixed: dict[str, Any] = {"model_name_or_path": str(find_converted(directory)), "output_dir": output, skipped: None, "evaluation": None}
+    fixed: dict[str, Any] = {
+        "model_name_or_path": str(find_converted(directory)),
+        "output_dir": output,
+        skipped: None,
+        "evaluation": None,
+    }
     if data:
         fixed["data.dataset"] = data[0] if len(data) == 1 else data
     linearize.run(resolve(config, {**overrides, **fixed}))
@@ -109,21 +138,32 @@ def _train(directory: str, output: str, data: list[str] | None, config: str | No
 @app.command()
 @command
 def evaluate(
-    directory: Annotated[str, typer.Argument(help="Directory of a converted model or of a run, or any Hub id or model directory.")],
-    text: Annotated[list[str] | None, typer.Option("--text", help="Text to take the perplexity on (.txt, .jsonl, .parquet); repeat for more.")] = None,
+    directory: Annotated[
+        str, typer.Argument(help="Directory of a converted model or of a run, or any Hub id or model directory.")
+    ],
+    text: Annotated[
+        list[str] | None,
+        typer.Option("--text", help="Text to take the perplexity on (.txt, .jsonl, .parquet); repeat for more."),
+    ] = None,
     text_field: Annotated[str, typer.Option("--text_field", help="Column that holds the text.")] = "text",
     tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, separated by commas.")] = None,
     include_path: Annotated[str | None, typer.Option("--include_path", help="Folder with local task files.")] = None,
     limit: Annotated[int | None, typer.Option("--limit", help="Documents per task.")] = None,
-    teacher: Annotated[str | None, typer.Option("--teacher", help="The teacher, for the rows that merged weights cannot give.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option("--teacher", help="The teacher, for the rows that merged weights cannot give.")
+    ] = None,
     sequence_length: Annotated[int, typer.Option("--sequence_length", help="Tokens of one scored sequence.")] = 1024,
     max_tokens: Annotated[int, typer.Option("--max_tokens", help="Tokens to score.")] = 65_536,
     batch_size: Annotated[int, typer.Option("--batch_size", help="Sequences scored together.")] = 1,
-    controls: Annotated[bool, typer.Option("--controls/--no_controls", help="Measure teacher, control and single arms too.")] = True,
+    controls: Annotated[
+        bool, typer.Option("--controls/--no_controls", help="Measure teacher, control and single arms too.")
+    ] = True,
     speed: Annotated[bool, typer.Option("--speed", help="Time prefill and decoding too.")] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    output: Annotated[str | None, typer.Option("--output", help="Folder for evaluation.json, evaluation.md, tasks.json and plots.")] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", help="Folder for evaluation.json, evaluation.md, tasks.json and plots.")
+    ] = None,
 ) -> None:
     """Measure a model: perplexity of its arms on any text, and tasks of the lm-eval harness."""
     from linearize.commands import evaluate_model
@@ -153,7 +193,9 @@ def evaluate(
 @command
 def chat(
     directory: Directory,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="Answer this and end, instead of a conversation.")] = None,
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", help="Answer this and end, instead of a conversation.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="Tokens of an answer at most.")] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 for greedy decoding.")] = 0.0,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
@@ -162,7 +204,9 @@ def chat(
     """Talk with a converted model; through its chat template if it has one."""
     from linearize.commands import chat_with_model
 
-    chat_with_model(directory, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, device=device)
+    chat_with_model(
+        directory, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, device=device
+    )
 
 
 @app.command()
@@ -189,8 +233,12 @@ def info(
 def push(
     directory: Directory,
     repo_id: Annotated[str, typer.Argument(help="NAME or OWNER/NAME on the Hub.")],
-    private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a repository that is made.")] = None,
-    token: Annotated[str | None, typer.Option("--token", help="Access token; else that of `hf auth login` or HF_TOKEN.")] = None,
+    private: Annotated[
+        bool | None, typer.Option("--private/--public", help="Visibility of a repository that is made.")
+    ] = None,
+    token: Annotated[
+        str | None, typer.Option("--token", help="Access token; else that of `hf auth login` or HF_TOKEN.")
+    ] = None,
     message: Annotated[str | None, typer.Option("--message", help="Commit message.")] = None,
 ) -> None:
     """Upload a converted model to the Hub."""
@@ -219,7 +267,10 @@ RUN_SETTINGS = (
 @with_settings(*RUN_SETTINGS)
 def run(
     context: typer.Context,
-    preset: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="YAML file or the name of a shipped preset; the same as --config.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="YAML file or the name of a shipped preset; the same as --config."),
+    ] = None,
     *,
     config: Config = None,
     dry_run: Annotated[bool, typer.Option("--dry_run", help="Check everything and print the plan, then end.")] = False,

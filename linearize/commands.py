@@ -142,14 +142,21 @@ def _read_line() -> str:
 
 
 def _answer(
-    model: Any, tokenizer: Any, messages: list[dict[str, str]], text: str, max_new_tokens: int, sampling: dict[str, Any]
+    model: Any,
+    tokenizer: Any,
+    messages: list[dict[str, str]],
+    text: str,
+    max_new_tokens: int,
+    sampling: dict[str, Any],
 ) -> None:
     """Stream one answer; the conversation so far goes along where there is a chat template."""
     from transformers import TextStreamer
 
     messages.append({"role": "user", "content": text})
     if tokenizer.chat_template:
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     else:
         inputs = tokenizer(text, return_tensors="pt")
     inputs = inputs.to(model.device)

@@ -1,4 +1,5 @@
-"""How a run ends when it cannot go on: one sentence and an exit code, from the command line and from the recipes alike.
+"""How a run ends when it cannot go on: one sentence and an exit code, from the command line and from the recipes
+alike.
 
 | what happened | exit code | output |
 | --- | --- | --- |
@@ -71,7 +72,8 @@ def stage(name: str, out_of_memory: str = "") -> Iterator[None]:
 def guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Call a function and turn its failure into the exit code and the sentence of the table above.
 
-    In a launch of several processes all of them leave with the code, and the main one alone prints the sentence. Memory may end
+    In a launch of several processes all of them leave with the code, and the main one alone prints the sentence.
+    Memory may end
     in one process only, so each process reports that itself.
     """
     try:

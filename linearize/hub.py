@@ -1,7 +1,9 @@
 """A converted repository on disk and on the Hub.
 
-A repository is complete by itself: weights in safetensors, the flat model code with `auto_map`, tokenizer, generation config, a model card and
-`linearize.json`, the record of how it was made. `AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)` needs nothing else.
+A repository is complete by itself: weights in safetensors, the flat model code with `auto_map`, tokenizer, generation
+config, a model card and
+`linearize.json`, the record of how it was made. `AutoModelForCausalLM.from_pretrained(repository,
+trust_remote_code=True)` needs nothing else.
 """
 
 from __future__ import annotations
@@ -25,14 +27,16 @@ FINAL = "final"
 """The repository in a run directory."""
 OWNED_SUFFIXES = (".safetensors", ".safetensors.index.json", ".py")
 MAX_SHARD_SIZE = "5GB"
-VERSIONED = ("linearize", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
+VERSIONED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
 PRIVATE_SETTINGS = ("output_dir", "overwrite", "resume_from_checkpoint", "push_to_hub", "cache_dir", "include_path")
 """Settings that say where a run lived and not what it was: they stay out of a repository that may be published."""
 
 
 def library_versions() -> dict[str, str]:
     """Versions of the libraries that shaped the result, those that are installed."""
-    versions = {}
+    import linearize
+
+    versions = {"linearize": linearize.__version__}
     for name in VERSIONED:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
@@ -56,9 +60,24 @@ def published_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def published_name(value: Any) -> Any:
     """A local path's last component; everything else as it is."""
-    if isinstance(value, str) and value and (os.path.isabs(value) or value.startswith((".", "~")) or os.path.exists(value)):
+    if (
+        isinstance(value, str)
+        and value
+        and (os.path.isabs(value) or value.startswith((".", "~")) or os.path.exists(value))
+    ):
         return os.path.basename(os.path.abspath(value))
     return value
+
+
+def loaded_commit(source: str | os.PathLike[str], revision: str | None = None) -> str | None:
+    """Commit of the Hub repository that a load has just put in the cache; None for a local path."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = os.fspath(source)
+    if os.path.exists(name):
+        return None
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None
 
 
 def make_record(
@@ -107,7 +126,9 @@ def read_record(directory: str | os.PathLike[str]) -> dict[str, Any]:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged ({error}): restore it, or delete it to go on without the record.") from error
+        raise UserError(
+            f"{path} is damaged ({error}): restore it, or delete it to go on without the record."
+        ) from error
     return record if isinstance(record, dict) else {}
 
 
@@ -189,7 +210,6 @@ def readable_hub_errors(repository: str, action: str) -> Iterator[None]:
         repository: Hub id, for the sentence.
         action: What was tried, as in `cannot ACTION me/model`.
     """
-    import httpx
     from huggingface_hub import errors
 
     try:
@@ -197,23 +217,38 @@ def readable_hub_errors(repository: str, action: str) -> Iterator[None]:
     except errors.HFValidationError as error:
         raise UserError(f"{repository!r} is not a repository name: write NAME or OWNER/NAME.") from error
     except errors.LocalTokenNotFoundError as error:
-        raise UserError(f"Cannot {action} {repository} without a token: run `hf auth login` or set HF_TOKEN.") from error
+        raise UserError(
+            f"Cannot {action} {repository} without a token: run `hf auth login` or set HF_TOKEN."
+        ) from error
     except errors.GatedRepoError as error:
         raise UserError(
-            f"Cannot {action} {repository}: the repository is gated; ask for access on its page and log in with `hf auth login`."
+            f"Cannot {action} {repository}: the repository is gated; ask for access on its page and log in with "
+            "`hf auth login`."
         ) from error
     except errors.OfflineModeIsEnabled as error:
-        raise UserError(f"Cannot {action} {repository}: HF_HUB_OFFLINE is set; unset it to use the network.") from error
+        raise UserError(
+            f"Cannot {action} {repository}: HF_HUB_OFFLINE is set; unset it to use the network."
+        ) from error
     except (errors.RepositoryNotFoundError, errors.HfHubHTTPError) as error:
         raise UserError(f"Cannot {action} {repository}: {_status_sentence(error)}") from error
-    except (httpx.TransportError, ConnectionError, TimeoutError) as error:
-        raise UserError(f"Cannot {action} {repository}: no connection to the Hub ({_cause(error)}); check the network.") from error
+    except Exception as error:
+        if not _is_connection_error(error):
+            raise
+        raise UserError(
+            f"Cannot {action} {repository}: no connection to the Hub ({_cause(error)}); check the network."
+        ) from error
+
+
+def _is_connection_error(error: BaseException) -> bool:
+    """Whether the network failed; by name, because huggingface_hub speaks through httpx in 1.x and httpx2 in 2.x."""
+    names = [kind.__name__ for kind in type(error).__mro__]
+    return isinstance(error, (ConnectionError, TimeoutError)) or "TransportError" in names
 
 
 def _status_sentence(error: Any) -> str:
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status == 401:
-        return "the Hub refuses the token, or the repository is private or missing; check the name and run `hf auth login`."
+        return "the Hub refuses the token; check the name and run `hf auth login`, or set HF_TOKEN to a valid token."
     if status == 403:
         return "the token may not write there; use a token with write access to this owner."
     if status == 404:
@@ -260,7 +295,8 @@ def push(
         The address of the repository.
 
     Raises:
-        UserError: The directory holds no converted model, there is no token or a wrong one, no such owner, or no network.
+        UserError: The directory holds no converted model, there is no token or a wrong one, no such owner, or no
+            network.
     """
     from huggingface_hub import HfApi
 
@@ -280,7 +316,8 @@ def push(
 def _operations(directory: Path, repo_id: str, present: list[str]) -> list[Any]:
     """One commit that leaves the repository with this model's files alone.
 
-    Weights and code of an earlier upload must go: transformers would load an old `model.safetensors` beside new shards. The card names
+    Weights and code of an earlier upload must go: transformers would load an old `model.safetensors` beside new
+    shards. The card names
     the repository in place of the local directory.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete

@@ -2,11 +2,15 @@
 
 The peak is a sum of what is held all the time and of what a stage holds at its fullest moment:
 
-    weights      the teacher's parameters at the bytes of their type (4-bit: 0.5 byte and the scales; embeddings and head stay unquantised)
-    mixers       the mechanism's parameters, float32: weights always, in a stage that trains them also gradient and two Adam moments
+    weights      the teacher's parameters at the bytes of their type (4-bit: 0.5 byte and the scales; embeddings and
+    head stay unquantised)
+    mixers       the mechanism's parameters, float32: weights always, in a stage that trains them also gradient and
+    two Adam moments
     adapters     LoRA's parameters, float32: weight, gradient, two Adam moments (stage 2)
-    activations  stage 1: what one layer's mechanism keeps for its backward, for its graph is freed before the next layer starts
-                 stage 2: what every layer keeps; with gradient checkpointing every layer's input and one layer's activations
+    activations  stage 1: what one layer's mechanism keeps for its backward, for its graph is freed before the next
+    layer starts
+                 stage 2: what every layer keeps; with gradient checkpointing every layer's input and one layer's
+                 activations
     logits       stage 2: one chunk of float32 logits with its gradient and its softmax
     runtime      what torch allocates for itself
 
@@ -34,9 +38,11 @@ class Factors:
     quantized_bytes_8bit: float = 1.0
     """One byte; the row scales are negligible."""
     transfer_feature_tensors: float = 10.0
-    """Float32 tensors of shape (B, H, T, F) alive in one layer of stage 1: maps, their softmaxes and their gradients."""
+    """Float32 tensors of shape (B, H, T, F) alive in one layer of stage 1: maps, their softmaxes and their
+    gradients."""
     transfer_head_tensors: float = 12.0
-    """Float32 tensors of shape (B, H, T, D) alive in one layer of stage 1: branch outputs, their gradients, the loss."""
+    """Float32 tensors of shape (B, H, T, D) alive in one layer of stage 1: branch outputs, their gradients, the
+    loss."""
     score_tensors: float = 4.0
     """Float32 score tensors over the window (B, H, T, 2 x window + sinks) of one layer."""
     hidden_tensors: float = 8.0

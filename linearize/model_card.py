@@ -29,7 +29,8 @@ def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
         f"# {title(record)}",
         introduction(record, config),
         f"## Quick start\n\n```python\n{QUICK_START.format(name=name)}\n```\n\n"
-        "The model code comes with the repository; the `linearize` package is not needed. Generation keeps a state of constant size.",
+        "The model code comes with the repository; the `linearize` package is not needed. "
+        "Generation keeps a state of constant size.",
         evaluation_section(record),
         training_section(record),
         papers_section(config),
@@ -46,7 +47,9 @@ def card_metadata(record: Mapping[str, Any], config: Any) -> dict[str, Any]:
     dataset = data.get("dataset")
     if isinstance(dataset, str) and dataset.count("/") == 1 and trained(record):
         metadata["datasets"] = [dataset]
-    metadata["tags"] = BASE_TAGS + [f"{kind}-attention" for kind in mechanisms(config) if f"{kind}-attention" not in BASE_TAGS]
+    metadata["tags"] = BASE_TAGS + [
+        f"{kind}-attention" for kind in mechanisms(config) if f"{kind}-attention" not in BASE_TAGS
+    ]
     return metadata
 
 
@@ -81,7 +84,9 @@ def introduction(record: Mapping[str, Any], config: Any) -> str:
         values = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "type" and value is not None)
         lines.append(f"Layers `{name}`: {settings['type']} attention, {values}.")
     if not trained(record):
-        lines.append("**The conversion has not been trained: expect poor text until attention transfer and finetuning have run.**")
+        lines.append(
+            "**Nothing has been trained yet: expect poor text until attention transfer and finetuning have run.**"
+        )
     return "\n".join(lines)
 
 

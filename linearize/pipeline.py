@@ -1,9 +1,11 @@
-"""A whole run: convert, transfer, finetune, evaluate, save. The recipes and `linearize run` call `run`, and so can a program.
+"""A whole run: convert, transfer, finetune, evaluate, save. The recipes and `linearize run` call `run`, and so can a
+program.
 
     result = linearize.run("llama3_8b_linear")           # a preset, a YAML file, a dictionary or a RunConfig
     result = linearize.run({"model_name_or_path": "my/llama", "data": {"dataset": "text.jsonl"}, "output_dir": "out"})
 
-Each process of a launcher calls it; the main one alone prints and writes. What lies in the run directory: `linearize/run_directory.py`.
+Each process of a launcher calls it; the main one alone prints and writes. What lies in the run directory:
+`linearize/run_directory.py`.
 """
 
 from __future__ import annotations
@@ -60,14 +62,16 @@ def run(config: RunConfig | Mapping[str, Any] | str | PathLike[str]) -> RunResul
         UserError: Input that the user can mend; nothing half-written is left, checkpoints stay.
         KeyboardInterrupt: After Ctrl-C in a training stage, with a checkpoint left.
     """
-    return _Run(resolve(config)).run()
+    from linearize.run_plan import complete_attention
+
+    return _Run(complete_attention(resolve(config))).run()
 
 
 def plan(config: RunConfig | Mapping[str, Any] | str | PathLike[str]) -> RunPlan:
     """Check a run and work out its steps and memory; nothing is loaded or written."""
-    from linearize.run_plan import make_plan
+    from linearize.run_plan import complete_attention, make_plan
 
-    settings = resolve(config)
+    settings = complete_attention(resolve(config))
     RunDirectory(settings).check()
     return make_plan(settings)
 
@@ -105,8 +109,7 @@ class _Run:
         self._alone(directory.prepare)
         report = self._start_report(held_out)
         if report is not None:
-            untouched = not self._earlier_record().get("tokens", {}).get("finetune")
-            self._measure(lambda: report.before_training(model, base_is_teacher=untouched))
+            self._measure(lambda: report.before_training(model, base_is_teacher=self._base_is_teacher()))
         if config.transfer is not None:
             self._transfer(config.transfer, model, train, validation)
             if report is not None:
@@ -180,10 +183,11 @@ class _Run:
         if bits is not None:
             options |= {"quantization_config": bits, "device_map": {"": self.state.device}}
         torch.manual_seed(config.seed)
+        model: Any
         if self.plan.converted:
             model = load_student(config.model_name_or_path, **options)
         else:
-            where = {"softmax_layers": config.softmax_layers, "revision": config.revision}
+            where: dict[str, Any] = {"softmax_layers": config.softmax_layers, "revision": config.revision}
             model = convert(config.model_name_or_path, config.attention, **where, **options)
         if bits is None and quantized:
             model.to(self.state.device)
@@ -267,16 +271,17 @@ class _Run:
         )
 
     def _save(self, model: Any) -> None:
-        from linearize.hub import make_record, save_final
+        from linearize.hub import loaded_commit, make_record, save_final
 
         earlier, stages = self._earlier_record(), {"transfer": self.result.transfer, "finetune": self.result.finetune}
         done = {name: outcome for name, outcome in stages.items() if outcome is not None}
         tokens = dict(earlier.get("tokens", {}))
         for name, outcome in done.items():
             tokens[name] = tokens.get(name, 0) + outcome.tokens
+        source = self.config.model_name_or_path
         self.record = make_record(
-            earlier.get("teacher") or self.config.model_name_or_path,
-            revision=earlier.get("teacher_revision") if earlier else getattr(self.plan.teacher, "_commit_hash", None),
+            earlier.get("teacher") or source,
+            revision=earlier.get("teacher_revision") if earlier else loaded_commit(source, self.config.revision),
             recipe=to_values(self.config),
             tokens=tokens,
             seconds={name: outcome.seconds for name, outcome in done.items()},
@@ -295,7 +300,9 @@ class _Run:
             return
         from linearize.hub import update_record
 
-        lower = f"lower evaluation.batch_size (now {settings.batch_size}); the model is saved in {self.directory.final}"
+        lower = (
+            f"lower evaluation.batch_size (now {settings.batch_size}); the model is saved in {self.directory.final}"
+        )
         with stage("evaluation", lower):
             model.to(self.state.device)
             self.result.report = report.finish(model)
@@ -314,7 +321,9 @@ class _Run:
         plots = self.directory.path / "plots"
         plots.mkdir(exist_ok=True)
         reference = report.reference if report.row(report.reference) else None
-        plot_arms({row.name: row.perplexity for row in report.rows}, plots / "evaluation_arms.png", reference=reference)
+        plot_arms(
+            {row.name: row.perplexity for row in report.rows}, plots / "evaluation_arms.png", reference=reference
+        )
         if report.share is not None and report.share.per_layer:
             plot_linear_share(report.share.per_layer, plots / "evaluation_linear_share.png", mean=report.share.mean)
 
@@ -334,6 +343,13 @@ class _Run:
         )
         tasks.show()
         return tasks
+
+    def _base_is_teacher(self) -> bool:
+        """Whether the weights outside the mechanism are the teacher's: not once LoRA was merged, nor if nobody knows."""
+        if not self.plan.converted:
+            return True
+        record = self._earlier_record()
+        return bool(record) and not record.get("tokens", {}).get("finetune")
 
     def _earlier_record(self) -> dict[str, Any]:
         """The record of the converted model that the run starts from; empty for a teacher."""
@@ -373,7 +389,8 @@ class _Run:
             return work()
         import torch.distributed as distributed
 
-        result, failure = None, [None]
+        result: Result | None = None
+        failure: list[str | None] = [None]
         if self.state.is_main_process:
             try:
                 result = work()

@@ -1,11 +1,11 @@
 """The directory of a run: what lies in it, whether it may be used, and whether a resumed run is the run that it holds.
 
-    config.yaml                          every setting, resolved
-    logs/{transfer,finetune}.jsonl       losses; evaluation.json: what has been measured so far
-    plots/*.png
-    checkpoints/{transfer,finetune}/step-N
-    adapter/                             LoRA and the trained mechanisms, in peft's format
-    final/                               the converted repository
+config.yaml                          every setting, resolved
+logs/{transfer,finetune}.jsonl       losses; evaluation.json: what has been measured so far
+plots/*.png
+checkpoints/{transfer,finetune}/step-N
+adapter/                             LoRA and the trained mechanisms, in peft's format
+final/                               the converted repository
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ FREE_TO_CHANGE = (
     "op_backend",
     "data.cache_dir",
 )
-"""Settings that a resumed run may change: they do not touch what the checkpoints mean. So may the evaluation, and when to log and save."""
+"""Settings that a resumed run may change: they do not touch what the checkpoints mean. So may the evaluation, and
+when to log and save."""
 FREE_KEYS = ("logging_steps", "save_steps", "save_total_limit", "eval_steps")
 
 
@@ -65,7 +66,8 @@ class RunDirectory:
             self._check_same_run()
         elif not self.config.overwrite:
             raise UserError(
-                f"{self.path} already holds a run: continue it with --resume_from_checkpoint, replace it with --overwrite, "
+                f"{self.path} already holds a run: continue it with --resume_from_checkpoint, replace it with "
+                "--overwrite, "
                 "or name another output_dir."
             )
 
@@ -99,7 +101,9 @@ class RunDirectory:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"The directory {self.path} cannot be made ({error.strerror}): name another output_dir.") from error
+            raise UserError(
+                f"The directory {self.path} cannot be made ({error.strerror}): name another output_dir."
+            ) from error
         write_config(self.config, self.path / CONFIG)
 
 

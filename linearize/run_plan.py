@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import importlib.util
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,13 +58,21 @@ class RunPlan:
 
         config, teacher = self.config, self.teacher
         layers = teacher.num_hidden_layers
-        attention = ", ".join(f"{key} {value}" for key, value in config.attention.items() if key != "type")
+        attention = ", ".join(
+            f"{key} {value}" for key, value in config.attention.items() if key not in ("type", "contract")
+        )
         bits = ", 4-bit base" if config.load_in_4bit else ", 8-bit base" if config.load_in_8bit else ""
         dataset = config.data.dataset
         rows = [
             ["teacher", f"{config.model_name_or_path} ({layers} layers, {config.dtype}{bits})"],
-            ["attention", "as converted" if self.converted else f"{config.attention['type']}, {attention or 'default settings'}"],
-            ["softmax layers", "as converted" if self.converted else ", ".join(map(str, config.softmax_layers)) or "none"],
+            [
+                "attention",
+                "as converted" if self.converted else f"{config.attention['type']}, {attention or 'default settings'}",
+            ],
+            [
+                "softmax layers",
+                "as converted" if self.converted else ", ".join(map(str, config.softmax_layers)) or "none",
+            ],
             ["data", dataset if isinstance(dataset, str) else ", ".join(dataset)],
             ["sequence length", f"{config.data.sequence_length:,} tokens"],
             ["processes", str(self.num_processes)],
@@ -91,7 +102,8 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     """Check what can be checked without weights, and work out steps and memory.
 
     Raises:
-        UserError: the teacher cannot be read or is too short for the sequences, settings do not fit it, or a package is missing.
+        UserError: the teacher cannot be read or is too short for the sequences, settings do not fit it, or a package
+            is missing.
     """
     from linearize.conversion import load_config
     from linearize.training_loop import exact_plan
@@ -114,47 +126,73 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         steps = exact_plan(config.finetune, config.data.sequence_length, num_processes, "finetune")
         trained = {"LoRA": memory.adapter_parameters(shape, config)}
         trained |= {"mechanism": mixers} if config.finetune.train_mixers else {}
-        stages.append(StagePlan("finetuning", config.finetune, steps, trained, memory.forecast_finetune(teacher, settings)))
+        stages.append(
+            StagePlan("finetuning", config.finetune, steps, trained, memory.forecast_finetune(teacher, settings))
+        )
     return RunPlan(config, teacher, converted, num_processes, stages)
 
 
 def _sizes_of(config: RunConfig, student: Any) -> RunConfig:
     """The settings with the attention of an already converted model, for the forecast."""
-    import dataclasses
-
     softmax = [index for index, name in enumerate(student.mixer_types) if name not in student.mixers]
     first = next(iter(student.mixers.values()), config.attention)
     return dataclasses.replace(config, attention=dict(first), softmax_layers=softmax)
 
 
+def complete_attention(config: RunConfig) -> RunConfig:
+    """The settings with every setting of the mechanism, checked, so that `config.yaml` says what later defaults would
+    change.
+
+    Raises:
+        UserError: unknown mechanism, unknown setting, or a value that it cannot take.
+    """
+    from linearize.modeling.registry import mechanism
+
+    settings = dict(config.attention)
+    with _one_sentence("attention"):
+        typed_config: Any = mechanism(settings["type"]).config
+        unknown = [name for name in settings if name not in typed_config.__dataclass_fields__]
+        if unknown:
+            known = ", ".join(typed_config.__dataclass_fields__)
+            raise UserError(f"Unknown setting attention.{unknown[0]}; known are {known}.")
+        return dataclasses.replace(config, attention=dataclasses.asdict(typed_config(**settings)))
+
+
+@contextlib.contextmanager
+def _one_sentence(subject: str) -> Iterator[None]:
+    """Turn what a typed config raises into a sentence; @strict wraps it in errors of its own."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise UserError(f"{subject}: {' '.join(str(cause).split())}") from error
+
+
 def check_attention(config: RunConfig, teacher: Any) -> None:
-    """Build the typed settings of the mechanism, which checks them, before data and weights take their time."""
+    """Check the mechanism against the teacher before data and weights take their time."""
     from linearize.modeling import BACKBONES
     from linearize.modeling.registry import mechanism
 
     if teacher.model_type not in BACKBONES:
         raise UserError(
-            f"{config.model_name_or_path} is a {teacher.model_type} model, which cannot be converted; known are {', '.join(BACKBONES)}."
+            f"{config.model_name_or_path} is a {teacher.model_type} model, which cannot be converted; known are "
+            f"{', '.join(BACKBONES)}."
         )
-    settings = dict(config.attention)
-    try:
-        typed_config = mechanism(settings["type"]).config
-        unknown = [name for name in settings if name not in typed_config.__dataclass_fields__]
-        if unknown:
-            known = ", ".join(typed_config.__dataclass_fields__)
-            raise UserError(f"Unknown setting attention.{unknown[0]}; known are {known}.")
-        typed_config(**settings).resolve(memory.Shape.of(teacher).head_dim)
-    except UserError:
-        raise
-    except Exception as error:  # @strict wraps what a check raises in errors of its own
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        raise UserError(f"attention: {' '.join(str(cause).split())}") from error
-    layers = teacher.num_hidden_layers
+    shape = memory.Shape.of(teacher)
+    if shape.heads % shape.key_heads:
+        raise UserError(
+            f"{config.model_name_or_path} has {shape.heads} attention heads that do not divide among "
+            f"{shape.key_heads} key/value heads."
+        )
+    with _one_sentence("attention"):
+        mechanism(config.attention["type"]).config(**config.attention).resolve(shape.head_dim)
     for index in config.softmax_layers:
-        if not -layers <= index < layers:
-            raise UserError(f"softmax_layers names layer {index}, but the teacher has layers 0 to {layers - 1}.")
+        if not -shape.layers <= index < shape.layers:
+            raise UserError(f"softmax_layers names layer {index}, but the teacher has layers 0 to {shape.layers - 1}.")
 
 
 def check_lengths(config: RunConfig, teacher: Any) -> None:
@@ -165,7 +203,9 @@ def check_lengths(config: RunConfig, teacher: Any) -> None:
         lengths["evaluation.sequence_length"] = config.evaluation.sequence_length
     for name, length in lengths.items():
         if limit is not None and length > limit:
-            raise UserError(f"{name} is {length}, but the teacher's context is {limit} tokens: set it to {limit} or lower.")
+            raise UserError(
+                f"{name} is {length}, but the teacher's context is {limit} tokens: set it to {limit} or lower."
+            )
 
 
 def check_environment(config: RunConfig) -> None:
@@ -188,4 +228,6 @@ def check_environment(config: RunConfig) -> None:
             if not os.path.exists(path):
                 raise UserError(f"evaluation: there is no file or folder {path}; check the path.")
         if evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
-            raise UserError("evaluation.tasks needs lm-eval: install it with pip install 'linearize[eval]', or leave tasks empty.")
+            raise UserError(
+                "evaluation.tasks needs lm-eval: install it with pip install 'linearize[eval]', or leave tasks empty."
+            )

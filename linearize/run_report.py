@@ -1,6 +1,8 @@
-"""What a run measures, and when: teacher and control before training, the student after each stage, its arms at the end.
+"""What a run measures, and when: teacher and control before training, the student after each stage, its arms at the
+end.
 
-The rows are kept in `logs/evaluation.json` as they come, so that a resumed run has those that can no longer be measured.
+The rows are kept in `logs/evaluation.json` as they come, so that a resumed run has those that can no longer be
+measured.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ class RunReport:
 
         Args:
             model: The untrained student, whose base weights are the teacher's.
-            base_is_teacher: False for a model that was finetuned before: its own weights are then the reference, and there is no control.
+            base_is_teacher: False for a model that was finetuned before: its own weights are then the reference, and
+                there is no control.
         """
         self.report.reach = window_reach(model.config)
         self.report.reference = TEACHER if base_is_teacher else OWN_WEIGHTS

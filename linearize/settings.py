@@ -1,6 +1,8 @@
-"""All settings of a run: what YAML presets, flags and Python callers set, each with its unit and where its default comes from.
+"""All settings of a run: what YAML presets, flags and Python callers set, each with its unit and where its default
+comes from.
 
-The sections are plain dataclasses. `linearize/settings_io.py` reads and writes them as YAML and makes the flags from them.
+The sections are plain dataclasses. `linearize/settings_io.py` reads and writes them as YAML and makes the flags from
+them.
 Measured defaults come from this project's own runs on SmolLM2-135M (see docs/results.md); published ones from LoLCATs
 (Zhang et al. 2024, https://arxiv.org/abs/2410.10254).
 """
@@ -65,7 +67,8 @@ class DataConfig:
     """The text that both stages train on, and the held-out text that the evaluation reads."""
 
     dataset: str | list[str] = "yahma/alpaca-cleaned"
-    """Hub id of a dataset, or path(s) of .txt, .jsonl, .json or .parquet files (.gz too). LoLCATs trains on alpaca-cleaned."""
+    """Hub id of a dataset, or path(s) of .txt, .jsonl, .json or .parquet files (.gz too). LoLCATs trains on
+    alpaca-cleaned."""
     dataset_config: str | None = None
     """Name of the Hub dataset's configuration, if it has several."""
     split: str = "train"
@@ -73,7 +76,8 @@ class DataConfig:
     revision: str | None = None
     """Branch, tag or commit of the Hub dataset."""
     format: Literal["auto", "text", "chat", "instruction"] = "auto"
-    """How a record becomes text: its text field, its messages through the chat template, or Alpaca's instruction/input/output prompt."""
+    """How a record becomes text: its text field, its messages through the chat template, or Alpaca's
+    instruction/input/output prompt."""
     text_field: str = "text"
     """Column that holds the text (format text)."""
     messages_field: str = "messages"
@@ -120,11 +124,13 @@ class TransferConfig(_Stage):
     tokens_per_step: int = 8192
     """Tokens per optimiser step, a multiple of sequence length x batch size x processes (8 x 1024 in LoLCATs)."""
     loss: Literal["relative_mse", "mse", "cosine"] = "relative_mse"
-    """Per-layer loss: squared error over the mean square of the teacher's output, plain squared error, or cosine distance."""
+    """Per-layer loss: squared error over the mean square of the teacher's output, plain squared error, or cosine
+    distance."""
     loss_scale: float = 1.0
     """Factor on the loss (1000 for the published mse)."""
     branch: Literal["both", "mixed", "linear"] = "both"
-    """Train on the mixed output, on the linear branch alone over all visible keys, or on the sum of both (measured best)."""
+    """Train on the mixed output, on the linear branch alone over all visible keys, or on the sum of both (measured
+    best)."""
     learning_rate: float = 1e-2
     """Learning rate of the feature maps (1e-2 in LoLCATs)."""
     window_learning_rate: float = 3e-2
@@ -138,7 +144,8 @@ class TransferConfig(_Stage):
     max_grad_norm: float = 1.0
     """Gradient norm above which gradients are scaled down; 0 switches clipping off."""
     window_dropout: float | list[float] = 0.0
-    """Probability that a step hides the softmax window; a list is a schedule over equal parts of the run, e.g. 0.9,0.75,0.5."""
+    """Probability that a step hides the softmax window; a list is a schedule over equal parts of the run, e.g.
+    0.9,0.75,0.5."""
     logging_steps: int = 10
     """Steps between lines of the log."""
     save_steps: int = 500
@@ -299,7 +306,8 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """The process's GPU, else the CPU; or one of them (CUDA_VISIBLE_DEVICES chooses among several)."""
     load_in_4bit: bool = False
-    """Hold the frozen weights in 4 bits while training (bitsandbytes NF4); the result is merged into the full weights."""
+    """Hold the frozen weights in 4 bits while training (bitsandbytes NF4); the result is merged into the full
+    weights."""
     load_in_8bit: bool = False
     """The same in 8 bits."""
     attention: dict[str, Any] = field(default_factory=lambda: {"type": "linear"})

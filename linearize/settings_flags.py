@@ -1,6 +1,8 @@
-"""Command-line flags made from the settings: one for each field, named as in YAML with a dot before the section's fields.
+"""Command-line flags made from the settings: one for each field, named as in YAML with a dot before the section's
+fields.
 
-`with_settings` gives a function that takes a dictionary of overrides the flags as a signature that typer reads, so that the
+`with_settings` gives a function that takes a dictionary of overrides the flags as a signature that typer reads, so
+that the
 names, the choices and the help are written once: in `linearize/settings.py`.
 """
 
@@ -32,7 +34,7 @@ def field_help(settings: type) -> dict[str, str]:
     texts = {}
     for statement, following in pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
-            texts[statement.target.id] = inspect.cleandoc(following.value.value)  # type: ignore
+            texts[statement.target.id] = " ".join(following.value.value.split())  # type: ignore
     return texts
 
 
@@ -73,13 +75,26 @@ def _parameter(name: str, annotation: Any, help_text: str, default: str, panel: 
     identifier = name.replace(".", "__dot__")
     section, _, key = name.rpartition(".")
     prefix = f"{section}." if section else ""
+    kind: Any
     if is_flag(annotation):
         declaration, kind = f"--{name}/--{prefix}{NO}{key}", bool | None
     else:
         declaration, kind = f"--{name}", list[str] | None if is_list(annotation) else str | None
-    choices = [choice for option in options(annotation) if typing.get_origin(option) is Literal for choice in typing.get_args(option)]
+    choices = [
+        choice
+        for option in options(annotation)
+        if typing.get_origin(option) is Literal
+        for choice in typing.get_args(option)
+    ]
     shown = help_text + (f" One of {', '.join(choices)}." if choices and len(choices) <= 6 else "")
-    option = typer.Option(None, declaration, help=shown, rich_help_panel=panel, show_default=default or False, metavar=None if is_flag(annotation) else "VALUE")
+    option = typer.Option(
+        None,
+        declaration,
+        help=shown,
+        rich_help_panel=panel,
+        show_default=default or False,
+        metavar=None if is_flag(annotation) else "VALUE",
+    )
     return inspect.Parameter(identifier, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
 
 
@@ -89,15 +104,21 @@ def setting_parameters(names: Sequence[str]) -> list[inspect.Parameter]:
     for name in names:
         annotation = field_types(RunConfig)[name]
         section = section_type(annotation)
-        if section is None or type(None) in options(annotation):  # of a section only "none", which switches it off, is a value
-            parameters.append(_parameter(name, annotation, field_help(RunConfig)[name], shown_default(RunConfig, name), "run"))
+        if section is None or type(None) in options(
+            annotation
+        ):  # of a section only "none", which switches it off, is a value
+            parameters.append(
+                _parameter(name, annotation, field_help(RunConfig)[name], shown_default(RunConfig, name), "run")
+            )
         if section is not None:
             parameters += [
                 _parameter(f"{name}.{key}", inner, field_help(section)[key], shown_default(section, key), name)
                 for key, inner in field_types(section).items()
             ]
         if name == "attention":
-            parameters += [_parameter(f"attention.{key}", str, text, "", "attention") for key, text in mechanism_fields().items()]
+            parameters += [
+                _parameter(f"attention.{key}", str, text, "", "attention") for key, text in mechanism_fields().items()
+            ]
     return parameters
 
 
@@ -108,7 +129,11 @@ def with_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., A
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
-        own = [parameter for parameter in inspect.signature(command, eval_str=True).parameters.values() if parameter.name != "overrides"]
+        own = [
+            parameter
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.name != "overrides"
+        ]
         flags = setting_parameters(names)
         identifiers = {parameter.name: parameter.name.replace("__dot__", ".") for parameter in flags}
 
@@ -137,7 +162,8 @@ def _value(name: str, value: Any) -> Any:
 
 
 def normalise(argv: Sequence[str]) -> list[str]:
-    """Write `--overwrite true` and `--overwrite=false` as `--overwrite` and `--no_overwrite`: both styles are in common use."""
+    """Write `--overwrite true` and `--overwrite=false` as `--overwrite` and `--no_overwrite`: both styles are in
+    common use."""
     switches = {f"--{name}" for name, annotation in flat_names().items() if is_flag(annotation)}
     result: list[str] = []
     for word in argv:
@@ -154,5 +180,3 @@ def normalise(argv: Sequence[str]) -> list[str]:
 def _negated(flag: str) -> str:
     section, dot, key = flag[2:].rpartition(".")
     return f"--{section}{dot}{NO}{key}"
-
-

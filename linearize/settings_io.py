@@ -69,11 +69,15 @@ def merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
-def resolve(config: RunConfig | Mapping[str, Any] | str | PathLike[str] | None, overrides: Mapping[str, Any] | None = None) -> RunConfig:
+def resolve(
+    config: RunConfig | Mapping[str, Any] | str | PathLike[str] | None, overrides: Mapping[str, Any] | None = None
+) -> RunConfig:
     """Settings from a path, a preset's name, a mapping or settings, with `overrides` (dotted names) laid over them."""
     if isinstance(config, RunConfig):
         config = to_values(config)
-    values: Mapping[str, Any] = {} if config is None else config if isinstance(config, Mapping) else read_values(config)
+    values: Mapping[str, Any] = (
+        {} if config is None else config if isinstance(config, Mapping) else read_values(config)
+    )
     return build(RunConfig, merge(values, overrides or {}))
 
 

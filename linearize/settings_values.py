@@ -1,6 +1,7 @@
 """Turns what YAML files, flags and Python callers give for a settings field into the type that the field declares.
 
-YAML reads ``1e-4`` as a string and ``2e7`` as well, flags are all strings, and ``none`` is how a person switches a section off. One function
+YAML reads ``1e-4`` as a string and ``2e7`` as well, flags are all strings, and ``none`` is how a person switches a
+section off. One function
 settles all three, so that a value means the same wherever it was written.
 """
 
@@ -23,7 +24,7 @@ FALSE = ("false", "no", "off", "0")
 
 
 @cache
-def field_types(settings: type) -> dict[str, Any]:
+def field_types(settings: Any) -> dict[str, Any]:
     """The resolved annotation of every field of a settings dataclass."""
     hints = typing.get_type_hints(settings)
     return {field.name: hints[field.name] for field in dataclasses.fields(settings)}
@@ -36,7 +37,7 @@ def options(annotation: Any) -> tuple[Any, ...]:
     return (annotation,)
 
 
-def section_type(annotation: Any) -> type | None:
+def section_type(annotation: Any) -> Any:
     """The settings dataclass that an annotation names (alone or with ``None``), or ``None`` for a plain field."""
     return next((option for option in options(annotation) if dataclasses.is_dataclass(option)), None)
 
@@ -156,7 +157,8 @@ def build(settings: type, values: Any, name: str = "") -> Any:
 
 def convert_fields(settings: Any, section: str) -> None:
     """Convert every field of a settings object in place: the first step of each ``__post_init__``."""
-    for name, annotation in field_types(type(settings)).items():
+    kind: Any = type(settings)
+    for name, annotation in field_types(kind).items():
         dotted = f"{section}.{name}" if section else name
         setattr(settings, name, convert_value(annotation, getattr(settings, name), dotted))
 

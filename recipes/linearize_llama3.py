@@ -1,6 +1,8 @@
-"""Llama-3-8B to hybrid linear attention: convert, attention transfer, LoRA, evaluation, and a repository that loads everywhere.
+r"""Llama-3-8B to hybrid linear attention: convert, attention transfer, LoRA, evaluation, and a repository that loads
+everywhere.
 
-The defaults are Meta-Llama-3-8B on alpaca-cleaned, 20 M + 20 M tokens of 1024-token sequences (recipes/configs/llama3_8b_linear.yaml).
+The defaults are Meta-Llama-3-8B on alpaca-cleaned, 20 M + 20 M tokens of 1024-token sequences
+(recipes/configs/llama3_8b_linear.yaml).
 
 One GPU:
 
@@ -12,12 +14,15 @@ One GPU of 24 GB, the frozen weights in 4 bits:
 
 Eight GPUs:
 
-    accelerate launch --config_file recipes/accelerate/multi_gpu.yaml --num_processes 8 recipes/linearize_llama3.py --output_dir out
+    accelerate launch --config_file recipes/accelerate/multi_gpu.yaml --num_processes 8 \
+        recipes/linearize_llama3.py --output_dir out
 
-The published LoLCATs recipe, or a YAML file of your own; flags win over the file, and every setting is a flag (--help):
+The published LoLCATs recipe, or a YAML file of your own; flags win over the file, and every setting is a flag
+(--help):
 
     accelerate launch recipes/linearize_llama3.py --config llama3_8b_lolcats --output_dir out_lolcats
-    accelerate launch recipes/linearize_llama3.py --config my.yaml --model_name_or_path path/to/llama --data.dataset text.jsonl
+    accelerate launch recipes/linearize_llama3.py --config my.yaml \
+        --model_name_or_path path/to/llama --data.dataset text.jsonl
 
 What it would do, and the memory that it expects, without doing it:
 
@@ -27,7 +32,8 @@ After an interruption:
 
     accelerate launch recipes/linearize_llama3.py --output_dir out --resume_from_checkpoint
 
-`out/final` then loads with `AutoModelForCausalLM.from_pretrained("out/final", trust_remote_code=True)`, without this package too.
+`out/final` then loads with `AutoModelForCausalLM.from_pretrained("out/final", trust_remote_code=True)`, without this
+package too.
 Bad input ends with one sentence and exit code 2, Ctrl-C with 130 and a checkpoint.
 """
 

@@ -7,8 +7,11 @@ from pathlib import Path
 
 from tiny_models import make_teacher
 
-WORDS = "the river ran past a small red house where two old cats slept in warm winter light and nobody spoke of snow".split()
-CHAT_TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+WORDS = "the river ran past a small red house where two old cats slept in warm winter light and nobody spoke".split()
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
 
 
 def make_tokenizer(chat: bool = False):

@@ -1,0 +1,198 @@
+"""The command line: help, the commands in a row on directories, and a whole run."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from tiny_runs import make_teacher_directory, tiny_config, write_text
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from linearize.cli import main
+from linearize.hub import read_record
+from linearize.settings_io import resolve
+
+COMMANDS = ("convert", "transfer", "finetune", "evaluate", "chat", "info", "push", "run")
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("inputs")
+    make_teacher_directory(root / "teacher", chat=True)
+    write_text(root / "text.jsonl")
+    write_text(root / "other.jsonl", documents=10, seed=9)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(inputs, tmp_path_factory):
+    """A whole run by `linearize run`, YAML and flags."""
+    root = tmp_path_factory.mktemp("run")
+    config = tiny_config(inputs / "teacher", inputs / "text.jsonl", root / "ignored", inputs / "cache")
+    (root / "tiny.yaml").write_text(yaml.safe_dump(config))
+    assert main(["run", str(root / "tiny.yaml"), "--output_dir", str(root / "out"), "--attention.sinks", "1"]) == 0
+    return root / "out"
+
+
+def greedy(directory, text="the river ran past"):
+    model = AutoModelForCausalLM.from_pretrained(directory)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    inputs = tokenizer(text, return_tensors="pt")
+    return model.generate(**inputs, max_new_tokens=8, max_length=None, do_sample=False)[0].tolist()
+
+
+def test_help_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(command in shown for command in COMMANDS)
+
+
+def test_help_of_every_command_ends_well(capsys):
+    for command in COMMANDS:
+        assert main([command, "--help"]) == 0
+    assert "--transfer.tokens" in capsys.readouterr().out
+
+
+def test_help_loads_nothing_heavy():
+    code = (
+        "import sys; from linearize.cli import main; code = main(['--help']); "
+        "heavy = [name for name in ('peft', 'datasets', 'lm_eval', 'matplotlib', 'bitsandbytes') "
+        "if name in sys.modules and sys.modules[name] is not None]; print('HEAVY', code, heavy)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
+    assert "HEAVY 0 []" in run.stdout
+
+
+def test_a_run_leaves_its_directory(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "config.yaml",
+        "logs",
+        "plots",
+        "checkpoints",
+        "adapter",
+        "final",
+    }
+    config = resolve(finished / "config.yaml")
+    assert config.attention["sinks"] == 1 and config.attention["window"] == 8
+    assert config.attention["window_reference"] == "logsumexp"
+    assert {path.name for path in (finished / "plots").iterdir()} >= {"transfer_loss.png", "finetune_loss.png"}
+    record = read_record(finished / "final")
+    assert record["tokens"] == {"transfer": 192, "finetune": 192}
+    assert record["teacher"] == "teacher"
+    assert record["versions"]["torch"] == torch.__version__
+    names = [row["name"] for row in record["evaluation"]["rows"]]
+    assert names[0] == "teacher" and "control" in names[1] and "student" in names
+    files = {path.name for path in (finished / "final").iterdir()}
+    assert {"README.md", "linearize.json", "tokenizer.json", "chat_template.jinja", "generation_config.json"} <= files
+    assert not [name for name in files if name.endswith((".bin", ".pt", ".pkl"))]
+
+
+def test_a_record_names_no_place_of_this_machine(finished, inputs):
+    for name in ("linearize.json", "README.md", "config.json"):
+        assert str(inputs.parent) not in (finished / "final" / name).read_text()
+
+
+def test_the_card_can_be_read_by_the_hub(finished):
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(finished / "final" / "README.md")
+    assert card.data.library_name == "transformers" and "linear-attention" in card.data.tags
+    assert "| teacher |" in card.text and "## Quick start" in card.text and "sequence_length: 32" in card.text
+
+
+def test_a_complete_run_is_not_run_again(finished, capsys):
+    before = (finished / "final" / "model.safetensors").stat().st_mtime_ns
+    assert main(["run", "--output_dir", str(finished), "--resume_from_checkpoint"]) == 0
+    assert "complete" in capsys.readouterr().out
+    assert (finished / "final" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(inputs, tmp_path):
+    config = tiny_config(inputs / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
+    config |= {"transfer": None, "finetune": None, "evaluation": None}
+    (tmp_path / "out" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoints" / "old").write_text("old")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    assert main(["run", str(tmp_path / "tiny.yaml"), "--overwrite"]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.yaml", "final", "notes.txt"}
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(inputs, tmp_path, capsys):
+    config = tiny_config(inputs / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    assert main(["run", str(tmp_path / "tiny.yaml"), "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert "attention" in shown and "192" in shown and "MiB" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_in_a_row(inputs, tmp_path, capsys):
+    """convert, transfer, finetune, evaluate, info and chat, each on the directory that the one before left."""
+    one, two, three = (str(tmp_path / name) for name in ("converted", "transferred", "finetuned"))
+    teacher, text, small = (
+        str(inputs / "teacher"),
+        str(inputs / "text.jsonl"),
+        ["--device", "cpu", "--dtype", "float32"],
+    )
+    data = ["--data", text, "--data.sequence_length", "32", "--data.cache_dir", str(inputs / "cache"), *small]
+    assert main(["convert", teacher, one, "--attention.window", "8", "--softmax_layers", "0"]) == 0
+    config = json.loads((tmp_path / "converted" / "config.json").read_text())
+    assert config["mixer_types"] == ["softmax", "linear"] and config["mixers"]["linear"]["window"] == 8
+    assert main(["convert", teacher, one]) == 2
+    assert main(["transfer", one, two, *data, "--transfer.max_steps", "2", "--transfer.tokens_per_step", "32"]) == 0
+    flags = [
+        "--finetune.max_steps",
+        "2",
+        "--finetune.tokens_per_step",
+        "32",
+        "--finetune.lora_targets",
+        "q_proj,v_proj",
+    ]
+    assert main(["finetune", two, three, *data, *flags]) == 0
+    record = read_record(tmp_path / "finetuned" / "final")
+    assert record["tokens"] == {"transfer": 64, "finetune": 64} and record["teacher"] == "teacher"
+    capsys.readouterr()
+
+    other = ["--text", str(inputs / "other.jsonl"), "--sequence_length", "32", "--max_tokens", "128"]
+    measure = ["evaluate", three, *other, "--teacher", teacher, "--output", str(tmp_path / "report")]
+    assert main(measure) == 0
+    rows = json.loads((tmp_path / "report" / "evaluation.json").read_text())["rows"]
+    assert [row["name"] for row in rows][0] == "teacher" and len(rows) == 5
+    assert main(["chat", three, "--prompt", "the cats", "--max_new_tokens", "4"]) == 0
+    assert len(greedy(tmp_path / "finetuned" / "final")) > 8
+
+
+def test_info_as_json_and_as_tables(finished, capsys):
+    assert main(["info", str(finished), "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert described["layers"] == ["linear", "linear"] and described["teacher"] == "teacher"
+    assert main(["info", str(finished)]) == 0
+    assert "32,768" in capsys.readouterr().out
+
+
+def test_chat_holds_a_conversation(finished, capsys, monkeypatch):
+    lines = iter(["the cats", "and the snow"])
+
+    def read(prompt):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    assert main(["chat", str(finished), "--max_new_tokens", "3", "--temperature", "0.7"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) >= 2
+
+
+def test_run_is_a_function_too(inputs, tmp_path):
+    import linearize
+
+    config = tiny_config(inputs / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
+    config["data"]["completion_only"] = False
+    result = linearize.run({**config, "finetune": None, "softmax_layers": [-1]})
+    assert result.finetune is None and result.transfer.steps == 3
+    assert result.report.row("student after attention transfer").perplexity == result.report.row("student").perplexity
+    assert result.final == tmp_path / "out" / "final" and result.final.is_dir()
