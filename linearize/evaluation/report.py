@@ -29,6 +29,9 @@ MERGED_NOTE = (
     "LoRA is merged into these weights, so neither the teacher nor the training-free control can be measured on them: "
     "the reference is the merged weights with softmax attention. Give the teacher to compare with it."
 )
+UNTOUCHED_NOTE = (
+    "Without LoRA the softmax arm is the control, by construction: the softmax branch has no trained parameters."
+)
 SHARE_TOKENS = 4096  # the share is a mean over tokens, heads and layers: a few thousand tokens settle it
 
 
@@ -270,7 +273,12 @@ def evaluate(
         report.add(name, result)
     measure(STUDENT, model, "mixed")
     if controls:
-        measure(SOFTMAX_ARM, model, "softmax")
+        control = report.row(report.control)
+        if control is not None and source is model and unwrap(model) is model:
+            report.rows.append(dataclasses.replace(control, name=SOFTMAX_ARM, seconds=0.0))
+            report.notes.append(UNTOUCHED_NOTE)
+        else:
+            measure(SOFTMAX_ARM, model, "softmax")
         measure(LINEAR_ARM, model, "linear")
         report.linear_index = linear_index(*(report.nll(name) for name in (report.reference, STUDENT, SOFTMAX_ARM)))
     if own_weights and controls:

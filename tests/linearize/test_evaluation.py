@@ -222,6 +222,13 @@ def test_report_of_an_adapted_student(student, blocks):
     assert [figures.tokens for figures in report.state] == [1024, 8192, 32768]
 
 
+def test_without_lora_the_softmax_arm_is_the_control(student, blocks):
+    report = evaluate(student, blocks, share_tokens=0)
+    expected = perplexity(student, blocks, arm="softmax").nll
+    assert report.row(SOFTMAX_ARM).nll == report.row(report.control).nll == pytest.approx(expected)
+    assert report.share is None and "by construction" in report.notes[0]
+
+
 def test_report_of_a_merged_student(student, blocks):
     merged = with_lora(copy.deepcopy(student)).merge_and_unload()
     alone = evaluate(merged, blocks, merged=True)
