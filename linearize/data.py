@@ -1,12 +1,12 @@
 """Training and validation sequences from text: read, tokenise once, pack, cache.
 
-Documents are laid end to end, each as BOS (if the tokenizer starts its texts with one), its tokens and EOS, and the stream
-is cut into sequences of exactly `sequence_length` tokens that need no padding. As in LoLCATs
-(https://arxiv.org/abs/2410.10254), a sequence may hold parts of several documents, attention crosses their borders, and the
-tokens of prompts carry the label -100.
+Documents are laid end to end, each as BOS (if the tokenizer starts its texts with one), its tokens and EOS, and the
+stream is cut into sequences of exactly `sequence_length` tokens that need no padding. As in LoLCATs
+(https://arxiv.org/abs/2410.10254), a sequence may hold parts of several documents, attention crosses their borders,
+and the tokens of prompts carry the label -100.
 
-Which files do what: `data_sources.py` reads records, `data_documents.py` makes tokens of them, `data_packing.py` caches,
-splits and packs.
+Which files do what: `data_sources.py` reads records, `data_documents.py` makes tokens of them, `data_packing.py`
+caches, splits and packs.
 """
 
 import logging
@@ -39,8 +39,8 @@ Result = TypeVar("Result")
 class TokenBlocks(Dataset):
     """Packed sequences of equal length, a map-style dataset; memory-mapped if they come from the cache.
 
-    `blocks[i]` is `{"input_ids": (L,), "labels": (L,)}`, both int64 tensors of their own; a slice or a sequence of indices
-    gives (n, L). Labels are those of the same position (transformers' models shift them).
+    `blocks[i]` is `{"input_ids": (L,), "labels": (L,)}`, both int64 tensors of their own; a slice or a sequence of
+    indices gives (n, L). Labels are those of the same position (transformers' models shift them).
     """
 
     input_ids: Any
@@ -83,12 +83,12 @@ def _int64(rows: Any) -> torch.Tensor:
 def prepare_data(config: "DataConfig", tokenizer: Any, *, seed: int = 0) -> tuple[TokenBlocks, TokenBlocks]:
     """Return the training and the validation sequences, from the cache where it has them.
 
-    In a distributed run the main process builds and the others wait. An entry of the cache is used only if the data, the
-    tokenizer and every setting that matters are those it was made from.
+    In a distributed run the main process builds and the others wait. An entry of the cache is used only if the data,
+    the tokenizer and every setting that matters are those it was made from.
 
     Args:
-        seed: The run's seed, which has no part in this: the order of training is `epoch_order`'s, and the documents carved
-            off for validation are drawn with a fixed seed (`data_packing.VALIDATION_SEED`), the same in every run.
+        seed: The run's seed, which has no part in this: the order of training is `epoch_order`'s, and the documents
+            carved off for validation are drawn with a fixed seed (`data_packing.VALIDATION_SEED`).
 
     Raises:
         UserError: The data are missing, unreadable, of another format, or too few.
@@ -129,8 +129,8 @@ def load_text_blocks(
     if not count:
         limit = f" (of which {max_tokens} are asked for)" if total == max_tokens else ""
         raise UserError(
-            f"{source.name} holds {total} tokens{limit}, fewer than one sequence of {sequence_length}: give more text, or "
-            "lower the sequence length."
+            f"{source.name} holds {total} tokens{limit}, fewer than one sequence of {sequence_length}: give more "
+            "text, or lower the sequence length."
         )
     ids = np.concatenate(parts)[: count * sequence_length]
     return TokenBlocks(torch.from_numpy(ids.reshape(count, sequence_length)))
@@ -204,7 +204,8 @@ def _open_sources(config: "DataConfig") -> tuple[Source, Source | None]:
         validation = open_files([config.validation], config.text_field)
     if validation.identity == train.identity:
         raise UserError(
-            f"The validation data {validation.name} are the training data: give other text, or leave data.validation out."
+            f"The validation data {validation.name} are the training data: give other text, or leave "
+            "data.validation out."
         )
     return train, validation
 
@@ -217,7 +218,8 @@ def _tokenized(
     completion_only = format != "text" if config.completion_only is None else config.completion_only
     if completion_only and format == "text":
         raise UserError(
-            "data.completion_only is set, but plain text has no answers: leave it out, or give chat or instruction data."
+            "data.completion_only is set, but plain text has no answers: leave it out, or give chat or "
+            "instruction data."
         )
     if format == "chat":
         data_documents.check_chat_template(tokenizer)
@@ -274,12 +276,12 @@ def _pack(
             continue
         if counts["sequences_without_loss"]:
             raise UserError(
-                f"No {split} sequence from {source.name} holds a token of an answer to learn from: check the data, or set "
-                "data.completion_only to false."
+                f"No {split} sequence from {source.name} holds a token of an answer to learn from: check the data, or "
+                "set data.completion_only to false."
             )
         raise UserError(
-            f"The {split} data hold {counts['tokens']} tokens (documents equal to validation documents left out), fewer than "
-            f"one sequence of {length}: give more text, or lower data.sequence_length."
+            f"The {split} data hold {counts['tokens']} tokens (documents equal to validation documents left out), "
+            f"fewer than one sequence of {length}: give more text, or lower data.sequence_length."
         )
     sequences = [facts[split]["sequences"] for split in ("train", "validation")]
     logger.info("Packed into %d training and %d validation sequences of %d tokens.", *sequences, length)
@@ -296,8 +298,8 @@ def _open_blocks(entry: Path, split: str, config: "DataConfig") -> TokenBlocks:
 def _main_process_first(work: Callable[[], Result]) -> Result:
     """Run `work` in the main process of a distributed run, then in the others, which find it cached.
 
-    The main process's error is raised in all of them. They wait in a group of its own with a long limit: tokenising a large
-    corpus takes longer than the ten minutes that NCCL waits.
+    The main process's error is raised in all of them. They wait in a group of its own with a long limit: tokenising a
+    large corpus takes longer than the ten minutes that NCCL waits.
     """
     from torch import distributed
 

@@ -31,7 +31,7 @@ ALPACA_PROMPT = (
 )
 
 PIECE_CHARACTERS = 1 << 20
-"""Longer texts are tokenised in pieces, cut after a line break: tokenizers take far more memory than the text itself."""
+"""Longer texts are tokenised in pieces, cut after a line break: tokenizers take far more memory than the text."""
 BATCH_RECORDS = 256
 
 
@@ -46,7 +46,7 @@ class Segment(NamedTuple):
 
 
 def resolve_format(source: Source, format: str, text_field: str, messages_field: str) -> Format:
-    """Choose the format from the fields of the first record, or check that it has the fields of the format asked for."""
+    """Choose the format by the fields of the first record, or check that it has those of the format asked for."""
     fields = source.fields()
     needed: dict[Format, list[str]] = {
         "chat": [messages_field],
@@ -64,7 +64,7 @@ def resolve_format(source: Source, format: str, text_field: str, messages_field:
         )
     if format not in needed:
         raise UserError(f"The data format {format!r} is unknown: use auto, text, chat or instruction.")
-    missing = [field for field in needed[format] if field not in fields]  # type: ignore[index]
+    missing = [field for field in needed[format] if field not in fields]
     raise UserError(f"{source.name} has no field {missing[0]!r}; {there}: set data.format or the name of the field.")
 
 
@@ -157,8 +157,9 @@ def _text(batch: list[Record], tokenizer: Any, field: str) -> Iterator[Segment]:
 def split_text(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[tuple[str, bool, bool]]:
     """Cut a long text into (piece, is first, is last) of about `limit` characters.
 
-    A cut lies between a line break and a character that is not a space, where byte-level BPE tokenizers (GPT-2, Llama-3,
-    SmolLM2) cut by themselves, so that the ids are those of the whole text. A text without such a place stays whole.
+    A cut lies between a line break and a character that is not a space, where byte-level BPE tokenizers (GPT-2,
+    Llama-3, SmolLM2) cut by themselves, so that the ids are those of the whole text. A text without such a
+    place stays whole.
     """
     start = 0
     line_start = re.compile(r"\n(?=\S)")
@@ -198,8 +199,8 @@ def check_chat_template(tokenizer: Any) -> None:
     """Chat data need a template; whether it suits the messages shows when they are rendered."""
     if not tokenizer.chat_template:
         raise UserError(
-            "The data are chat messages, but the tokenizer has no chat template: take the tokenizer of an instruct model, "
-            "or set tokenizer.chat_template."
+            "The data are chat messages, but the tokenizer has no chat template: take the tokenizer of an instruct "
+            "model, or set tokenizer.chat_template."
         )
 
 
@@ -210,8 +211,8 @@ def _conversations(batch: list[Record], tokenizer: Any, field: str, completion_o
         return
     if completion_only and not tokenizer.is_fast:
         raise UserError(
-            "The answers in chat messages cannot be found with a tokenizer written in Python: take its fast version, or set "
-            "data.completion_only to false."
+            "The answers in chat messages cannot be found with a tokenizer written in Python: take its fast version, "
+            "or set data.completion_only to false."
         )
     marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()) is not None
     if completion_only and marks_answers:
@@ -240,8 +241,9 @@ def _conversations(batch: list[Record], tokenizer: Any, field: str, completion_o
 def answer_spans(tokenizer: Any, messages: list[dict], text: str, where: str) -> list[tuple[int, int]]:
     """Characters (start, stop) of the assistant's turns in the rendered text.
 
-    A turn is what rendering the messages up to it adds to those before it with the prompt for an answer. This holds only
-    if the template writes the earlier turns in the same way whatever follows; some leave out thoughts of earlier turns.
+    A turn is what rendering the messages up to it adds to those before it with the prompt for an answer. This holds
+    only if the template writes the earlier turns in the same way whatever follows; some leave out thoughts of earlier
+    turns.
     """
     spans = []
     for index, message in enumerate(messages):
@@ -255,8 +257,8 @@ def answer_spans(tokenizer: Any, messages: list[dict], text: str, where: str) ->
             before = until[: until.find(prompt)] + prompt
         if not (until.startswith(before) and text.startswith(until)):
             raise UserError(
-                f"The answers in {where} cannot be told apart, because the chat template rewrites earlier turns: use a "
-                "template with {% generation %} marks, or set data.completion_only to false."
+                f"The answers in {where} cannot be told apart, because the chat template rewrites earlier turns: use "
+                "a template with {% generation %} marks, or set data.completion_only to false."
             )
         spans.append((len(before), len(until)))
     return spans

@@ -1,8 +1,8 @@
 """From documents to sequences on disk: the token cache, the split, and the packing.
 
-A cache entry is a folder named by its key. It is written under another name, its manifest last, and renamed into place,
-so that an entry which can be found is complete. Two kinds of entry lie side by side: the tokenised documents of a source,
-and the packed sequences of one length made from them; another length or split needs no second tokenisation.
+A cache entry is a folder named by its key. It is written under another name, its manifest last, and renamed into
+place, so that an entry which can be found is complete. Two kinds of entry lie side by side: the tokenised documents of
+a source, and the packed sequences of one length made from them; another length or split needs no second tokenisation.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 """Raised with any change of what the files of a cache entry mean."""
 VALIDATION_SEED = 2357
-"""Chooses the documents carved off for validation. Not the run's seed, so that runs are measured on the same documents."""
+"""Chooses the documents carved off for validation. Not the run's seed, so that all runs are measured on the same."""
 _MANIFEST = "manifest.json"
 _SCRATCH_NAME = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{12}\.tmp")
 _STALE_SECONDS = 24 * 3600
@@ -200,10 +200,10 @@ def read_documents(folder: Path) -> Documents:
 def split_documents(documents: Documents, sequence_length: int, wanted: int) -> tuple[Ranges, Ranges]:
     """Choose the tokens of training and of validation; no document's tokens are in both.
 
-    Validation takes `wanted` documents, drawn with `VALIDATION_SEED`, but at most a tenth of them, and more where these
-    would not fill one sequence; both splits keep their documents' order. Documents equal to one of them leave the training
-    split. With too few documents for that (one long file), validation is the end of the stream: the last tenth of its
-    sequences, at most `wanted` and at least one.
+    Validation takes `wanted` documents, drawn with `VALIDATION_SEED`, but at most a tenth of them, and more where
+    these would not fill one sequence; both splits keep their documents' order. Documents equal to one of them leave
+    the training split. With too few documents for that (one long file), validation is the end of the stream: the last
+    tenth of its sequences, at most `wanted` and at least one.
     """
     total = len(documents.ids)
     count = len(documents.ends)
@@ -225,8 +225,8 @@ def split_documents(documents: Documents, sequence_length: int, wanted: int) -> 
     sequences = total // sequence_length
     if sequences < 2:
         raise UserError(
-            f"The data hold {total} tokens, fewer than the {2 * sequence_length} that one training and one validation sequence "
-            f"of {sequence_length} tokens take: give more text, or lower data.sequence_length."
+            f"The data hold {total} tokens, fewer than the {2 * sequence_length} that one training and one validation "
+            f"sequence of {sequence_length} tokens take: give more text, or lower data.sequence_length."
         )
     cut = total - sequence_length * max(1, min(wanted, sequences // 10))
     return [(0, cut)], [(cut, total)]
@@ -307,7 +307,7 @@ def _fill(target: np.memmap, kept: np.ndarray, chunks: Iterator[np.ndarray]) -> 
 
 
 def _blocks(stream: np.ndarray, ranges: Ranges, sequence_length: int) -> Iterator[np.ndarray]:
-    """Cut stretches of a stream, laid end to end, into (up to 1024, sequence_length); the incomplete end is dropped."""
+    """Cut stretches of a stream, laid end to end, into (up to 1024, sequence_length), dropping the incomplete end."""
     size = _CHUNK_BLOCKS * sequence_length
     parts: list[np.ndarray] = []
     held = 0

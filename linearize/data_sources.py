@@ -245,13 +245,13 @@ def _hub_error(name: str, revision: str | None, error: Exception) -> UserError:
             )
         place = f" at revision {revision}" if revision else ""
         return UserError(
-            f"No dataset {name}{place} was found on the Hub, and no such file exists here: check the name, or log in with "
-            "`hf auth login` if it is private."
+            f"No dataset {name}{place} was found on the Hub, and no such file exists here: check the name, or log in "
+            "with `hf auth login` if it is private."
         )
     if isinstance(error, ConnectionError | TimeoutError):
         return UserError(
-            f"The Hub could not be reached for the dataset {name}, and it is not in the local cache: check the network, or "
-            "set data.dataset to local .txt, .jsonl or .parquet files."
+            f"The Hub could not be reached for the dataset {name}, and it is not in the local cache: check the "
+            "network, or set data.dataset to local .txt, .jsonl or .parquet files."
         )
     return UserError(
         f"The dataset {name} could not be loaded ({message}): check its name, configuration, split and revision."

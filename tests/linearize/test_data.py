@@ -161,7 +161,9 @@ def test_packing_matches_a_plain_version_for_any_ranges(tmp_path):
     assert facts["sequences"] + facts["sequences_without_loss"] == len(picked) // 3
 
 
-def test_long_text_in_pieces_has_the_same_ids(tokenizer, monkeypatch):
+@pytest.mark.parametrize("bos", [False, True])
+def test_long_text_in_pieces_has_the_same_ids(bos, monkeypatch):
+    tokenizer = make_tokenizer(bos)
     text = "\n".join(make_texts(60)) + "\n\n  indented\n\ttabbed\n\n\nlast line\n"
     pieces = list(data_documents.split_text(text, 100))
     assert len(pieces) > 10
@@ -170,7 +172,9 @@ def test_long_text_in_pieces_has_the_same_ids(tokenizer, monkeypatch):
     monkeypatch.setattr(data_documents.split_text, "__defaults__", (100,))
     segments = list(data_documents.tokenize_records([("", {"text": text}), ("", {"text": "more"})], tokenizer, "text"))
     assert sum(segment.ends_document for segment in segments) == 2
-    assert np.concatenate([segment.ids for segment in segments]).tolist() == stream([text, "more"], tokenizer)
+    assert np.concatenate([segment.ids for segment in segments]).tolist() == stream(
+        [text, "more"], tokenizer, [0] if bos else []
+    )
 
 
 def test_max_tokens_cuts_the_last_document(tmp_path, tokenizer):
@@ -178,6 +182,9 @@ def test_max_tokens_cuts_the_last_document(tmp_path, tokenizer):
     config = make_config(tmp_path, write_texts(tmp_path / "a.jsonl", texts), max_tokens=200, validation_documents=0)
     train, _ = prepare_data(config, tokenizer)
     assert flat(train) == stream(texts, tokenizer)[: 200 // 16 * 16]
+    segments = [data_documents.Segment(np.arange(6), None, True)] * 3
+    assert data_packing.write_documents(tmp_path, segments, np.dtype(np.uint16), 10)["documents"] == 2
+    assert np.load(tmp_path / "ends.npy").tolist() == [6, 10]
 
 
 def test_items_and_memory_map(tmp_path, tokenizer):
@@ -302,9 +309,9 @@ def test_alpaca_prompt_is_read_and_only_the_response_is_learnt(tmp_path):
     whole = (
         "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nName the river.\n\n### Response:\nThe {Ouse}.</s>"
-        "<s>Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request.\n\n### Instruction:\nAdd the numbers.\n\n### Input:\n1 and 2"
-        "\n\n### Response:\n3</s>"
+        "<s>Below is an instruction that describes a task, paired with an input that provides further context. Write "
+        "a response that appropriately completes the request.\n\n### Instruction:\nAdd the numbers.\n\n### Input:\n1 "
+        "and 2\n\n### Response:\n3</s>"
         "<s>Below is an instruction that describes a task. Write a response that appropriately completes the request."
         "\n\n### Instruction:\nSay it.\n\n### Response:\nIt.</s>"
     )
@@ -384,6 +391,12 @@ def test_both_kinds_of_template_give_the_same_labels():
         )
         masks.append(segment.supervised.tolist())
     assert masks[0] == masks[1]
+    # Marks are followed where the turns cannot be told apart by rendering some of them.
+    last_only = "{% if loop.last %}never{% endif %}{{ m['content'] }}"
+    tokenizer.chat_template = CHATML_GENERATION.replace("{{ m['content'] }}", last_only)
+    records = [("", {"messages": messages})]
+    (segment,) = data_documents.tokenize_records(records, tokenizer, "chat", completion_only=True)
+    assert tokenizer.decode(segment.ids[segment.supervised]) == "b c<|im_end|>\n"
 
 
 @pytest.mark.parametrize(
