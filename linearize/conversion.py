@@ -18,7 +18,15 @@ from linearize.modeling import BACKBONES
 logger = logging.getLogger(__name__)
 
 PREFIX = "linearized_"
-NOT_CARRIED = ("model_type", "architectures", "transformers_version", "_name_or_path", "auto_map", "layer_types", "dtype")
+NOT_CARRIED = (
+    "model_type",
+    "architectures",
+    "transformers_version",
+    "_name_or_path",
+    "auto_map",
+    "layer_types",
+    "dtype",
+)
 
 
 def convert(
@@ -90,7 +98,9 @@ def load_student(
     source = str(path)
     config = load_config(source, token=token)
     if not config.model_type.startswith(PREFIX):
-        raise UserError(f"{source} is a {config.model_type} model, not a converted one: run `linearize convert` on it first")
+        raise UserError(
+            f"{source} is a {config.model_type} model, not a converted one: run `linearize convert` on it first"
+        )
     with quiet_transformers(), explained(source):
         model, info = AutoModelForCausalLM.from_pretrained(
             source, dtype=dtype, token=token, trust_remote_code=False, output_loading_info=True, **options
@@ -192,7 +202,9 @@ def _first_reason(error: BaseException) -> str:
 def _unsupported(source: str, config: PreTrainedConfig) -> str:
     if config.model_type.startswith(PREFIX):
         return f"{source} is converted already: load it with load_student, or convert its teacher"
-    return f"{source} is a {config.model_type} model, which cannot be converted yet: supported are {', '.join(BACKBONES)}"
+    return (
+        f"{source} is a {config.model_type} model, which cannot be converted yet: supported are {', '.join(BACKBONES)}"
+    )
 
 
 def _check_loaded(source: str, info: dict, model: PreTrainedModel) -> None:

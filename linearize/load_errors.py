@@ -34,7 +34,8 @@ def explain(source: str, what: str, error: BaseException) -> str | None:
         return any(isinstance(e, classes) for e in chain)
 
     if source.endswith(".gguf") and not caused_by(MemoryError):
-        return f"the GGUF file {source} cannot be read ({_short(chain[-1])}): download it again, or use another quantisation"
+        reason = _short(chain[-1])
+        return f"the GGUF file {source} cannot be read ({reason}): download it again, or use another quantisation"
     if caused_by(hub_errors.GatedRepoError) or "gated repo" in text:
         return f"{source} is a gated repository: ask for access on its page, then {LOGIN}"
     if "401" in text or "Invalid credentials" in text or "token is invalid" in text.lower():
@@ -48,7 +49,9 @@ def explain(source: str, what: str, error: BaseException) -> str | None:
     if caused_by(hub_errors.LocalEntryNotFoundError, hub_errors.OfflineModeIsEnabled, ConnectionError) or any(
         sign in text for sign in ("We couldn't connect", "offline mode", "Connection refused", "ConnectError")
     ):
-        return f"the Hub cannot be reached and {source} is not in the cache: check the network, or give a local directory"
+        return (
+            f"the Hub cannot be reached and {source} is not in the cache: check the network, or give a local directory"
+        )
     if "no file named" in text or "does not appear to have a file named" in text:
         return f"{source} has no {what} weights (model.safetensors): give a complete checkpoint directory"
     if caused_by(SafetensorError):

@@ -175,8 +175,7 @@ def forecast_transfer(teacher: Any, config: RunConfig) -> Forecast:
     shape = Shape.of(teacher)
     mechanism = Mechanism.of(shape, config.attention, config.softmax_layers)
     tokens = config.transfer.batch_size * config.data.sequence_length
-    branches = 2 if config.transfer.branch == "both" else 1
-    layer = branches * mixer_activations(shape, mechanism, tokens, FACTORS.transfer_head_tensors)
+    layer = mixer_activations(shape, mechanism, tokens, FACTORS.transfer_head_tensors)
     forward = tokens * BYTES[config.dtype] * (4 * shape.hidden + 2 * (shape.heads + shape.key_heads) * shape.head_dim)
     return Forecast(
         weights=weight_bytes(shape, config),
@@ -214,18 +213,21 @@ def forecast_finetune(teacher: Any, config: RunConfig) -> Forecast:
     size = BYTES[config.dtype]
     dense = size * tokens * (FACTORS.hidden_tensors * shape.hidden + FACTORS.mlp_tensors * shape.intermediate)
     mixer = mixer_activations(shape, mechanism, tokens, FACTORS.transfer_head_tensors)
-    if settings.gradient_checkpointing:
-        activations = shape.layers * size * tokens * shape.hidden + dense + mixer
-    else:
-        activations = shape.layers * dense + mechanism.layers * mixer
     chunk = min(settings.logits_chunk, tokens)
     distillation = 2 if settings.kl_weight > 0 else 1
+    logits = FACTORS.logits_copies * distillation * 4 * chunk * shape.vocabulary
+    if (
+        settings.gradient_checkpointing
+    ):  # a layer is recomputed after the logits are gone: the larger of the two counts
+        activations = shape.layers * size * tokens * shape.hidden + max(dense + mixer - logits, 0)
+    else:
+        activations = shape.layers * dense + mechanism.layers * mixer
     return Forecast(
         weights=weight_bytes(shape, config),
         mixers=(ADAM_STATES if settings.train_mixers else 1) * 4 * mechanism.parameters,
         adapters=ADAM_STATES * 4 * adapter_parameters(shape, config),
         activations=int(activations),
-        logits=int(FACTORS.logits_copies * distillation * 4 * chunk * shape.vocabulary),
+        logits=int(logits),
         runtime=FACTORS.runtime_bytes,
     )
 

@@ -1,8 +1,8 @@
 """LinearAttention: a softmax window and sinks beside per-head feature maps, one denominator.
 
 Source: LoLCATs (Zhang et al. 2024, arXiv 2410.10254). The published form is `window_reference="max"`,
-`window_shift=None`, `window_weight_form="sigmoid"`, `window_weight=0.1`, `magnitude=False`, `sinks=0`; the default here
-lets a window that matches badly give way to the linear branch.
+`window_shift=None`, `window_weight_form="sigmoid"`, `window_weight=0.1`, `magnitude=False`, `sinks=0`; the default
+here lets a window that matches badly give way to the linear branch.
 """
 
 import math
@@ -69,11 +69,13 @@ class LinearAttentionConfig:
         if self.feature_dim is not None and self.feature_dim < 1:
             raise ValueError(f"feature_dim is {self.feature_dim}: it must be at least 1")
         if not 0 < self.window_weight < (math.inf if self.window_weight_form == "log" else 1):
-            raise ValueError(f"window_weight is {self.window_weight}: it must be above 0, and below 1 in the sigmoid form")
+            raise ValueError(
+                f"window_weight is {self.window_weight}: it must be above 0, and below 1 in the sigmoid form"
+            )
         if self.contract != CONTRACT:
             raise ValueError(
                 f"this checkpoint was saved with contract {self.contract} of linear attention and this version of "
-                f"linearize supports {CONTRACT}: load it with trust_remote_code=True in an environment without linearize"
+                f"linearize supports {CONTRACT}: load it with trust_remote_code=True where linearize is not installed"
             )
 
     def resolve(self, head_dim: int) -> None:
@@ -119,7 +121,14 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.window, self.sinks, self.reference = config.window, config.sinks, config.window_reference
         self.scaling, self.op_backend = scaling, "auto"
-        shape = (head_dim, config.feature_dim, config.feature_map, config.bias, config.magnitude, config.initialization)
+        shape = (
+            head_dim,
+            config.feature_dim,
+            config.feature_map,
+            config.bias,
+            config.magnitude,
+            config.initialization,
+        )
         self.feature_map_q = FeatureMap(num_heads, *shape)
         self.feature_map_k = FeatureMap(num_key_value_heads if config.share_key_map else num_heads, *shape)
         self.window_mix = WindowMix(num_heads, config) if config.window + config.sinks else None

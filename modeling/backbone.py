@@ -122,7 +122,9 @@ class MixerModelMixin:
         self.load_state_dict(tensors, strict=False)
 
 
-def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_values) -> tuple[Tensor | None, Tensor | None]:
+def layer_masks(
+    model, inputs_embeds, attention_mask, position_ids, past_key_values
+) -> tuple[Tensor | None, Tensor | None]:
     """The masks of one forward: the softmax layers' (causal, as transformers makes it) and the mixers'.
 
     The mixers' is `(B, T)` of this call's tokens, or None when nothing is padded. It is ours because transformers'
@@ -156,7 +158,7 @@ def new_cache(model) -> DynamicCache:
 
 
 def real_positions(attention_mask: Tensor | None, length: int, past: int, device) -> Tensor:
-    """Positions of this call's tokens, counted over real tokens: features come after RoPE, so padding must not shift it."""
+    """Positions of this call's tokens, counted over real tokens: features come after RoPE, padding must not shift them."""
     if attention_mask is not None and attention_mask.shape[1] == past + length:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     return (torch.arange(length, device=device) + past)[None]

@@ -28,11 +28,18 @@ class MixerConfigMixin:
                 raise ValueError("mixer_types is needed: one name per layer, since mixers has not exactly one entry")
             self.mixer_types = list(self.mixers) * self.num_hidden_layers
         if len(self.mixer_types) != self.num_hidden_layers:
-            raise ValueError(f"mixer_types names {len(self.mixer_types)} layers, the model has {self.num_hidden_layers}")
+            raise ValueError(
+                f"mixer_types names {len(self.mixer_types)} layers, the model has {self.num_hidden_layers}"
+            )
         if unknown := sorted(set(self.mixer_types) - set(self.mixers) - {SOFTMAX}):
             known = ", ".join([*self.mixers, SOFTMAX])
-            raise ValueError(f"mixer_types uses {', '.join(unknown)}, which mixers does not describe: known are {known}")
-        heads, groups = self.num_attention_heads, getattr(self, "num_key_value_heads", None) or self.num_attention_heads
+            raise ValueError(
+                f"mixer_types uses {', '.join(unknown)}, which mixers does not describe: known are {known}"
+            )
+        heads, groups = (
+            self.num_attention_heads,
+            getattr(self, "num_key_value_heads", None) or self.num_attention_heads,
+        )
         if heads % groups:
             raise ValueError(f"{heads} attention heads do not divide among {groups} key/value heads")
         self.mixers = {name: asdict(self._typed(settings)) for name, settings in self.mixers.items()}

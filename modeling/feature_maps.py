@@ -93,7 +93,7 @@ class FeatureMap(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Identity: the feature i is the dimension `identity_dimensions` gives; Kaiming: uniform, fan-in D f (published)."""
+        """Identity: feature i is the dimension that `identity_dimensions` gives; Kaiming: uniform, fan-in D f."""
         head_dim, feature_dim = self.weight.shape[1:]
         if self.initialization == "identity":
             eye = torch.zeros(head_dim, feature_dim, dtype=self.weight.dtype, device=self.weight.device)

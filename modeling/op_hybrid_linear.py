@@ -77,7 +77,9 @@ def hybrid_linear_attention(
     if stateful and not causal:
         raise ValueError("initial_state and return_state need causal=True: a bidirectional row has no running state")
     if cu_seqlens is not None and (stateful or attention_mask is not None or query.shape[0] != 1):
-        raise ValueError("cu_seqlens needs batch size 1 and goes with no attention_mask, initial_state or return_state")
+        raise ValueError(
+            "cu_seqlens needs batch size 1 and goes with no attention_mask, initial_state or return_state"
+        )
     args = (query, key, value, query_features, key_features)
     options = {
         "window_weight": window_weight,
@@ -126,7 +128,7 @@ def _chunked(query, key, value, query_features, key_features, *, cu_seqlens=None
     del options["initial_state"], options["return_state"]
     bounds = cu_seqlens.tolist()
     rows = []
-    for start, end in zip(bounds[:-1], bounds[1:]):
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         parts = [x[:, :, start:end] if isinstance(x, Tensor) else x for x in (query, key, value)]
         features = [x[:, :, start:end] if isinstance(x, Tensor) else x for x in (query_features, key_features)]
         branches, _, _ = run_rows(*parts, *features, **options)

@@ -94,8 +94,8 @@ class Inputs(NamedTuple):
 class Keys(NamedTuple):
     """The keys that a pass can see one by one, in the order of their token index.
 
-    key, value `(B, G, N, D)`; features `(B, H|G, N, F)` or None, 0 where not visible; index `(B, N)`; visible `(B, N)`,
-    which leaves out padding and sinks; sink_key, sink_value `(B, G, S, D)`; end `(B,)`, the row's tokens so far.
+    key, value `(B, G, N, D)`; features `(B, H|G, N, F)` or None, 0 where not visible; index and visible `(B, N)`, which
+    leaves out padding and sinks; sink_key, sink_value `(B, G, S, D)`; end `(B,)`, the row's tokens so far.
     """
 
     key: Tensor
@@ -191,7 +191,8 @@ def _causal(inputs, lengths, state, return_state, dtype, settings):
         if return_state or start + SEGMENT < total:
             state = _advance(segment, keys, state, settings)
     if len(parts) > 1:
-        parts = [Branches(*(None if fields[0] is None else torch.cat(fields, dim=2) for fields in zip(*parts)))]
+        fields = zip(*parts, strict=True)
+        parts = [Branches(*(None if field[0] is None else torch.cat(field, dim=2) for field in fields))]
     return parts[0], (state if return_state else None)
 
 
@@ -280,7 +281,9 @@ def _bidirectional(inputs, lengths, dtype, settings) -> Branches:
         features = functional.pad(inputs.key_features, (0, 0, window, 0))
     if features is not None:
         features = features.masked_fill(~visible[:, None, :, None], 0.0)
-    first = (functional.pad(x[:, :, :sinks], (0, 0, 0, max(sinks - x.shape[2], 0))) for x in (inputs.key, inputs.value))
+    first = (
+        functional.pad(x[:, :, :sinks], (0, 0, 0, max(sinks - x.shape[2], 0))) for x in (inputs.key, inputs.value)
+    )
     keys = Keys(key, value, features, index, visible, *first, lengths)
     state = _empty_state(inputs, dtype, settings)
     return _chunks(inputs, keys, state, dtype, settings, causal=False)
@@ -387,7 +390,7 @@ def _sum_before(x: Tensor) -> Tensor:
 
 
 def _outer(features: Tensor, value: Tensor) -> Tensor:
-    """Sum over tokens of feature times value: `(B, heads, ..., N, F)`, `(B, G, ..., N, Dv)` -> `(B, heads, ..., F, Dv)`."""
+    """Sum of feature times value: `(B, heads, ..., N, F)`, `(B, G, ..., N, Dv)` -> `(B, heads, ..., F, Dv)`."""
     ratio = features.shape[1] // value.shape[1]
     folded = features.unflatten(1, (-1, ratio)).mT.movedim(2, -3).flatten(-3, -2)
     return (folded @ value).unflatten(-2, (ratio, -1)).movedim(-3, 2).flatten(1, 2)
@@ -408,7 +411,7 @@ def _take(x: Tensor, order: Tensor) -> Tensor:
 
 
 def _overwrite(old: Tensor, new: Tensor, index: Tensor, count: Tensor, end: Tensor) -> Tensor:
-    """Slots of `old` `(B, heads, slots, D)` take this call's token of that index `(slots,)` or `(B, slots)`, if any."""
+    """Slots of `old` `(B, heads, slots, D)` take this call's token of that index, `(slots,)` or `(B, slots)`."""
     index = index.expand(old.shape[0], -1)
     fresh = (index >= count[:, None]) & (index < end[:, None])
     place = (index - count[:, None]).clamp(0, new.shape[2] - 1)

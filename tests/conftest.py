@@ -9,6 +9,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 from tiny_models import make_student, make_teacher, perturb
 
+
 @pytest.fixture
 def teacher():
     return make_teacher()

@@ -160,7 +160,7 @@ def reference(
     batch, _, length, _ = query.shape
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
-        rows = [(0, slice(a, b)) for a, b in zip(bounds[:-1], bounds[1:])]
+        rows = [(0, slice(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     else:
         rows = [(b, slice(0, length)) for b in range(batch)]
     output = torch.zeros(*query.shape[:3], value.shape[-1], dtype=wide, device=query.device)
@@ -191,9 +191,8 @@ def reference(
             states.append(state)
     if not return_state:
         return output.to(query.dtype), None
-    stacked = State(*(torch.stack(field) for field in zip(*states)))
+    stacked = State(*(torch.stack(field) for field in zip(*states, strict=True)))
     raw = {name: getattr(stacked, name).to(key.dtype) for name in ("window_key", "sink_key")}
     raw |= {name: getattr(stacked, name).to(value.dtype) for name in ("window_value", "sink_value")}
     raw["window_features"] = None if hasattr(key_features, "weight") else stacked.window_features
     return output.to(query.dtype), stacked._replace(**raw)
-

@@ -21,7 +21,9 @@ def short_chunks(monkeypatch):
     monkeypatch.setattr(chunked, "SEGMENT", 24)
 
 
-def make_inputs(seed=0, batch=2, key_heads=HEADS, activation="softmax", as_weights=True, dtype=torch.float64, length=LENGTH):
+def make_inputs(
+    seed=0, batch=2, key_heads=HEADS, activation="softmax", as_weights=True, dtype=torch.float64, length=LENGTH
+):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -57,7 +59,7 @@ def poison(tensors, mask):
 
 
 def assert_states_equal(left, right, tolerance):
-    for name, a, b in zip(HybridLinearState._fields, left, right):
+    for name, a, b in zip(HybridLinearState._fields, left, right, strict=True):
         assert (a is None) == (b is None), name
         if a is not None:
             assert a.shape == b.shape and a.dtype == b.dtype, name
@@ -68,7 +70,9 @@ def assert_states_equal(left, right, tolerance):
 @pytest.mark.parametrize("reference_level", ["logsumexp", "max"])
 @pytest.mark.parametrize("span", SPANS, ids=lambda s: f"window{s[0]}-sinks{s[1]}")
 def test_chunked_equals_reference(span, reference_level, causal):
-    options = itertools.product([True, False], [HEADS, GROUPS], ["softmax", "exp", "relu", "elu"], [None, "left", "right", "all"])
+    options = itertools.product(
+        [True, False], [HEADS, GROUPS], ["softmax", "exp", "relu", "elu"], [None, "left", "right", "all"]
+    )
     for as_weights, key_heads, activation, padding in options:
         if not as_weights and activation != "softmax":
             continue
@@ -122,7 +126,7 @@ def test_any_cut_into_calls_gives_the_same(span, padding, backend):
 
 def pad_call(pieces, side):
     gap = [x.new_full((*x.shape[:2], 2, x.shape[3]), torch.nan) for x in pieces]
-    pairs = zip(gap, pieces) if side == "left" else zip(pieces, gap)
+    pairs = zip(gap, pieces, strict=True) if side == "left" else zip(pieces, gap, strict=True)
     mask = torch.ones(pieces[0].shape[0], pieces[0].shape[2] + 2)
     mask[:, slice(0, 2) if side == "left" else slice(-2, None)] = 0
     return [torch.cat(pair, 2) for pair in pairs], mask
@@ -135,7 +139,9 @@ def test_a_row_of_padding_leaves_its_state(as_weights):
     _, before = hybrid_linear_attention(*inputs, **call)
     mask = make_mask("all", length=6)
     _, after = hybrid_linear_attention(*poison(inputs, mask), **call, initial_state=before, attention_mask=mask)
-    assert_states_equal([None if x is None else x[:1] for x in after], [None if x is None else x[:1] for x in before], 0)
+    assert_states_equal(
+        [None if x is None else x[:1] for x in after], [None if x is None else x[:1] for x in before], 0
+    )
     assert after.count.tolist() == [6, 12]
 
 
@@ -146,7 +152,7 @@ def test_packed_sequences_equal_separate_calls(causal, backend):
     bounds = [0, 5, 6, 30, LENGTH]
     call = {**mix, "window": 5, "sinks": 2, "causal": causal, "backend": backend}
     packed, _ = hybrid_linear_attention(*inputs, **call, cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
-    for start, end in zip(bounds[:-1], bounds[1:]):
+    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         alone, _ = hybrid_linear_attention(*(x[:, :, start:end] for x in inputs), **call)
         assert (packed[:, :, start:end] - alone).abs().max() <= 1e-12
 
@@ -208,7 +214,7 @@ def test_gradients(level, causal):
     direction = torch.randn(call("chunked", *leaves).shape, dtype=torch.float64)
     ours = torch.autograd.grad((call("chunked", *leaves) * direction).sum(), leaves)
     definition = torch.autograd.grad((call("reference", *leaves) * direction).sum(), leaves)
-    for a, b in zip(ours, definition):
+    for a, b in zip(ours, definition, strict=True):
         assert torch.isfinite(a).all() and (a - b).abs().max() <= 1e-9 * (1 + b.abs().max())
     free = [x.detach().nan_to_num().requires_grad_() for x in leaves]
     assert torch.autograd.gradcheck(lambda *t: call("chunked", *t)[:, :, 2:], free, fast_mode=True)
@@ -224,7 +230,7 @@ def test_gradients_through_the_state():
     direction = torch.randn_like(whole)
     expected = torch.autograd.grad((whole * direction).sum(), leaves)
     split = torch.autograd.grad((torch.cat([first, second], 2) * direction).sum(), leaves)
-    for a, b in zip(split, expected):
+    for a, b in zip(split, expected, strict=True):
         assert (a - b).abs().max() <= 1e-10
 
 
@@ -260,7 +266,9 @@ def test_low_precision_and_autocast_compute_in_float32():
     half = [x.bfloat16() for x in inputs[:3]]
     expected, _ = hybrid_linear_attention(*(x.float() for x in half), *inputs[3:], **mix, window=5)
     output, state = hybrid_linear_attention(*half, *inputs[3:], **mix, window=5, return_state=True)
-    assert output.dtype == torch.bfloat16 and state.kv.dtype == torch.float32 and state.window_key.dtype == torch.bfloat16
+    assert (
+        output.dtype == torch.bfloat16 and state.kv.dtype == torch.float32 and state.window_key.dtype == torch.bfloat16
+    )
     assert (output.float() - expected).abs().max() <= 2**-8 * expected.abs().max()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast, _ = hybrid_linear_attention(*(x.float() for x in half), *inputs[3:], **mix, window=5)
@@ -276,7 +284,9 @@ def test_state_does_not_drift_over_many_tokens():
     state = None
     for start in range(0, 2048, 8):
         piece = [x[:, :, start : start + 8] for x in inputs[:3]]
-        _, state = hybrid_linear_attention(*piece, *maps, **mix, window=16, sinks=2, return_state=True, initial_state=state)
+        _, state = hybrid_linear_attention(
+            *piece, *maps, **mix, window=16, sinks=2, return_state=True, initial_state=state
+        )
     for a, b in ((state.kv, expected.kv), (state.normalizer, expected.normalizer)):
         assert (a - b).norm() <= 1e-5 * b.norm()
 
