@@ -345,7 +345,7 @@ class _Run:
         return tasks
 
     def _base_is_teacher(self) -> bool:
-        """Whether the weights outside the mechanism are the teacher's: not once LoRA was merged, nor if nobody knows."""
+        """Whether the weights outside the mechanism are the teacher's: not once LoRA is merged, nor if nobody knows."""
         if not self.plan.converted:
             return True
         record = self._earlier_record()
