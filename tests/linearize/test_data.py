@@ -3,10 +3,10 @@
 import gzip
 import importlib
 import json
+import multiprocessing
 import os
 import sys
 import time
-import traceback
 from itertools import chain
 from pathlib import Path
 
@@ -182,7 +182,7 @@ def test_max_tokens_cuts_the_last_document(tmp_path, tokenizer):
     config = make_config(tmp_path, write_texts(tmp_path / "a.jsonl", texts), max_tokens=200, validation_documents=0)
     train, _ = prepare_data(config, tokenizer)
     assert flat(train) == stream(texts, tokenizer)[: 200 // 16 * 16]
-    segments = [data_documents.Segment(np.arange(6), None, True)] * 3
+    segments = [data_documents.Segment(np.arange(6), None, ends) for ends in (True, False, True)]
     assert data_packing.write_documents(tmp_path, segments, np.dtype(np.uint16), 10)["documents"] == 2
     assert np.load(tmp_path / "ends.npy").tolist() == [6, 10]
 
@@ -660,18 +660,13 @@ def test_only_the_main_process_builds(tmp_path, tokenizer):
         except UserError as error:
             (tmp_path / f"error-{rank}").write_text(str(error))
 
-    children = []
-    for rank in range(2):
-        child = os.fork()
-        if child == 0:
-            try:
-                work(rank)
-            except BaseException:
-                traceback.print_exc()
-                os._exit(1)
-            os._exit(0)
-        children.append(child)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    processes = [multiprocessing.get_context("fork").Process(target=work, args=(rank,)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=30)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
     assert [path.name for path in tmp_path.glob("built-by-*")] == ["built-by-0"]
     assert (tmp_path / "length-0").read_text() == (tmp_path / "length-1").read_text() > "0"
     assert all("does not exist" in (tmp_path / f"error-{rank}").read_text() for rank in range(2))
