@@ -76,10 +76,12 @@ def convert(
             weights = _gguf_weights(source)
             if dtype == "auto":
                 options["dtype"] = next(iter(weights.values())).dtype
-            load = {"pretrained_model_name_or_path": None, "state_dict": weights}
+            where_from: str | None = None
+            extra: dict[str, Any] = {"state_dict": weights}
         else:
-            load = {"pretrained_model_name_or_path": source, **where}
-        model, info = backbone.default.from_pretrained(**load, config=config, output_loading_info=True, **options)
+            where_from, extra = source, where
+        load: Any = backbone.default.from_pretrained  # returns a pair when asked for the loading report
+        model, info = load(where_from, config=config, output_loading_info=True, **extra, **options)
     _check_loaded(source, info, model)
     model.name_or_path = source
     if not is_gguf(source):
@@ -102,7 +104,8 @@ def load_student(
             f"{source} is a {config.model_type} model, not a converted one: run `linearize convert` on it first"
         )
     with quiet_transformers(), explained(source):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        load: Any = AutoModelForCausalLM.from_pretrained
+        model, info = load(
             source, dtype=dtype, token=token, trust_remote_code=False, output_loading_info=True, **options
         )
     if lost := sorted(info["missing_keys"]):
@@ -174,7 +177,11 @@ def _student_config(teacher, config_class, attention, mixer_types, mixers, softm
     if is_gguf(str(getattr(teacher, "name_or_path", ""))) or "gguf" in str(fields.get("quantization_config", "")):
         fields.pop("quantization_config", None)
     if mixers is None:
-        settings = asdict(attention) if is_dataclass(attention) else dict(attention or {"type": "linear"})
+        settings = (
+            asdict(attention)
+            if is_dataclass(attention) and not isinstance(attention, type)
+            else dict(attention or {"type": "linear"})
+        )
         mixers = {settings.setdefault("type", "linear"): settings}
     layers = teacher.num_hidden_layers
     if mixer_types is None:

@@ -1,6 +1,7 @@
 """Converted models. Everything here but this file ships inside every converted repository."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -15,7 +16,7 @@ class Backbone:
     """The student of a stock `model_type`: its config and the class that each Auto class loads."""
 
     config: type[PreTrainedConfig]
-    models: dict[type, type[PreTrainedModel]]
+    models: dict[Any, type[PreTrainedModel]]
     default: type[PreTrainedModel]
 
 

@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .feature_maps import WIDTH, FeatureMap
+from .feature_maps import WIDTH, FeatureMap, FeatureMapWeights
 from .op_hybrid_linear import CONTRACT, hybrid_linear_attention, linear_share
 
 ARMS = ("mixed", "softmax", "linear")
@@ -102,7 +102,7 @@ class WindowMix(nn.Module):
     def reset_parameters(self) -> None:
         raw = math.log(self.start) if self.form == "log" else math.log(self.start / (1 - self.start))
         init.constant_(self.weight, raw)
-        if self.shift is not None:
+        if self.shift is not None and self.shift_start is not None:
             init.constant_(self.shift, self.shift_start)
 
     def window_weight(self) -> Tensor:
@@ -184,7 +184,7 @@ class LinearAttention(nn.Module):
     def _call_options(self, arm: str):
         if arm not in ARMS:
             raise ValueError(f"unknown arm {arm!r}: use one of {', '.join(ARMS)}")
-        features = (None, None)
+        features: tuple[FeatureMapWeights | None, FeatureMapWeights | None] = (None, None)
         if arm != "softmax":
             features = (self.feature_map_q.as_weights(), self.feature_map_k.as_weights())
         whole = arm != "linear"

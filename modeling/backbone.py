@@ -1,23 +1,31 @@
 """What every backbone shares: an attention that can be the student's or the teacher's, and its model's switches."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from .attention_linear import WindowMix
 from .feature_maps import FeatureMap
 from .op_dispatch import BACKENDS
 from .registry import mechanism
 
+# Mixins that go before a stock class: for a type checker they are of its kind.
+if TYPE_CHECKING:
+    AttentionBase = nn.Module
+    ModelBase = PreTrainedModel
+else:
+    AttentionBase = ModelBase = object
+
 ARMS = ("mixed", "teacher", "softmax", "linear")
 
 
-class MixerAttention:
+class MixerAttention(AttentionBase):
     """Goes before a stock attention class: keeps its projections and adds the mechanism.
 
     Attributes:
@@ -28,6 +36,15 @@ class MixerAttention:
             query `(B, H, T, D)`, key and value `(B, G, T, D)`, teacher_output `(B, H, T, D)` before the output
             projection. Attention transfer lives in it.
     """
+
+    config: Any
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    attention_dropout: Any
+    mixer: nn.Module
+    arm: str
+    observer: Callable[..., None] | None
 
     def add_mixer(self, config, num_heads: int, num_key_value_heads: int) -> None:
         settings = config.mixer(self.layer_idx)
@@ -62,13 +79,13 @@ class MixerAttention:
         return layers[self.layer_idx]
 
 
-class MixerModelMixin:
+class MixerModelMixin(ModelBase):
     """Goes before a stock PreTrainedModel class: initialisation, arms and backend of the mechanisms."""
 
     _is_stateful = True
     _supports_flash_attn = _supports_flex_attn = False
     _can_compile_fullgraph = False
-    _keep_in_fp32_modules_strict = {"mixer"}
+    _keep_in_fp32_modules_strict: set[str] | list[str] | None = {"mixer"}
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -76,7 +93,7 @@ class MixerModelMixin:
         if isinstance(module, (FeatureMap, WindowMix)):
             module.reset_parameters()
 
-    def mixer_attentions(self) -> list[nn.Module]:
+    def mixer_attentions(self) -> list[MixerAttention]:
         """The attention modules of the converted layers, in order."""
         return [module for module in self.modules() if isinstance(module, MixerAttention) and hasattr(module, "mixer")]
 
@@ -103,7 +120,7 @@ class MixerModelMixin:
         if backend not in BACKENDS:
             raise ValueError(f"unknown backend {backend!r}: choose one of {', '.join(BACKENDS)}")
         for attention in self.mixer_attentions():
-            attention.mixer.op_backend = backend
+            attention.mixer.op_backend = backend  # type: ignore[assignment]
 
     def mixer_state_dict(self) -> dict[str, Tensor]:
         """The mechanisms' tensors, named as in `state_dict()`."""
@@ -122,9 +139,7 @@ class MixerModelMixin:
         self.load_state_dict(tensors, strict=False)
 
 
-def layer_masks(
-    model, inputs_embeds, attention_mask, position_ids, past_key_values
-) -> tuple[Tensor | None, Tensor | None]:
+def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_values) -> tuple[Any, Tensor | None]:
     """The masks of one forward: the softmax layers' (causal, as transformers makes it) and the mixers'.
 
     The mixers' is `(B, T)` of this call's tokens, or None when nothing is padded. It is ours because transformers'
@@ -158,7 +173,7 @@ def new_cache(model) -> DynamicCache:
 
 
 def real_positions(attention_mask: Tensor | None, length: int, past: int, device) -> Tensor:
-    """Positions of this call's tokens, counted over real tokens: features come after RoPE, padding must not shift them."""
+    """Positions of this call's tokens, counted over real tokens: features follow RoPE, padding must not shift them."""
     if attention_mask is not None and attention_mask.shape[1] == past + length:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     return (torch.arange(length, device=device) + past)[None]

@@ -5,7 +5,7 @@ layer's fields or methods, so that a checkpoint's own copy of this code and an i
 never take each other's. They are recognised by that name, never by `isinstance`.
 """
 
-from typing import NamedTuple
+from typing import Any
 
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
@@ -25,10 +25,10 @@ class StateLayer(CacheLayerMixin):
 
     def __init__(self, **kwargs):
         super().__init__()
-        self.state: NamedTuple | None = None
+        self.state: Any = None  # a NamedTuple
         self.seen = 0
 
-    def store(self, state: NamedTuple, new_tokens: int) -> None:
+    def store(self, state: Any, new_tokens: int) -> None:
         """Take the state after a call of `new_tokens` tokens."""
         self.state, self.is_initialized, self.device = state, True, state[0].device
         self.seen += new_tokens
@@ -39,7 +39,7 @@ class StateLayer(CacheLayerMixin):
 
     def _map(self, function) -> None:
         if self.state is not None:
-            self.state = type(self.state)(*(None if x is None else function(x) for x in self.state))
+            self.state = self.state._make(None if x is None else function(x) for x in self.state)
 
     # What transformers' Cache calls on every layer.
 

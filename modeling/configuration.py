@@ -1,6 +1,7 @@
 """What every converted config has: which layer uses which mechanism, and with which settings."""
 
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from typing import TYPE_CHECKING, Any
 
 from .cache_layers import SoftmaxLayer
 from .registry import mechanism
@@ -14,6 +15,13 @@ class MixerConfigMixin:
     `mixer_types` names one entry per layer; `mixers` holds the settings of each name, with `"type"` one of the
     registry's mechanisms; `"softmax"` needs no entry. Both are plain JSON. Nothing typed is stored on the config.
     """
+
+    if TYPE_CHECKING:
+        mixer_types: list[str] | None
+        mixers: dict[str, Any] | None
+        num_hidden_layers: int
+        num_attention_heads: int
+        hidden_size: int
 
     def prepare_mixers(self) -> None:
         """Check both fields and write every setting back, so that a later default never changes an old checkpoint.
@@ -46,12 +54,13 @@ class MixerConfigMixin:
 
     def mixer(self, layer_idx: int):
         """The typed settings of a layer, or None where it stays softmax."""
+        assert self.mixer_types is not None and self.mixers is not None, "prepare_mixers fills both"
         name = self.mixer_types[layer_idx]
         return None if name == SOFTMAX else self._typed(self.mixers[name])
 
     def _typed(self, settings: dict):
         config_class = mechanism(settings.get("type", "(none)")).config
-        known = set(config_class.__dataclass_fields__)
+        known = {field.name for field in fields(config_class)}
         if unknown := sorted(set(settings) - known):
             raise ValueError(f"unknown attention setting {', '.join(unknown)}: known are {', '.join(sorted(known))}")
         typed = config_class(**settings)
@@ -61,6 +70,7 @@ class MixerConfigMixin:
     @property
     def layer_types(self) -> list[str]:
         """Names of the cache layers, as transformers' DynamicCache reads them; never serialised."""
+        assert self.mixer_types is not None and self.mixers is not None, "prepare_mixers fills both"
         types = {name: mechanism(settings["type"]).cache_layer_type for name, settings in self.mixers.items()}
         return [types.get(name, SoftmaxLayer._layer_type) for name in self.mixer_types]
 

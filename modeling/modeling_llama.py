@@ -38,7 +38,7 @@ class LinearizedLlamaConfig(MixerConfigMixin, LlamaConfig):
 class LinearizedLlamaAttention(MixerAttention, LlamaAttention):
     def __init__(self, config: LinearizedLlamaConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.add_mixer(config, config.num_attention_heads, config.num_key_value_heads)
+        self.add_mixer(config, config.num_attention_heads, config.num_key_value_heads or config.num_attention_heads)
 
     def forward(
         self,

@@ -47,14 +47,16 @@ class Branches(NamedTuple):
     denominator: Tensor | None
 
     def join(self) -> Tensor:
-        if self.numerator is None:
+        if self.numerator is None or self.denominator is None:
+            assert self.softmax_output is not None
             return self.softmax_output
-        if self.mass is None:
+        if self.mass is None or self.softmax_output is None:
             return self.numerator / self.denominator.clamp(min=DENOMINATOR_FLOOR)
         total = (self.mass + self.denominator).clamp(min=DENOMINATOR_FLOOR)
         return (self.mass * self.softmax_output + self.numerator) / total
 
     def linear_share(self) -> Tensor:
+        assert self.denominator is not None
         total = self.denominator if self.mass is None else self.mass + self.denominator
         return self.denominator / total.clamp(min=DENOMINATOR_FLOOR)
 
@@ -75,7 +77,7 @@ class HybridLinearState(NamedTuple):
     window_features: Tensor | None
     sink_key: Tensor
     sink_value: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
 
 
 class Inputs(NamedTuple):
@@ -88,20 +90,20 @@ class Inputs(NamedTuple):
     key_features: Tensor | None
 
     def map(self, function) -> "Inputs":
-        return Inputs(*(None if x is None else function(x) for x in self))
+        return Inputs._make(None if x is None else function(x) for x in self)
 
 
 class Keys(NamedTuple):
-    """The keys that a pass can see one by one, in the order of their token index.
+    """The keys that a pass can see one by one, in the order of their position in the row.
 
-    key, value `(B, G, N, D)`; features `(B, H|G, N, F)` or None, 0 where not visible; index and visible `(B, N)`, which
-    leaves out padding and sinks; sink_key, sink_value `(B, G, S, D)`; end `(B,)`, the row's tokens so far.
+    key, value `(B, G, N, D)`; features `(B, H|G, N, F)` or None, 0 where not visible; position and visible `(B, N)`,
+    which leaves out padding and sinks; sink_key, sink_value `(B, G, S, D)`; end `(B,)`, the row's tokens so far.
     """
 
     key: Tensor
     value: Tensor
     features: Tensor | None
-    index: Tensor
+    position: Tensor
     visible: Tensor
     sink_key: Tensor
     sink_value: Tensor
@@ -246,7 +248,7 @@ def _advance(inputs, keys: Keys, state, settings) -> HybridLinearState:
     window, count, end = settings.window, state.count, keys.end
     kv, normalizer = state.kv, state.normalizer
     if keys.features is not None:
-        left = (keys.index < end[:, None] - window)[:, None, :, None]
+        left = (keys.position < end[:, None] - window)[:, None, :, None]
         folded = keys.features.masked_fill(~left, 0.0)
         kv, normalizer = kv + _outer(folded, keys.value), normalizer + folded.sum(2)
     # The newest token of slot s: the largest j < end with j % W == s; the sinks stay out of the ring.
@@ -281,10 +283,9 @@ def _bidirectional(inputs, lengths, dtype, settings) -> Branches:
         features = functional.pad(inputs.key_features, (0, 0, window, 0))
     if features is not None:
         features = features.masked_fill(~visible[:, None, :, None], 0.0)
-    first = (
-        functional.pad(x[:, :, :sinks], (0, 0, 0, max(sinks - x.shape[2], 0))) for x in (inputs.key, inputs.value)
-    )
-    keys = Keys(key, value, features, index, visible, *first, lengths)
+    short = max(sinks - inputs.key.shape[2], 0)
+    first_key, first_value = (functional.pad(x[:, :, :sinks], (0, 0, 0, short)) for x in (inputs.key, inputs.value))
+    keys = Keys(key, value, features, index, visible, first_key, first_value, lengths)
     state = _empty_state(inputs, dtype, settings)
     return _chunks(inputs, keys, state, dtype, settings, causal=False)
 
@@ -304,9 +305,9 @@ def _chunks(inputs, keys: Keys, state, dtype, settings, causal: bool) -> Branche
     def with_sinks(x, first):
         return torch.cat([first.to(dtype)[:, :, None].expand(-1, -1, count, -1, -1), near_blocks(x)], dim=3)
 
-    place = functional.pad(keys.index, (0, grow + ahead)).unfold(1, reach, size)[:, None, :, None]
+    place = functional.pad(keys.position, (0, grow + ahead)).unfold(1, reach, size)[:, None, :, None]
     seen = functional.pad(keys.visible, (0, grow + ahead)).unfold(1, reach, size)[:, None, :, None]
-    start = keys.index[:, :1] + window
+    start = keys.position[:, :1] + window
     row = (start + torch.arange(count * size, device=start.device)).view(-1, 1, count, size, 1)
     first = torch.arange(sinks, device=start.device)
     first_seen = (first < keys.end[:, None])[:, None, None, None].expand(-1, -1, count, size, -1)
@@ -370,7 +371,7 @@ def _linear_branch(phi_q, local_features, local_value, far, sums):
 def _sums_elsewhere(keys: Keys, state, count, size, ahead, grow, causal):
     """Per chunk, kv `(B, heads, n, F, Dv)` and normaliser `(B, heads, n, F)` of the keys beyond its reach."""
     kv, normalizer = state.kv.to(keys.value.dtype)[:, :, None], state.normalizer.to(keys.value.dtype)[:, :, None]
-    if count == 1:
+    if count == 1 or keys.features is None:
         return kv, normalizer
     features, value = (functional.pad(x, (0, 0, 0, grow + ahead)) for x in (keys.features, keys.value))
 

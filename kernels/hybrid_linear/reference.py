@@ -27,7 +27,7 @@ class State(NamedTuple):
     window_features: Tensor | None
     sink_key: Tensor
     sink_value: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count
 
 
 def features_of(x: Tensor, maps) -> Tensor:
@@ -134,6 +134,17 @@ def _advance(past, count, key, value, key_features, positions, heads, window, si
     return State(kv, normalizer, window_key, window_value, window_features, sink_key, sink_value, total)
 
 
+def _features_at(b, real, query, key, query_features, key_features):
+    """Features of row b's real tokens, and the function that makes them from a key when a map was given."""
+    if query_features is None:
+        return None, None, None
+    recompute = (lambda x: features_of(x, key_features)) if hasattr(key_features, "weight") else None
+    phi_k = recompute(key) if recompute else key_features[b][:, real].to(key.dtype)
+    if hasattr(query_features, "weight"):
+        return features_of(query, query_features), phi_k, recompute
+    return query_features[b][:, real].to(query.dtype), phi_k, recompute
+
+
 def reference(
     query,
     key,
@@ -171,20 +182,8 @@ def reference(
             if attention_mask is not None:
                 real = real[attention_mask[b].bool()]
             q, k, v = (x[b][:, real].to(wide) for x in (query, key, value))
-            recompute = None
-            if query_features is None:
-                features = (None, None, None)
-            else:
-                if hasattr(key_features, "weight"):
-                    recompute = lambda x: features_of(x, key_features)  # noqa: E731
-                given = not hasattr(query_features, "weight")
-                phi_q = query_features[b][:, real] if given else features_of(q, query_features)
-                phi_k = recompute(k) if recompute else key_features[b][:, real]
-                features = (phi_q.to(wide), phi_k.to(wide), recompute)
-            past = None
-            if initial_state is not None:
-                fields = (None if x is None else x[b] for x in initial_state)
-                past = State(*fields)
+            features = _features_at(b, real, q, k, query_features, key_features)
+            past = None if initial_state is None else State._make(None if x is None else x[b] for x in initial_state)
             row, state = _row(q, k, v, features, window_weight, window_shift, settings, past)
             heads = torch.arange(query.shape[1], device=query.device)[:, None]
             output = output.index_put((torch.tensor(b, device=query.device), heads, real[None]), row)
