@@ -524,6 +524,9 @@ def test_another_length_is_packed_but_not_tokenised_again(tmp_path, tokenizer, c
     train, _ = prepare_data(make_config(tmp_path, path, sequence_length=8), tokenizer)
     assert train.sequence_length == 8
     assert count_builds == {"documents": 1, "blocks": 4}
+    without, _ = prepare_data(make_config(tmp_path, path, validation_documents=0), tokenizer)
+    assert without.tokens > train.tokens
+    assert count_builds == {"documents": 1, "blocks": 6}
 
 
 @pytest.mark.parametrize(
@@ -670,6 +673,7 @@ def test_only_the_main_process_builds(tmp_path, tokenizer):
     assert [path.name for path in tmp_path.glob("built-by-*")] == ["built-by-0"]
     assert (tmp_path / "length-0").read_text() == (tmp_path / "length-1").read_text() > "0"
     assert all("does not exist" in (tmp_path / f"error-{rank}").read_text() for rank in range(2))
+    assert (tmp_path / "error-1").read_text().startswith("The main process")
 
 
 # ---- errors
