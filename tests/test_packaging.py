@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from transformers.utils import import_utils
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,7 +64,7 @@ def installed(request, tmp_path_factory) -> Path:
     venv.create(folder, with_pip=False, symlinks=True)
     python = folder / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
-    # a folder named in a .pth file is searched last, and its own .pth files are not read: no other linearize comes along
+    # a folder named in a .pth file is searched last, and its own .pth files are not read: no other linearize gets in
     (site / "tests.pth").write_text("".join(f"{sysconfig.get_path(name)}\n" for name in ("purelib", "platlib")))
     if request.param == "wheel":
         source = [request.getfixturevalue("archives")[1]]
@@ -88,17 +89,26 @@ def test_no_folder_at_the_root_hides_another_package():
 
 
 def test_hugging_face_kernels_wins_over_the_folder(tmp_path):
-    package = tmp_path / "kernels"
+    """With the root in front of site-packages, transformers still finds the real `kernels`, and we find ours."""
+    package, metadata = tmp_path / "kernels", tmp_path / "kernels.dist-info"
     package.mkdir()
-    # it answers to every name that some version of transformers imports from it
-    (package / "__init__.py").write_text("def __getattr__(name): return type(name, (), {})\n__path__ = __path__\n")
-    metadata = tmp_path / "kernels-0.17.2.dist-info"
+    stand_in = """
+        from unittest.mock import MagicMock
+        def __getattr__(name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            return MagicMock(return_value=lambda decorated: decorated)
+    """
+    (package / "__init__.py").write_text(textwrap.dedent(stand_in))
     metadata.mkdir()
-    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.17.2\n")
+    version = import_utils.KERNELS_MIN_VERSION  # one that transformers would use
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {version}\n")
     code = """
-        import sys; sys.path.append(sys.argv[1])  # behind the root, as site-packages is
-        import kernels
+        import sys; sys.path.append(sys.argv[1])
+        import kernels, transformers.modeling_utils
+        from transformers.utils import is_kernels_available
         assert kernels.__file__.startswith(sys.argv[1]), kernels.__file__
+        assert is_kernels_available()
         import linearize.kernels.hybrid_linear as ours
         assert ours.CONTRACT and ours.__name__ == "linearize.kernels.hybrid_linear"
     """
