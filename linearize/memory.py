@@ -1,20 +1,18 @@
 """A forecast of the peak accelerator memory of both stages, from the teacher's shape and the settings alone.
 
-The peak is a sum of what is held all the time and of what a stage holds at its fullest moment:
+The peak is what is held all the time and what a stage holds at its fullest moment, per process:
 
-    weights      the teacher's parameters at the bytes of their type (4-bit: 0.5 byte and the scales; embeddings and
-    head stay unquantised)
-    mixers       the mechanism's parameters, float32: weights always, in a stage that trains them also gradient and
-    two Adam moments
-    adapters     LoRA's parameters, float32: weight, gradient, two Adam moments (stage 2)
-    activations  stage 1: what one layer's mechanism keeps for its backward, for its graph is freed before the next
-    layer starts
-                 stage 2: what every layer keeps; with gradient checkpointing every layer's input and one layer's
-                 activations
-    logits       stage 2: one chunk of float32 logits with its gradient and its softmax
-    runtime      what torch allocates for itself
+    weights      the teacher's parameters at the bytes of their type; in 4 bits half a byte and the scales, with the
+                 embeddings and the head as they are
+    mixers       the mechanism's parameters in float32: where they train also a gradient and two Adam moments
+    adapters     LoRA's parameters in float32: weight, gradient, two Adam moments (stage 2)
+    activations  stage 1: what one layer's mechanism keeps for its backward; its graph is freed at once
+                 stage 2: what every layer keeps; with gradient checkpointing every layer's input and one layer
+    logits       stage 2: one chunk of float32 logits, its log-softmax and its gradient
 
-All factors that were fitted to measurements stand in `Factors`; the rest follows from shapes. Sizes are per process.
+A mechanism keeps tensors of a few sizes: H query and G key heads, D head dimension, F features, and chunks of C tokens
+that meet R = C + window + sinks keys one by one. How many of each is in `Kept`, fitted to peaks of the chunked path
+(27 shapes of 512 to 2048 tokens, every size varied alone) that it then gives within 6%. Sizes are per token.
 """
 
 from __future__ import annotations
@@ -22,6 +20,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from linearize.modeling.op_hybrid_linear_chunked import CHUNK
 from linearize.settings import RunConfig
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
@@ -30,29 +29,51 @@ ADAM_STATES = 4
 
 
 @dataclass(frozen=True)
+class Kept:
+    """How many float32 tensors of each size one layer's mechanism holds at the fullest moment."""
+
+    features: float
+    """H x F: maps, their activations, gradients."""
+    magnitude_features: float
+    """H x F, only with learned magnitudes."""
+    heads: float
+    """H x D: outputs of the branches, the loss."""
+    scores: float
+    """H x R: scores, weights, feature products and masks of the near keys."""
+    near_features: float
+    """H x F x R / C: the near keys' features, gathered per chunk."""
+    near_values: float
+    """G x D x R / C: the near keys and values, gathered per chunk."""
+    sums: float
+    """H x F x D / C: the running sums, one per chunk."""
+
+
+KEPT_IN_TRANSFER = Kept(6.5, 2.0, 2.1, 4.1, 0.0, 4.2, 4.1)
+KEPT_IN_FINETUNING = Kept(5.5, 2.0, 4.8, 3.5, 0.9, 2.7, 2.2)
+
+
+@dataclass(frozen=True)
 class Factors:
-    """Numbers that shapes do not give: how many tensors of each size are alive at the fullest moment."""
+    """The other numbers that shapes do not give."""
 
     quantized_bytes_4bit: float = 0.5 + 1 / 64 + 4 / (64 * 256)
     """NF4 with double quantisation: half a byte, one byte of scale per 64 weights, one float32 per 256 scales."""
     quantized_bytes_8bit: float = 1.0
     """One byte; the row scales are negligible."""
-    transfer_feature_tensors: float = 10.0
-    """Float32 tensors of shape (B, H, T, F) alive in one layer of stage 1: maps, their softmaxes and their
-    gradients."""
-    transfer_head_tensors: float = 12.0
-    """Float32 tensors of shape (B, H, T, D) alive in one layer of stage 1: branch outputs, their gradients, the
-    loss."""
-    score_tensors: float = 4.0
-    """Float32 score tensors over the window (B, H, T, 2 x window + sinks) of one layer."""
-    hidden_tensors: float = 8.0
-    """Tensors of shape (B, T, hidden) that a layer keeps for its backward in stage 2."""
-    mlp_tensors: float = 4.0
-    """Tensors of shape (B, T, intermediate) that a layer keeps for its backward in stage 2."""
-    logits_copies: float = 3.0
-    """Float32 copies of one chunk of logits: logits, log-softmax, gradient."""
-    runtime_bytes: int = 64 * 2**20
-    """Workspaces of the matrix library."""
+    teacher_hidden: float = 2.0
+    """Stage 1: tensors of the hidden size alive around the mechanism, in the model's type."""
+    hidden: float = 3.5
+    """Stage 2: tensors of the hidden size that a layer keeps, in the model's type."""
+    hidden_in_float32: float = 3.7
+    """Stage 2: those that a half-precision model keeps in float32 (norms, inputs of the adapters)."""
+    intermediate: float = 3.4
+    """Stage 2: tensors of the MLP's width that a layer keeps, in the model's type."""
+    recomputed_layer: float = 1.1
+    """Gradient checkpointing: one layer's forward and backward over what it keeps."""
+    logits: float = 3.0
+    """Float32 tensors of the size of one chunk's logits."""
+    workspace: int = 32 * 2**20
+    """The matrix library's workspace, bytes."""
 
 
 FACTORS = Factors()
@@ -103,10 +124,14 @@ class Mechanism:
     """What the forecast needs of the linear attention's settings."""
 
     layers: int
-    feature_dim: int
+    """Converted layers."""
     features: int
-    window: int
+    """F."""
+    near: int
+    """R; 0 without window and sinks leaves the chunk itself."""
+    magnitude: bool
     parameters: int
+    """Of all layers."""
 
     @classmethod
     def of(cls, shape: Shape, attention: dict[str, Any], softmax_layers: list[int]) -> Mechanism:
@@ -119,71 +144,73 @@ class Mechanism:
         """
         width = attention.get("feature_dim") or min(shape.head_dim, 64)
         both_signs = attention.get("feature_map", "softmax") in ("softmax", "exp")
-        layers = shape.layers - len(set(softmax_layers))
+        layers = shape.layers - len({index % shape.layers for index in softmax_layers})
         key_maps = shape.key_heads if attention.get("share_key_map", False) else shape.heads
-        per_head = shape.head_dim * width
-        per_head += shape.head_dim if attention.get("magnitude", True) else 0
-        per_head += 1 if attention.get("bias", False) else 0
-        window = attention.get("window", 64) or 0
+        magnitude = bool(attention.get("magnitude", True))
+        per_map = shape.head_dim * width + (shape.head_dim if magnitude else 0)
+        per_map += width if attention.get("bias", False) else 0
+        mix = shape.heads * (1 if attention.get("window_shift", 0.5) is None else 2)
         return cls(
             layers=layers,
-            feature_dim=width,
             features=2 * width if both_signs else width,
-            window=window + (attention.get("sinks", 4) or 0),
-            parameters=layers * ((shape.heads + key_maps) * per_head + 2 * shape.heads),
+            near=CHUNK + attention.get("window", 64) + attention.get("sinks", 4),
+            magnitude=magnitude,
+            parameters=layers * ((shape.heads + key_maps) * per_map + mix),
+        )
+
+    def activations(self, shape: Shape, kept: Kept) -> float:
+        """Bytes that one layer's mechanism holds for each token."""
+        heads, groups, dim = shape.heads, shape.key_heads, shape.head_dim
+        features = heads * self.features
+        return 4.0 * (
+            features * (kept.features + (kept.magnitude_features if self.magnitude else 0.0))
+            + features * (kept.near_features * self.near + kept.sums * dim) / CHUNK
+            + heads * (kept.heads * dim + kept.scores * self.near)
+            + groups * dim * kept.near_values * self.near / CHUNK
         )
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """Expected peak bytes by part; `total` is the sum."""
+    """Expected peak bytes by part."""
 
     weights: int
     mixers: int
     adapters: int
     activations: int
     logits: int
-    runtime: int
+    workspace: int
 
     @property
     def total(self) -> int:
         """Expected peak, bytes."""
-        return self.weights + self.mixers + self.adapters + self.activations + self.logits + self.runtime
+        return self.weights + self.mixers + self.adapters + self.activations + self.logits + self.workspace
 
 
 def weight_bytes(shape: Shape, config: RunConfig) -> int:
-    """Bytes of the frozen weights."""
+    """Bytes of the frozen weights, with the largest matrix that a quantised load expands to compute with."""
     size = BYTES[config.dtype]
-    if config.load_in_4bit:
-        return int(shape.linear_parameters * FACTORS.quantized_bytes_4bit + shape.other_parameters * size)
-    if config.load_in_8bit:
-        return int(shape.linear_parameters * FACTORS.quantized_bytes_8bit + shape.other_parameters * size)
+    if config.load_in_4bit or config.load_in_8bit:
+        each = FACTORS.quantized_bytes_4bit if config.load_in_4bit else FACTORS.quantized_bytes_8bit
+        expanded = shape.hidden * shape.intermediate * size
+        return int(shape.linear_parameters * each + shape.other_parameters * size + expanded)
     return (shape.linear_parameters + shape.other_parameters) * size
 
 
-def mixer_activations(shape: Shape, mechanism: Mechanism, tokens: int, head_dim_tensors: float) -> float:
-    """Bytes that one layer's mechanism keeps for its backward."""
-    features = FACTORS.transfer_feature_tensors * mechanism.features
-    heads = head_dim_tensors * shape.head_dim
-    scores = FACTORS.score_tensors * 2 * mechanism.window
-    return 4.0 * tokens * shape.heads * (features + heads + scores)
-
-
 def forecast_transfer(teacher: Any, config: RunConfig) -> Forecast:
-    """Peak of stage 1: one layer's graph at a time, and a forward without gradient around it."""
+    """Peak of stage 1: one layer's graph of one arm at a time, inside a forward without gradient."""
     assert config.transfer is not None
     shape = Shape.of(teacher)
     mechanism = Mechanism.of(shape, config.attention, config.softmax_layers)
     tokens = config.transfer.batch_size * config.data.sequence_length
-    layer = mixer_activations(shape, mechanism, tokens, FACTORS.transfer_head_tensors)
-    forward = tokens * BYTES[config.dtype] * (4 * shape.hidden + 2 * (shape.heads + shape.key_heads) * shape.head_dim)
+    hidden = FACTORS.teacher_hidden * BYTES[config.dtype] * shape.hidden
     return Forecast(
         weights=weight_bytes(shape, config),
         mixers=ADAM_STATES * 4 * mechanism.parameters,
         adapters=0,
-        activations=int(layer + forward),
+        activations=int(tokens * (mechanism.activations(shape, KEPT_IN_TRANSFER) + hidden)),
         logits=0,
-        runtime=FACTORS.runtime_bytes,
+        workspace=FACTORS.workspace,
     )
 
 
@@ -211,24 +238,25 @@ def forecast_finetune(teacher: Any, config: RunConfig) -> Forecast:
     mechanism = Mechanism.of(shape, config.attention, config.softmax_layers)
     tokens = settings.batch_size * config.data.sequence_length
     size = BYTES[config.dtype]
-    dense = size * tokens * (FACTORS.hidden_tensors * shape.hidden + FACTORS.mlp_tensors * shape.intermediate)
-    mixer = mixer_activations(shape, mechanism, tokens, FACTORS.transfer_head_tensors)
-    chunk = min(settings.logits_chunk, tokens)
-    distillation = 2 if settings.kl_weight > 0 else 1
-    logits = FACTORS.logits_copies * distillation * 4 * chunk * shape.vocabulary
-    if (
-        settings.gradient_checkpointing
-    ):  # a layer is recomputed after the logits are gone: the larger of the two counts
-        activations = shape.layers * size * tokens * shape.hidden + max(dense + mixer - logits, 0)
-    else:
-        activations = shape.layers * dense + mechanism.layers * mixer
+    hidden = FACTORS.hidden * size + (4 * FACTORS.hidden_in_float32 if size < 4 else 0.0)
+    dense = tokens * (hidden * shape.hidden + FACTORS.intermediate * size * shape.intermediate)
+    mixer = tokens * mechanism.activations(shape, KEPT_IN_FINETUNING)
+    copies = 2 if settings.kl_weight > 0 else 1
+    logits = FACTORS.logits * copies * 4 * min(settings.logits_chunk, tokens) * shape.vocabulary
+    activations = shape.layers * dense + mechanism.layers * mixer
+    if settings.gradient_checkpointing:
+        activations = shape.layers * size * tokens * shape.hidden
+        layer = FACTORS.recomputed_layer * (dense + mixer)
+        activations += max(layer - logits, 0.0)
+    # Training along makes a copy of the mechanism: peft keeps the one from before.
+    mixers = 1 + (ADAM_STATES if settings.train_mixers else 0)
     return Forecast(
         weights=weight_bytes(shape, config),
-        mixers=(ADAM_STATES if settings.train_mixers else 1) * 4 * mechanism.parameters,
+        mixers=mixers * 4 * mechanism.parameters,
         adapters=ADAM_STATES * 4 * adapter_parameters(shape, config),
         activations=int(activations),
         logits=int(logits),
-        runtime=FACTORS.runtime_bytes,
+        workspace=FACTORS.workspace,
     )
 
 
