@@ -79,10 +79,13 @@ def convert(
 
     import linearize
     from linearize.hub import loaded_commit, make_record, save_final
+    from linearize.run_plan import check_attention, complete_attention, read_teacher
     from linearize.settings_io import to_values
 
     settings = resolve(config, {"dtype": "float32", **overrides, "model_name_or_path": model, "output_dir": output})
     _check_output(output, settings.overwrite)
+    settings = complete_attention(settings)
+    check_attention(settings, read_teacher(settings))
     tokenizer = linearize.load_tokenizer(model, revision=settings.revision)
     where: dict[str, Any] = {"softmax_layers": settings.softmax_layers, "revision": settings.revision}
     dtype = getattr(torch, settings.dtype) if "dtype" in overrides or config else "auto"

@@ -105,11 +105,10 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         UserError: the teacher cannot be read or is too short for the sequences, settings do not fit it, or a package
             is missing.
     """
-    from linearize.conversion import load_config
     from linearize.training_loop import exact_plan
 
     check_environment(config)
-    teacher = load_config(config.model_name_or_path, revision=config.revision)
+    teacher = read_teacher(config)
     converted = hasattr(teacher, "mixer_types") or is_converted(config.model_name_or_path)
     if not converted:
         check_attention(config, teacher)
@@ -130,6 +129,25 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
             StagePlan("finetuning", config.finetune, steps, trained, memory.forecast_finetune(teacher, settings))
         )
     return RunPlan(config, teacher, converted, num_processes, stages)
+
+
+def read_teacher(config: RunConfig) -> Any:
+    """The teacher's config.
+
+    Raises:
+        UserError: it cannot be read, or transformers knows no such architecture.
+    """
+    from linearize.conversion import load_config
+    from linearize.modeling import BACKBONES
+
+    try:
+        return load_config(config.model_name_or_path, revision=config.revision)
+    except UserError:
+        raise
+    except ValueError as error:
+        known = ", ".join(BACKBONES)
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{config.model_name_or_path} cannot be converted: {reason} Known are {known}.") from error
 
 
 def _sizes_of(config: RunConfig, student: Any) -> RunConfig:

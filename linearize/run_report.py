@@ -24,10 +24,14 @@ from linearize.evaluation.report import (
     linear_index,
     window_reach,
 )
+from linearize.quantization import is_quantized
 from linearize.settings import EvaluationConfig
 
 CONVERTED = "student after conversion"
 TRANSFERRED = "student after attention transfer"
+QUANTIZED = (
+    "All rows above the student's were measured on the quantised base, the student and its arms on full weights."
+)
 
 
 class RunReport:
@@ -71,6 +75,8 @@ class RunReport:
         self.report.reach = window_reach(model.config)
         self.report.reference = TEACHER if base_is_teacher else OWN_WEIGHTS
         if self.config.controls:
+            if is_quantized(model) and QUANTIZED not in self.report.notes:
+                self.report.notes.append(QUANTIZED)
             self.measure(self.report.reference, model, "teacher")
             if base_is_teacher:
                 self.report.control = control_name(model.config)

@@ -187,6 +187,19 @@ def test_chat_holds_a_conversation(finished, capsys, monkeypatch):
     assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
+def test_a_quantised_run_ends_in_full_weights(inputs, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    make_teacher_directory(tmp_path / "teacher", hidden_size=64)
+    config = tiny_config(tmp_path / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
+    config["finetune"] |= {"gradient_checkpointing": True, "kl_weight": 0.5}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    assert main(["run", str(tmp_path / "tiny.yaml"), "--load_in_4bit"]) == 0
+    saved = json.loads((tmp_path / "out" / "final" / "config.json").read_text())
+    assert "quantization_config" not in saved and saved["dtype"] == "float32"
+    assert read_record(tmp_path / "out" / "final")["evaluation"]["notes"]
+    assert len(greedy(tmp_path / "out" / "final")) > 8
+
+
 def test_run_is_a_function_too(inputs, tmp_path):
     import linearize
 
