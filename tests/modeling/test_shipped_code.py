@@ -1,0 +1,53 @@
+"""A saved student carries its code: it loads where linearize is not installed, and gives the same logits."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_models import make_student, make_teacher, perturb
+
+LOAD = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "linearize":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+import json, torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[1:]:
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    ids = torch.arange(3, 43)[None]
+    tokens = model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
+    with torch.no_grad():
+        logits = model(ids).logits
+    torch.save(logits, folder + "/logits.pt")
+    model.save_pretrained(folder + "/again")
+    print(json.dumps({"class": type(model).__module__, "tokens": tokens}))
+"""
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_loads_without_the_package(tmp_path):
+    layouts = {"all": None, "some": ["linear", "softmax", "linear"]}
+    expected = {}
+    for name, mixer_types in layouts.items():
+        student = make_student(make_teacher(), {"linear": {"type": "linear", "window": 5, "sinks": 2}}, mixer_types)
+        perturb(student)
+        student.save_pretrained(tmp_path / name)
+        ids = torch.arange(3, 43)[None]
+        expected[name] = (student(ids).logits, student.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist())
+    folders = [str(tmp_path / name) for name in layouts]
+    done = subprocess.run([sys.executable, "-c", LOAD, *folders], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name, line in zip(layouts, done.stdout.splitlines(), strict=True):
+        loaded = json.loads(line)
+        assert loaded["class"].startswith("transformers_modules.")
+        assert loaded["tokens"] == expected[name][1]
+        logits = torch.load(tmp_path / name / "logits.pt", weights_only=True)
+        assert torch.equal(logits, expected[name][0])
+        assert (tmp_path / name / "again" / "modeling_llama.py").is_file()
+        assert not list((tmp_path / name).glob("*.bin"))
