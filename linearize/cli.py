@@ -1,8 +1,7 @@
 """The command line: `linearize convert | transfer | finetune | evaluate | chat | info | push | run`.
 
-Every setting of `linearize/settings.py` is a flag of the commands that use it (`--transfer.tokens 1000000`). Bad
-input ends with one
-sentence and exit code 2, Ctrl-C with 130 (`linearize/failures.py`).
+Every setting of `linearize/settings.py` is a flag of the commands that use it (`--transfer.tokens 1000000`). Bad input
+ends with one sentence and exit code 2, Ctrl-C with 130 (`linearize/failures.py`).
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""How a run ends when it cannot go on: one sentence and an exit code, from the command line and from the recipes
-alike.
+"""How a run ends when it cannot go on: one sentence and an exit code, from the command line and the recipes alike.
 
 | what happened | exit code | output |
 | --- | --- | --- |
@@ -73,8 +72,7 @@ def guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Call a function and turn its failure into the exit code and the sentence of the table above.
 
     In a launch of several processes all of them leave with the code, and the main one alone prints the sentence.
-    Memory may end
-    in one process only, so each process reports that itself.
+    Memory may end in one process only, so each process reports that itself.
     """
     try:
         with stage("this command"):

@@ -1,9 +1,8 @@
 """A converted repository on disk and on the Hub.
 
 A repository is complete by itself: weights in safetensors, the flat model code with `auto_map`, tokenizer, generation
-config, a model card and
-`linearize.json`, the record of how it was made. `AutoModelForCausalLM.from_pretrained(repository,
-trust_remote_code=True)` needs nothing else.
+config, a model card and `linearize.json`, the record of how it was made.
+`AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)` needs nothing else.
 """
 
 from __future__ import annotations
@@ -317,8 +316,7 @@ def _operations(directory: Path, repo_id: str, present: list[str]) -> list[Any]:
     """One commit that leaves the repository with this model's files alone.
 
     Weights and code of an earlier upload must go: transformers would load an old `model.safetensors` beside new
-    shards. The card names
-    the repository in place of the local directory.
+    shards. The card names the repository in place of the local directory.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 

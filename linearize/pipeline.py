@@ -1,5 +1,4 @@
-"""A whole run: convert, transfer, finetune, evaluate, save. The recipes and `linearize run` call `run`, and so can a
-program.
+"""A whole run: convert, transfer, finetune, evaluate, save. Recipes, `linearize run` and programs call `run`.
 
     result = linearize.run("llama3_8b_linear")           # a preset, a YAML file, a dictionary or a RunConfig
     result = linearize.run({"model_name_or_path": "my/llama", "data": {"dataset": "text.jsonl"}, "output_dir": "out"})
@@ -345,7 +344,7 @@ class _Run:
         return tasks
 
     def _base_is_teacher(self) -> bool:
-        """Whether the weights outside the mechanism are the teacher's: not once LoRA is merged, nor if nobody knows."""
+        """Whether the weights outside the mechanism are the teacher's: not once LoRA was merged, or if unknown."""
         if not self.plan.converted:
             return True
         record = self._earlier_record()

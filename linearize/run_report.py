@@ -1,5 +1,4 @@
-"""What a run measures, and when: teacher and control before training, the student after each stage, its arms at the
-end.
+"""What a run measures and when: teacher and control before training, the student after each stage, its arms last.
 
 The rows are kept in `logs/evaluation.json` as they come, so that a resumed run has those that can no longer be
 measured.

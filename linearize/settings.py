@@ -1,10 +1,9 @@
-"""All settings of a run: what YAML presets, flags and Python callers set, each with its unit and where its default
-comes from.
+"""All settings of a run: what YAML, flags and Python callers set, with units and where the defaults come from.
 
 The sections are plain dataclasses. `linearize/settings_io.py` reads and writes them as YAML and makes the flags from
-them.
-Measured defaults come from this project's own runs on SmolLM2-135M (see docs/results.md); published ones from LoLCATs
-(Zhang et al. 2024, https://arxiv.org/abs/2410.10254).
+them. Measured defaults come from this project's own runs on SmolLM2-135M (see docs/results.md); published ones from
+LoLCATs (Zhang et al. 2024, https://arxiv.org/abs/2410.10254; its configs are quoted in
+recipes/configs/llama3_8b_lolcats.yaml).
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class DataConfig:
     validation_documents: int = 200
     """Documents carved off for validation when `validation` is none."""
     sequence_length: int = 1024
-    """Tokens in one packed training sequence (1024 in LoLCATs, section 5.1)."""
+    """Tokens in one packed training sequence (1024 in LoLCATs)."""
     completion_only: bool | None = None
     """Take stage 2's loss on answers only; none: yes for chat and instruction data, no for text."""
     cache_dir: str | None = None

@@ -1,9 +1,7 @@
-"""Command-line flags made from the settings: one for each field, named as in YAML with a dot before the section's
-fields.
+"""Command-line flags made from the settings: one for each field, named as in YAML, with dots (`--data.split`).
 
 `with_settings` gives a function that takes a dictionary of overrides the flags as a signature that typer reads, so
-that the
-names, the choices and the help are written once: in `linearize/settings.py`.
+that the names, the choices and the help are written once: in `linearize/settings.py`.
 """
 
 from __future__ import annotations

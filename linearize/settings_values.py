@@ -1,8 +1,7 @@
 """Turns what YAML files, flags and Python callers give for a settings field into the type that the field declares.
 
 YAML reads ``1e-4`` as a string and ``2e7`` as well, flags are all strings, and ``none`` is how a person switches a
-section off. One function
-settles all three, so that a value means the same wherever it was written.
+section off. One function settles all three, so that a value means the same wherever it was written.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
 """A Hugging Face Hub on the loopback interface: enough of its HTTP interface to push a model, pull it, and be refused.
 
     with FakeHub() as hub:
-        environment = hub.environment(cache_dir)     # for a fresh process: HF_ENDPOINT is read when huggingface_hub
-        is imported
+        environment = hub.environment(cache_dir)     # of a fresh process: HF_ENDPOINT is read on import
         ...
         hub.files("tester/model")["config.json"]
 
 Model repositories only; files travel inside the commit or as LFS objects, without Xet. It answers as the Hub does
-where an answer decides what
-the client says: `X-Error-Code`, 401 for a wrong token and for anonymous readers of what they may not know of, 403 for
-a gated repository.
+where an answer decides what the client says: `X-Error-Code`, 401 for a wrong token and for anonymous readers of what
+they may not know of, 403 for a gated repository.
 """
 
 from __future__ import annotations

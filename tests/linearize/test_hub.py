@@ -90,6 +90,7 @@ def commands(words, environment, cwd):
     return result_of([sys.executable, "-c", COMMANDS, json.dumps(words)], {**environment, "PYTHONPATH": path}, cwd)
 
 
+@pytest.mark.slow
 def test_push_pull_and_every_way_to_load(inputs, hub, expected, tmp_path):
     final = str(inputs / "final")
     environment = hub.environment(tmp_path / "home")
@@ -129,6 +130,7 @@ def test_a_second_push_leaves_no_stale_weights(inputs, tmp_path):
     assert deleted == {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "old_code.py"}
 
 
+@pytest.mark.slow
 def test_what_goes_wrong_on_the_hub(inputs, hub, tmp_path):
     hub.add_directory("someone/gated", inputs / "teacher", gated=True)
     public = hub.add_directory("someone/public", inputs / "teacher")
@@ -161,6 +163,7 @@ def test_what_goes_wrong_on_the_hub(inputs, hub, tmp_path):
     assert "base_model: someone/public" in (tmp_path / "converted" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_no_network(inputs, tmp_path, hub):
     environment = {**hub.environment(tmp_path / "home"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     final, out = str(inputs / "final"), str(tmp_path / "out")

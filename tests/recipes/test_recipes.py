@@ -65,6 +65,7 @@ def final(workspace):
     return workspace / "out" / "final"
 
 
+@pytest.mark.slow
 def test_final_loads_alone_and_goes_through_the_hub(final, workspace, tmp_path):
     with FakeHub() as hub:
         online = hub.environment(tmp_path / "home")
@@ -81,6 +82,7 @@ def test_final_loads_alone_and_goes_through_the_hub(final, workspace, tmp_path):
         assert local[0] == "transformers_modules" and len(local[1]) > 10
 
 
+@pytest.mark.slow
 def test_unmodified_lm_eval_scores_final(final, tmp_path):
     tasks = tmp_path / "tasks"
     tasks.mkdir()
@@ -119,6 +121,7 @@ def test_unmodified_lm_eval_scores_final(final, tmp_path):
     assert 0 <= results["results"]["tiny_choice"]["acc,none"] <= 1
 
 
+@pytest.mark.slow
 def test_bad_input_is_said_once_by_several_processes(workspace, tmp_path):
     launcher = ("torchrun", "--nproc_per_node", "2", "--log-dir", str(tmp_path / "logs"))
     flags = ["--config", workspace / "tiny.yaml", "--output_dir", tmp_path / "out", "--attention.window", "-1"]
@@ -129,6 +132,7 @@ def test_bad_input_is_said_once_by_several_processes(workspace, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_bad_input_under_accelerate_launch(workspace, final):
     run = launch("--config", workspace / "tiny.yaml")
     assert run.returncode != 0
@@ -136,6 +140,7 @@ def test_bad_input_under_accelerate_launch(workspace, final):
     assert "exit status 2" in run.stderr
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_repository(workspace, tmp_path):
     launcher = ("torchrun", "--nproc_per_node", "2")
     run = launch(
