@@ -48,6 +48,6 @@ def test_loads_without_the_package(tmp_path):
         assert loaded["class"].startswith("transformers_modules.")
         assert loaded["tokens"] == expected[name][1]
         logits = torch.load(tmp_path / name / "logits.pt", weights_only=True)
-        assert torch.equal(logits, expected[name][0])
+        assert (logits - expected[name][0]).abs().max() <= 1e-5
         assert (tmp_path / name / "again" / "modeling_llama.py").is_file()
         assert not list((tmp_path / name).glob("*.bin"))
