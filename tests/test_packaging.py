@@ -4,7 +4,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import textwrap
 import venv
@@ -65,7 +64,8 @@ def installed(request, tmp_path_factory) -> Path:
     python = folder / "bin" / "python"
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
     # a folder named in a .pth file is searched last, and its own .pth files are not read: no other linearize gets in
-    (site / "tests.pth").write_text("".join(f"{sysconfig.get_path(name)}\n" for name in ("purelib", "platlib")))
+    shared = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (site / "shared.pth").write_text("\n".join(shared) + "\n")
     if request.param == "wheel":
         source = [request.getfixturevalue("archives")[1]]
     else:
