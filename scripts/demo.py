@@ -111,7 +111,8 @@ def main(argv: list[str] | None = None) -> Report:
     report.seconds["perplexities"] = sum(row.seconds for row in report.rows)
 
     headline("Save, and load in a fresh process by the code that ships with the weights")
-    options = {"prompt": args.prompt, "max_new_tokens": 40}
+    # 120 tokens end well past the window; within it the untrained student's attention is the teacher's own
+    options = {"prompt": args.prompt, "max_new_tokens": 120}
     report.samples = {"prompt": args.prompt}
     report.samples[TEACHER] = continuation(stage_2.model, tokenizer, arm="teacher", adapters=False, **options)
     final = merge(stage_2.model)
