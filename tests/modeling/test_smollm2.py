@@ -60,3 +60,13 @@ def test_left_padded_decode_equals_the_full_forward(student, tokenizer):
     assert (torch.cat(outputs, 1)[real] - full[real]).abs().max() <= 1e-4 * scale
     alone = student(**tokenizer(texts[0], return_tensors="pt")).logits[0]
     assert (full[0, -alone.shape[0] :] - alone).abs().max() <= 1e-4 * scale
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_gguf_file_gives_the_same_student(student, smollm2, tokenizer):
+    file = smollm2.with_name(smollm2.name + ".gguf")
+    from_file = linearize.convert(file, {"type": "linear", "window": 16, "sinks": 4}, dtype=torch.float32)
+    ids = tokenizer(PROMPT * 6, return_tensors="pt").input_ids
+    assert torch.equal(from_file(ids).logits, student(ids).logits)
+    assert linearize.load_tokenizer(file)(PROMPT).input_ids == tokenizer(PROMPT).input_ids
