@@ -166,7 +166,7 @@ class Report:
         reference, control = self.row(self.reference), self.row(self.control)
         header = ["", "perplexity", f"/ {self.reference}"]
         header += ["/ control"] if control else []
-        header += [f"first {self.reach} tokens", "after them"] if self.reach else []
+        header += [f"first {self.reach}\ntokens", "after\nthem"] if self.reach else []
         rows = []
         for row in self.rows:
             cells = [row.name, format_number(row.perplexity)]

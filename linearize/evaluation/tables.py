@@ -1,8 +1,11 @@
 """A table as data, shown in a terminal by rich or written as Markdown: one source, two looks."""
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from typing import Any
+
+NOT_A_TERMINAL = 120  # columns of a file or a pipe
 
 
 @dataclasses.dataclass
@@ -22,11 +25,14 @@ def show_tables(tables: Sequence[Table], notes: Sequence[str] = (), console: Any
     from rich.markup import escape
     from rich.table import Table as RichTable
 
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else NOT_A_TERMINAL)
     for table in tables:
-        shown = RichTable(title=escape(table.title), title_justify="left", box=rich.box.SIMPLE_HEAVY)
+        shown = RichTable(
+            title=escape(table.title), title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        )
         for i, name in enumerate(table.header):
-            shown.add_column(escape(name), justify="left" if i == 0 or table.text else "right", overflow="fold")
+            justify = "left" if i == 0 or table.text else "right"
+            shown.add_column(escape(name), justify=justify, overflow="fold")  # numbers wrap rather than lose digits
         for row in table.rows:
             shown.add_row(*(escape(cell) for cell in row))
         console.print(shown)
