@@ -157,6 +157,29 @@ def test_packed_sequences_equal_separate_calls(causal, backend):
         assert (packed[:, :, start:end] - alone).abs().max() <= 1e-12
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+def test_empty_sequences_have_no_output(causal, backend):
+    call = {"window": 5, "sinks": 3, "causal": causal, "backend": backend}
+    inputs, mix = make_inputs(batch=1)
+    expected, _ = hybrid_linear_attention(*inputs, **mix, **call, cu_seqlens=torch.tensor([0, 4, LENGTH]))
+    packed, _ = hybrid_linear_attention(*inputs, **mix, **call, cu_seqlens=torch.tensor([0, 0, 4, 4, LENGTH, LENGTH]))
+    assert torch.equal(packed, expected)
+    none, mix = make_inputs(batch=2, length=0)
+    output, _ = hybrid_linear_attention(*none, **mix, **call)
+    assert output.shape == (2, HEADS, 0, DIM + 1)
+
+
+@pytest.mark.parametrize("as_weights", [True, False])
+def test_a_call_without_tokens_leaves_the_state(as_weights):
+    call = {"window": 5, "sinks": 3, "return_state": True}
+    inputs, mix = make_inputs(as_weights=as_weights)
+    none, _ = make_inputs(as_weights=as_weights, length=0)
+    _, state = hybrid_linear_attention(*inputs, **mix, **call)
+    _, after = hybrid_linear_attention(*none, **mix, **call, initial_state=state)
+    assert_states_equal(after, state, 0)
+
+
 @pytest.mark.parametrize("weight", [1e-3, 1.0, 1e3])
 def test_is_softmax_attention_inside_the_window(weight):
     inputs, _ = make_inputs(dtype=torch.float32, length=16)

@@ -81,7 +81,7 @@ def test_a_run_leaves_its_directory(finished):
     record = read_record(finished / "final")
     assert record["tokens"] == {"transfer": 192, "finetune": 192}
     assert record["teacher"] == "teacher"
-    assert record["versions"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(record["versions"]["torch"])
     names = [row["name"] for row in record["evaluation"]["rows"]]
     assert names[0] == "teacher" and "control" in names[1] and "student" in names
     files = {path.name for path in (finished / "final").iterdir()}
@@ -188,7 +188,6 @@ def test_chat_holds_a_conversation(finished, capsys, monkeypatch):
 
 
 def test_a_quantised_run_ends_in_full_weights(inputs, tmp_path):
-    pytest.importorskip("bitsandbytes")
     make_teacher_directory(tmp_path / "teacher", hidden_size=64)
     config = tiny_config(tmp_path / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
     config["finetune"] |= {"gradient_checkpointing": True, "kl_weight": 0.5}

@@ -98,8 +98,8 @@ def test_unknown_flag_and_unknown_command(call):
     assert call("translate")[0] == 2
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there(call, config):
+def test_a_gpu_that_is_not_there(call, config, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     code, sentence = call("--device", "cuda", settings=config)
     assert code == 2 and "no GPU" in sentence
 

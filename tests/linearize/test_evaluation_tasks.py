@@ -13,8 +13,6 @@ from linearize.errors import UserError
 from linearize.evaluation import run_tasks
 from linearize.modeling import LinearizedLlamaConfig, LinearizedLlamaForCausalLM
 
-pytest.importorskip("lm_eval")
-
 
 @pytest.fixture(scope="module")
 def tokenizer():
