@@ -12,6 +12,7 @@ arXiv 2402.04347) for `softmax` and `exp`, T2R (Kasai et al. 2021, arXiv 2103.13
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from .feature_maps import FeatureMapWeights
 from .op_dispatch import choose_backend
@@ -122,6 +123,8 @@ def _check(query, key, query_features, key_features, window_weight, window_refer
 
 
 def _chunked(query, key, value, query_features, key_features, *, cu_seqlens=None, **options):
+    if query.shape[2] == 0:
+        return _without_tokens(query, key, value, query_features, key_features, **options)
     if cu_seqlens is None:
         branches, restore, state = run_rows(query, key, value, query_features, key_features, **options)
         return restore(branches.join()).to(query.dtype), state
@@ -129,8 +132,19 @@ def _chunked(query, key, value, query_features, key_features, *, cu_seqlens=None
     bounds = cu_seqlens.tolist()
     rows = []
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+        if start == end:  # an empty sequence has no output
+            continue
         parts = [x[:, :, start:end] if isinstance(x, Tensor) else x for x in (query, key, value)]
         features = [x[:, :, start:end] if isinstance(x, Tensor) else x for x in (query_features, key_features)]
         branches, _, _ = run_rows(*parts, *features, **options)
         rows.append(branches.join())
     return torch.cat(rows, dim=2).to(query.dtype), None
+
+
+def _without_tokens(*tensors, **options):
+    """A call of no tokens, which is one of a single padded token: no output, and the state stays as it was."""
+    padded = [functional.pad(x, (0, 0, 0, 1)) if isinstance(x, Tensor) else x for x in tensors]
+    query = padded[0]
+    options["attention_mask"] = query.new_zeros(query.shape[0], 1, dtype=torch.bool)
+    output, state = _chunked(*padded, **options)
+    return output[:, :, :0], state
