@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 NOT_A_TERMINAL = 120  # columns of a file or a pipe
 
@@ -31,7 +31,7 @@ def show_tables(tables: Sequence[Table], notes: Sequence[str] = (), console: Any
             title=escape(table.title), title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
         )
         for i, name in enumerate(table.header):
-            justify = "left" if i == 0 or table.text else "right"
+            justify: Literal["left", "right"] = "left" if i == 0 or table.text else "right"
             shown.add_column(escape(name), justify=justify, overflow="fold")  # numbers wrap rather than lose digits
         for row in table.rows:
             shown.add_row(*(escape(cell) for cell in row))
