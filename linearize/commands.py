@@ -77,6 +77,9 @@ def evaluate_model(
     from linearize.evaluation import evaluate, run_tasks
     from linearize.hub import read_record
 
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("limit", limit)):
+        if value is not None and value < 1:
+            raise UserError(f"--{name} is {value}, but it must be at least 1.")
     model, tokenizer, converted = load(source, dtype, device)
     limit_of_model = getattr(model.config, "max_position_embeddings", None)
     if texts and limit_of_model is not None and sequence_length > limit_of_model:
@@ -123,6 +126,8 @@ def chat_with_model(
     """Answer one prompt, or hold a conversation until the input ends."""
     if max_new_tokens < 1 or temperature < 0:
         raise UserError("--max_new_tokens must be at least 1 and --temperature must not be negative.")
+    if prompt is not None and not prompt.strip():
+        raise UserError("--prompt is empty: give a text to answer, or leave it out for a conversation.")
     model, tokenizer, _ = load(source, dtype, device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     messages: list[dict[str, str]] = []

@@ -54,10 +54,18 @@ def explain(source: str, what: str, error: BaseException) -> str | None:
         )
     if "no file named" in text or "does not appear to have a file named" in text:
         return f"{source} has no {what} weights (model.safetensors): give a complete checkpoint directory"
+    if "backend tokenizer" in text and what == "tokenizer":
+        return f"{source} has no tokenizer that can be read: give a complete checkpoint directory (tokenizer.json)"
+    if "ignore_mismatched_sizes" in text:
+        return (
+            f"the weights of {source} have other shapes than its config.json says: give the config that goes with them"
+        )
     if caused_by(SafetensorError):
         return f"a weight file of {source} is damaged ({_short(chain[-1])}): download it again"
     if caused_by(OSError):
         return f"the {what} of {source} cannot be read: {_short(chain[0])}"
+    if what == "tokenizer" and not caused_by(MemoryError):  # a damaged tokenizer.json fails in many ways
+        return f"the tokenizer of {source} cannot be read ({_short(chain[0])}): give a complete checkpoint directory"
     return None
 
 

@@ -214,11 +214,10 @@ def forecast_transfer(teacher: Any, config: RunConfig) -> Forecast:
     )
 
 
-def adapter_parameters(shape: Shape, config: RunConfig) -> int:
-    """LoRA parameters on the targets that the forecast knows."""
-    assert config.finetune is not None
+def linear_layers(shape: Shape) -> dict[str, int]:
+    """The linear layers of one decoder layer that can take an adapter: input plus output width by name."""
     query, keys = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
-    sides = {
+    return {
         "q_proj": shape.hidden + query,
         "k_proj": shape.hidden + keys,
         "v_proj": shape.hidden + keys,
@@ -227,6 +226,12 @@ def adapter_parameters(shape: Shape, config: RunConfig) -> int:
         "up_proj": shape.hidden + shape.intermediate,
         "down_proj": shape.intermediate + shape.hidden,
     }
+
+
+def adapter_parameters(shape: Shape, config: RunConfig) -> int:
+    """LoRA parameters on the targets that the forecast knows."""
+    assert config.finetune is not None
+    sides = linear_layers(shape)
     return shape.layers * config.finetune.lora_rank * sum(sides.get(name, 0) for name in config.finetune.lora_targets)
 
 

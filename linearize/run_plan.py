@@ -122,6 +122,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         forecast = memory.forecast_transfer(teacher, settings)
         stages.append(StagePlan("attention transfer", config.transfer, steps, {"mechanism": mixers}, forecast))
     if config.finetune is not None:
+        check_finetune(config, shape)
         steps = exact_plan(config.finetune, config.data.sequence_length, num_processes, "finetune")
         trained = {"LoRA": memory.adapter_parameters(shape, config)}
         trained |= {"mechanism": mixers} if config.finetune.train_mixers else {}
@@ -213,6 +214,19 @@ def check_attention(config: RunConfig, teacher: Any) -> None:
             raise UserError(f"softmax_layers names layer {index}, but the teacher has layers 0 to {shape.layers - 1}.")
 
 
+def check_finetune(config: RunConfig, shape: memory.Shape) -> None:
+    """Refuse what stage 2 could not do now, not after the hours of stage 1."""
+    assert config.finetune is not None
+    if config.dtype == "float16":
+        raise UserError("finetuning in float16 would lose small gradients: set dtype to bfloat16 or float32.")
+    known = memory.linear_layers(shape)
+    if unknown := [name for name in config.finetune.lora_targets if name not in known]:
+        raise UserError(
+            f"finetune.lora_targets: the teacher has no linear layer named {', '.join(unknown)}; there are "
+            f"{', '.join(known)}."
+        )
+
+
 def check_lengths(config: RunConfig, teacher: Any) -> None:
     """Refuse sequences that the teacher has never seen the positions of."""
     limit = getattr(teacher, "max_position_embeddings", None)
@@ -239,6 +253,8 @@ def check_environment(config: RunConfig) -> None:
 
         if not torch.cuda.is_available():
             raise UserError("device is cuda, but no GPU is visible: set device to auto or cpu.")
+    if config.op_backend == "triton":
+        check_triton()
     evaluation = config.evaluation
     if evaluation is not None:
         texts = [evaluation.texts] if isinstance(evaluation.texts, str) else evaluation.texts or []
@@ -249,3 +265,15 @@ def check_environment(config: RunConfig) -> None:
             raise UserError(
                 "evaluation.tasks needs lm-eval: install it with pip install 'linearize[eval]', or leave tasks empty."
             )
+
+
+def check_triton() -> None:
+    """Refuse the fused backend where there is no fused kernel."""
+    from linearize.modeling.op_dispatch import find_kernel
+    from linearize.modeling.op_hybrid_linear import CONTRACT
+
+    kernel, reason = find_kernel("hybrid_linear", CONTRACT)
+    if kernel is not None and "fused" not in kernel.__all__:
+        reason = "this version has no fused Triton kernel"
+    if reason:
+        raise UserError(f"op_backend is triton, but {reason}: set op_backend to auto or chunked.")

@@ -1,6 +1,7 @@
 """Bad input: exit code 2, one sentence on stderr, nothing half-written; Ctrl-C: exit code 130, and the run goes on."""
 
 import json
+import shutil
 import signal
 
 import pytest
@@ -72,6 +73,9 @@ def with_teacher(inputs, tmp_path, **changes):
         (["--evaluation.texts", "missing.txt"], "missing.txt"),
         (["--evaluation.tasks", "piqa", "--evaluation.include_path", "nowhere"], "nowhere"),
         (["--report_to", "crayon"], "unknown tracker 'crayon'"),
+        (["--finetune.lora_targets", "q_prj"], "no linear layer named q_prj"),
+        (["--dtype", "float16"], "finetuning in float16"),
+        (["--op_backend", "triton"], "op_backend is triton, but"),
         (["--model_name_or_path", "missing/model.gguf"], "there is no file missing/model.gguf"),
         (["--overwrite", "--resume_from_checkpoint"], "choose one"),
         (["--seed", "many"], "seed is 'many'"),
@@ -121,6 +125,29 @@ def test_wrong_teachers(call, config, inputs, tmp_path, changes, says):
     assert code == 2
     assert says in sentence
     assert not (tmp_path / "out").exists()
+    code, sentence = call("convert", teacher, tmp_path / "converted")
+    assert code == 2 and says in sentence
+    assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda teacher: (teacher / "tokenizer.json").write_text("{}"), "the tokenizer of"),
+        (lambda teacher: [path.unlink() for path in teacher.glob("tokenizer*")], "no tokenizer"),
+        (
+            lambda teacher: (teacher / "config.json").write_text(
+                (teacher / "config.json").read_text().replace('"hidden_size": 32', '"hidden_size": 64')
+            ),
+            "other shapes",
+        ),
+    ],
+    ids=["damaged tokenizer", "no tokenizer", "another config"],
+)
+def test_an_incomplete_teacher(call, inputs, tmp_path, damage, says):
+    teacher = tmp_path / "damaged"
+    shutil.copytree(inputs / "teacher", teacher)
+    damage(teacher)
     code, sentence = call("convert", teacher, tmp_path / "converted")
     assert code == 2 and says in sentence
     assert not (tmp_path / "converted").exists()
