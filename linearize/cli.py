@@ -124,10 +124,16 @@ def _train(
 ) -> None:
     """One stage on a converted model, as a run without the others."""
     import linearize
+    from linearize.conversion import load_config
     from linearize.hub import find_converted
 
+    source = str(find_converted(directory))
+    # One stage must not change the type of the weights that the stage before saved.
+    stored = str(load_config(source).dtype).removeprefix("torch.")
+    if config is None and stored in ("bfloat16", "float16", "float32"):
+        overrides = {"dtype": stored, **overrides}
     fixed: dict[str, Any] = {
-        "model_name_or_path": str(find_converted(directory)),
+        "model_name_or_path": source,
         "output_dir": output,
         skipped: None,
         "evaluation": None,

@@ -97,6 +97,8 @@ class _Run:
         self._alone(self._check_push)
         if config.resume_from_checkpoint and directory.is_complete():
             self._say(f"The run in {directory.path} is complete: {directory.final}")
+            if self.state.is_main_process:
+                self._push()
             return self._finished()
         self.plan = make_plan(config, self.state.num_processes)
         if self.state.is_main_process:
@@ -124,11 +126,15 @@ class _Run:
         final = self._merged(model)
         self._save(final)
         self._evaluate(final, report)
+        self._push()
+        self._say(f"Saved {self.directory.final}")
+
+    def _push(self) -> None:
+        """Upload the repository, if asked to; a push that failed is made good by resuming."""
         if self.config.push_to_hub is not None:
             from linearize.hub import push
 
             self._say(f"Pushed to {push(self.directory.final, self.config.push_to_hub)}")
-        self._say(f"Saved {self.directory.final}")
 
     def _check_push(self) -> None:
         """Ask the Hub who we are before hours of training, not after them."""
@@ -281,7 +287,7 @@ class _Run:
         self.record = make_record(
             earlier.get("teacher") or source,
             revision=earlier.get("teacher_revision") if earlier else loaded_commit(source, self.config.revision),
-            recipe=to_values(self.config),
+            recipe=self._recipe(earlier.get("recipe") or {}),
             tokens=tokens,
             seconds={name: outcome.seconds for name, outcome in done.items()},
             peak_memory_bytes={name: outcome.peak_memory_bytes for name, outcome in done.items()},
@@ -291,6 +297,16 @@ class _Run:
         self.result.record = self.record
         with stage("saving the model"):
             save_final(model, self.tokenizer, self.directory.final, self.record)
+
+    def _recipe(self, earlier: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of this run; of a model converted before, its attention and the stages that it went through."""
+        recipe = to_values(self.config)
+        if self.plan.converted:
+            for name in ("attention", "softmax_layers"):
+                recipe[name] = earlier.get(name)
+            for name in ("transfer", "finetune"):
+                recipe[name] = recipe[name] or earlier.get(name)
+        return recipe
 
     def _evaluate(self, model: Any, report: Any) -> None:
         """Measure the saved model, and add the figures to its record and card."""

@@ -109,6 +109,14 @@ def test_a_complete_run_is_not_run_again(finished, capsys):
     assert (finished / "final" / "model.safetensors").stat().st_mtime_ns == before
 
 
+def test_resuming_a_complete_run_makes_a_failed_push_good(finished, monkeypatch):
+    pushed = []
+    monkeypatch.setattr("linearize.hub.check_token", lambda *arguments: "me")
+    monkeypatch.setattr("linearize.hub.push", lambda *arguments: pushed.append(arguments))
+    assert main(["run", "--output_dir", str(finished), "--resume_from_checkpoint", "--push_to_hub", "me/tiny"]) == 0
+    assert pushed == [(finished / "final", "me/tiny")]
+
+
 def test_overwrite_replaces_the_run_and_nothing_else(inputs, tmp_path):
     config = tiny_config(inputs / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
     config |= {"transfer": None, "finetune": None, "evaluation": None}
@@ -135,7 +143,7 @@ def test_the_commands_in_a_row(inputs, tmp_path, capsys):
     teacher, text, small = (
         str(inputs / "teacher"),
         str(inputs / "text.jsonl"),
-        ["--device", "cpu", "--dtype", "float32"],
+        ["--device", "cpu"],
     )
     data = ["--data", text, "--data.sequence_length", "32", "--data.cache_dir", str(inputs / "cache"), *small]
     assert main(["convert", teacher, one, "--attention.window", "8", "--softmax_layers", "0"]) == 0
@@ -154,6 +162,11 @@ def test_the_commands_in_a_row(inputs, tmp_path, capsys):
     assert main(["finetune", two, three, *data, *flags]) == 0
     record = read_record(tmp_path / "finetuned" / "final")
     assert record["tokens"] == {"transfer": 64, "finetune": 64} and record["teacher"] == "teacher"
+    recipe = record["recipe"]
+    assert recipe["attention"]["window"] == 8 and recipe["softmax_layers"] == [0]
+    assert recipe["transfer"]["max_steps"] == recipe["finetune"]["max_steps"] == 2
+    config = json.loads((tmp_path / "finetuned" / "final" / "config.json").read_text())
+    assert config["dtype"] == "float32", "the type of the teacher's weights"
     capsys.readouterr()
 
     other = ["--text", str(inputs / "other.jsonl"), "--sequence_length", "32", "--max_tokens", "128"]
@@ -161,7 +174,9 @@ def test_the_commands_in_a_row(inputs, tmp_path, capsys):
     assert main(measure) == 0
     rows = json.loads((tmp_path / "report" / "evaluation.json").read_text())["rows"]
     assert [row["name"] for row in rows][0] == "teacher" and len(rows) == 5
+    assert main(["evaluate", three, *other, "--batch_size", "0"]) == 2
     assert main(["chat", three, "--prompt", "the cats", "--max_new_tokens", "4"]) == 0
+    assert main(["chat", three, "--prompt", ""]) == 2
     assert len(greedy(tmp_path / "finetuned" / "final")) > 8
 
 
