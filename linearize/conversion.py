@@ -14,6 +14,7 @@ from transformers.utils import logging as transformers_logging
 from linearize.errors import UserError
 from linearize.load_errors import explained
 from linearize.modeling import BACKBONES
+from linearize.quantization import keep_differentiable
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,7 @@ def convert(
         load: Any = backbone.default.from_pretrained  # returns a pair when asked for the loading report
         model, info = load(where_from, config=config, output_loading_info=True, **extra, **options)
     _check_loaded(source, info, model)
+    keep_differentiable(model)
     model.name_or_path = source
     if not is_gguf(source):
         _take_generation_config(model, source, where)
@@ -110,6 +112,7 @@ def load_student(
         )
     if lost := sorted(info["missing_keys"]):
         raise UserError(f"{source} lacks {len(lost)} weights, first {lost[0]}: save the repository again")
+    keep_differentiable(model)
     return model.eval()
 
 

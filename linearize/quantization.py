@@ -73,6 +73,17 @@ def is_quantized(model: torch.nn.Module) -> bool:
     return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
+def keep_differentiable(model: torch.nn.Module) -> None:
+    """Keeps 4-bit weights in the layout that a backward pass can go through.
+
+    On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights at its first call in evaluation mode, and for
+    good: from then on the layer passes no gradient back, which a later training stage would not notice.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
 def freeze_base(model: PreTrainedModel) -> None:
     """Makes every weight of the base a constant, quantised or not, before adapters are attached.
 

@@ -101,6 +101,25 @@ def test_both_stages_train_and_merge_into_the_full_weights(stock, bits, tmp_path
     assert (logits(merged) - logits(result.model)).norm() < 0.5 * (logits(merged) - logits(plain)).norm()
 
 
+def test_an_evaluation_before_training_leaves_the_gradients(stock, monkeypatch):
+    """bitsandbytes would repack the weights of a model that was evaluated, and pass no gradient through them."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+
+    def gradient(evaluated: bool) -> torch.Tensor:
+        model, ids = load(stock, "4bit"), token_blocks(1)[0]["input_ids"][None]
+        if evaluated:
+            logits(model)
+        mixer = model.model.layers[0].self_attn.mixer.feature_map_q.weight
+        model.requires_grad_(False)
+        mixer.requires_grad_(True)
+        model.train()(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        return mixer.grad
+
+    fresh = gradient(evaluated=False)
+    assert fresh.abs().max() > 0
+    assert torch.equal(gradient(evaluated=True), fresh)
+
+
 def test_merging_into_a_converted_repository(stock, tmp_path):
     """The adapters of an unquantised run, too: equal to merging in place."""
     first = convert(stock, MIXERS["linear"], dtype=torch.float32)
