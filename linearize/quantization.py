@@ -4,7 +4,7 @@ float32."""
 from __future__ import annotations
 
 import importlib.util
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -79,9 +79,10 @@ def keep_differentiable(model: torch.nn.Module) -> None:
     On a CPU with AVX512-BF16, bitsandbytes repacks a layer's weights at its first call in evaluation mode, and for
     good: from then on the layer passes no gradient back, which a later training stage would not notice.
     """
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def freeze_base(model: PreTrainedModel) -> None:
