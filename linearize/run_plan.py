@@ -115,6 +115,11 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     check_lengths(config, teacher)
     settings = _sizes_of(config, teacher) if converted else config
     shape = memory.Shape.of(teacher)
+    if (
+        config.transfer is not None
+        and len({index % shape.layers for index in settings.softmax_layers}) == shape.layers
+    ):
+        raise UserError("attention transfer has no converted layer to train: name fewer softmax_layers.")
     mixers = memory.Mechanism.of(shape, settings.attention, settings.softmax_layers).parameters
     stages = []
     if config.transfer is not None:

@@ -72,6 +72,8 @@ class LinearAttentionConfig:
             raise ValueError(
                 f"window_weight is {self.window_weight}: it must be above 0, and below 1 in the sigmoid form"
             )
+        if self.window_shift is not None and not math.isfinite(self.window_shift):
+            raise ValueError(f"window_shift is {self.window_shift}: it must be a finite number, or None")
         if self.contract != CONTRACT:
             raise ValueError(
                 f"this checkpoint was saved with contract {self.contract} of linear attention and this version of "

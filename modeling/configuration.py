@@ -35,6 +35,8 @@ class MixerConfigMixin:
             if len(self.mixers) != 1:
                 raise ValueError("mixer_types is needed: one name per layer, since mixers has not exactly one entry")
             self.mixer_types = list(self.mixers) * self.num_hidden_layers
+        if SOFTMAX in self.mixers:
+            raise ValueError(f"mixers describes {SOFTMAX!r}, which names the layers that keep their own attention")
         if len(self.mixer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"mixer_types names {len(self.mixer_types)} layers, the model has {self.num_hidden_layers}"

@@ -65,6 +65,7 @@ def with_teacher(inputs, tmp_path, **changes):
         (["--attention.feature_dim", "64"], "feature_dim 64 is wider than the head dimension 16"),
         (["--attention.window", "wide"], "window"),
         (["--softmax_layers", "7"], "layers 0 to 1"),
+        (["--softmax_layers", "0,-1"], "no converted layer to train"),
         (["--data.sequence_length", "512"], "the teacher's context is 256 tokens"),
         (["--evaluation.sequence_length", "512"], "evaluation.sequence_length is 512"),
         (["--transfer.tokens_per_step", "50"], "multiple of"),

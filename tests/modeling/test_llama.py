@@ -292,6 +292,8 @@ def test_observer_sees_what_both_attentions_are_given(student, teacher, ids):
         ({"mixers": {"linear": {"type": "linear", "feature_dim": 99}}}, "wider than the head"),
         ({"mixers": {"linear": {"type": "linear", "contract": 99}}}, "contract 99"),
         ({"mixer_types": ["linear"]}, "names 1 layers"),
+        ({"mixers": {"softmax": {"type": "linear"}}}, "keep their own attention"),
+        ({"mixers": {"linear": {"type": "linear", "window_shift": float("nan")}}}, "window_shift is nan"),
         ({"mixer_types": ["linear", "liner", "linear"], "mixers": {"linear": {"type": "linear"}}}, "liner"),
         ({"num_key_value_heads": 3}, "do not divide"),
     ],
