@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 from linearize import data_documents, data_packing
 from linearize.data_documents import Format
 from linearize.data_packing import Documents
-from linearize.data_sources import Source, is_local, open_files, open_source
+from linearize.data_sources import Source, expand, is_local, open_files, open_source
 from linearize.errors import UserError
 
 if TYPE_CHECKING:
@@ -134,6 +134,26 @@ def load_text_blocks(
         )
     ids = np.concatenate(parts)[: count * sequence_length]
     return TokenBlocks(torch.from_numpy(ids.reshape(count, sequence_length)))
+
+
+def refuse_training_files(dataset: str | list[str], texts: str | list[str]) -> None:
+    """Refuse to call text held out that the run trains on.
+
+    Args:
+        dataset: As in `DataConfig`; a Hub dataset is not compared.
+        texts: Local files to evaluate on.
+
+    Raises:
+        UserError: A file of `texts` has the contents of one of the dataset's files.
+    """
+    trained, held_out = ([names] if isinstance(names, str) else names for names in (dataset, texts))
+    known = {open_files([file]).identity for name in trained if is_local(name) for file in expand(name)}
+    for file in (file for name in held_out for file in expand(name)):
+        if open_files([file]).identity in known:
+            raise UserError(
+                f"evaluation.texts: {file} is part of the training data; give other text, or leave evaluation.texts "
+                "out to evaluate on the documents held out."
+            )
 
 
 def epoch_order(num_blocks: int, seed: int, epoch: int) -> torch.Tensor:

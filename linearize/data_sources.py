@@ -78,7 +78,7 @@ def is_local(name: str | Path) -> bool:
 
 def open_files(paths: Sequence[str | Path], text_field: str = "text") -> Source:
     """Open local files; the text of a `.txt` file appears in the field `text_field`."""
-    files = [file for path in paths for file in _expand(path)]
+    files = [file for path in paths for file in expand(path)]
     for file in files:
         if file.stat().st_size == 0:
             if len(files) == 1:
@@ -97,7 +97,8 @@ def open_files(paths: Sequence[str | Path], text_field: str = "text") -> Source:
     return Source(name, hashlib.sha256(identity.encode()).hexdigest(), records)
 
 
-def _expand(path: str | Path) -> list[Path]:
+def expand(path: str | Path) -> list[Path]:
+    """The data files that a path, a folder or a pattern names."""
     expanded = Path(path).expanduser()
     if expanded.is_dir():
         files = sorted(file for file in expanded.iterdir() if file.is_file() and _kind(file) in FILE_KINDS)

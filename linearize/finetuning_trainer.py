@@ -301,7 +301,7 @@ def _with_disk_errors(write: Any, *arguments: Any) -> None:
 
 
 class _StopAfterStep(TrainerCallback):
-    """Ctrl-C: the step is complete, so save and stop."""
+    """Ctrl-C: the step is complete, so save and stop. The last step is logged, however long since the last record."""
 
     def __init__(self, trainer: FinetuningTrainer) -> None:
         self.trainer = trainer
@@ -309,6 +309,8 @@ class _StopAfterStep(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> Any:
         if self.trainer.stopped:
             control.should_save = control.should_training_stop = True
+        if state.global_step == args.max_steps:
+            control.should_log = True
         return control
 
 

@@ -146,11 +146,13 @@ class _Run:
 
     def _load_data(self) -> tuple[TokenBlocks | None, TokenBlocks | None, TokenBlocks | None]:
         """Sequences to train on, to validate on and to evaluate on, as far as this run needs them."""
-        from linearize.data import load_text_blocks, prepare_data
+        from linearize.data import load_text_blocks, prepare_data, refuse_training_files
 
         data, evaluation = self.config.data, self.config.evaluation
         train = validation = held_out = None
         with stage("preparing the data"):
+            if self.plan.stages and evaluation is not None and evaluation.texts is not None:
+                refuse_training_files(data.dataset, evaluation.texts)
             if self.plan.stages or (evaluation is not None and evaluation.texts is None):
                 train, validation = prepare_data(data, self.tokenizer, seed=self.config.seed)
                 held_out = validation

@@ -196,6 +196,14 @@ def test_wrong_data_files(call, config, tmp_path, content, says):
     assert not (tmp_path / "out").exists()
 
 
+def test_training_text_is_not_held_out(call, config, inputs, tmp_path):
+    copy = tmp_path / "copy.jsonl"
+    shutil.copy(inputs / "text.jsonl", copy)
+    code, sentence = call("--evaluation.texts", copy, settings=config)
+    assert code == 2 and "copy.jsonl is part of the training data" in sentence
+    assert not (tmp_path / "out").exists()
+
+
 def test_an_output_directory_that_holds_a_run(call, config, tmp_path):
     (tmp_path / "out" / "logs").mkdir(parents=True)
     (tmp_path / "out" / "logs" / "transfer.jsonl").write_text("mine")

@@ -267,3 +267,10 @@ def test_logging_means_and_parts(stock, tmp_path):
     for record in records:
         assert record["loss"] == pytest.approx(record["cross_entropy"] + 0.5 * record["kl"], abs=1e-5)
         assert record["kl"] > 0
+
+
+def test_the_last_step_is_logged(stock, tmp_path):
+    result = finetune(student(stock), token_blocks(), settings(max_steps=3, logging_steps=2), output_dir=tmp_path)
+    records = [json.loads(line) for line in result.log_path.read_text().splitlines()]
+    assert [record["step"] for record in records] == [2, 3]
+    assert records[-1]["loss"] == result.losses[-1]
