@@ -241,6 +241,11 @@ def _train(
                 f"{run['sequence_length']}): lower finetune.batch_size, finetune.logits_chunk or "
                 "data.sequence_length, set finetune.gradient_checkpointing, or load the base in 4 bit (load_in_4bit)."
             ) from error
+        finally:
+            # The Trainer leaves its bar open after an error, and what is printed next would run into it.
+            for callback in trainer.callback_handler.callbacks:
+                if (bar := getattr(callback, "training_bar", None)) is not None:
+                    bar.close()
     if trainer.stopped:
         raise KeyboardInterrupt
     adapted.eval()
