@@ -20,6 +20,7 @@ from linearize.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
 def is_main_process() -> bool:
@@ -64,6 +65,10 @@ def stage(name: str, out_of_memory: str = "") -> Iterator[None]:
             raise UserError(
                 f"No space left on the disk in {name}: free some space and continue with --resume_from_checkpoint "
                 "(the previous checkpoint is whole)."
+            ) from error
+        if isinstance(error, OSError) and error.errno in UNWRITABLE and error.filename:
+            raise UserError(
+                f"{error.filename} cannot be used ({os.strerror(error.errno)}): check the path and its permissions."
             ) from error
         raise
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -266,10 +265,10 @@ def check_environment(config: RunConfig) -> None:
         for path in [*texts, *([evaluation.include_path] if evaluation.include_path else [])]:
             if not os.path.exists(path):
                 raise UserError(f"evaluation: there is no file or folder {path}; check the path.")
-        if evaluation.tasks and importlib.util.find_spec("lm_eval") is None:
-            raise UserError(
-                "evaluation.tasks needs lm-eval: install it with pip install 'linearize[eval]', or leave tasks empty."
-            )
+        if evaluation.tasks:
+            from linearize.evaluation.tasks import check_tasks
+
+            check_tasks(evaluation.tasks, evaluation.include_path)
 
 
 def check_triton() -> None:

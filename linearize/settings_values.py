@@ -7,6 +7,7 @@ section off. One function settles all three, so that a value means the same wher
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 import typing
 from functools import cache
@@ -113,7 +114,9 @@ def _convert(choice: Any, value: Any, name: str) -> Any:
     if choice is float:
         if isinstance(value, bool):
             raise TypeError
-        return float(value)
+        if not math.isfinite(number := float(value)):
+            raise ValueError
+        return number
     if isinstance(value, (str, PathLike)):
         return str(value)
     raise TypeError

@@ -130,6 +130,10 @@ def _chunked(query, key, value, query_features, key_features, *, cu_seqlens=None
         return restore(branches.join()).to(query.dtype), state
     del options["initial_state"], options["return_state"]
     bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != query.shape[2]:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to the {query.shape[2]} tokens, not from {bounds[0]} to {bounds[-1]}"
+        )
     rows = []
     for start, end in zip(bounds[:-1], bounds[1:], strict=True):
         if start == end:  # an empty sequence has no output

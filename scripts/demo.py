@@ -1,7 +1,7 @@
 """The demo: a real Llama checkpoint, SmolLM2-135M-Instruct, gets hybrid linear attention on a CPU, and proves it.
 
     make demo
-    python scripts/demo.py --transfer_steps 100 --finetune_steps 24 --seed 0 --output_dir out/demo --json demo.json
+    python scripts/demo.py --transfer_steps 110 --finetune_steps 30 --seed 0 --output_dir out/demo --json demo.json
 
 Converts all layers (window 64, 4 sinks), trains the mechanism by attention transfer (stage 1), finetunes with LoRA
 (stage 2), saves a repository, loads it in a fresh process, and prints what each step did to held-out perplexity beside
@@ -51,8 +51,8 @@ print(tokenizer.decode(output, skip_special_tokens=True), end="")"""
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="order of the data and start of the adapters")
-    parser.add_argument("--transfer_steps", type=int, default=100, help="steps of stage 1, 512 tokens each")
-    parser.add_argument("--finetune_steps", type=int, default=24, help="LoRA steps, 512 tokens each, for both models")
+    parser.add_argument("--transfer_steps", type=int, default=110, help="steps of stage 1, 512 tokens each")
+    parser.add_argument("--finetune_steps", type=int, default=30, help="LoRA steps, 512 tokens each, for both models")
     parser.add_argument("--evaluation_blocks", type=int, default=12, help="held-out sequences of 512 tokens")
     parser.add_argument("--output_dir", default="out/demo")
     parser.add_argument("--json", help="also write the report to this file")

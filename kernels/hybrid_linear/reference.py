@@ -171,6 +171,10 @@ def reference(
     batch, _, length, _ = query.shape
     if cu_seqlens is not None:
         bounds = cu_seqlens.tolist()
+        if bounds[0] != 0 or bounds[-1] != length:
+            raise ValueError(
+                f"cu_seqlens must run from 0 to the {length} tokens, not from {bounds[0]} to {bounds[-1]}"
+            )
         rows = [(0, slice(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
     else:
         rows = [(b, slice(0, length)) for b in range(batch)]

@@ -116,6 +116,16 @@ def run_tasks(
     return report
 
 
+def check_tasks(tasks: Sequence[str], include_path: str | os.PathLike[str] | None = None) -> None:
+    """Refuse, before anything is trained, what `run_tasks` would refuse after it.
+
+    Raises:
+        UserError: lm-eval is not installed, or a task that it does not know.
+    """
+    _import_lm_eval()
+    _task_manager(tasks, include_path)
+
+
 def _import_lm_eval() -> Any:
     try:
         import lm_eval

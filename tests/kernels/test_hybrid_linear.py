@@ -333,6 +333,13 @@ def test_contradictions_are_refused(change, sentence):
         hybrid_linear_attention(*inputs, **{**mix, **change})
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_packing_must_cover_the_tokens(backend):
+    inputs, mix = make_inputs(batch=1)
+    with pytest.raises(ValueError, match=f"from 0 to the {LENGTH} tokens"):
+        hybrid_linear_attention(*inputs, **mix, cu_seqlens=torch.tensor([0, LENGTH - 1]), backend=backend)
+
+
 def test_one_feature_alone_is_refused():
     inputs, mix = make_inputs()
     with pytest.raises(ValueError, match="both query and key"):

@@ -57,6 +57,7 @@ def with_teacher(inputs, tmp_path, **changes):
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
+        (["--transfer.learning_rate", "1e400"], "a number"),
         (["--attention.type", "gated"], "unknown attention 'gated'"),
         (["--attention", "gated"], "linear"),
         (["--attention.window", "-1"], "window is -1"),
@@ -96,6 +97,18 @@ def test_unknown_settings_in_a_file(call, config, tmp_path):
     code, sentence = call(settings={**config, "attention": {"type": "linear", "windw": 3}})
     assert code == 2 and "attention.windw" in sentence
     assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_task_is_refused_before_training(call, config, tmp_path):
+    code, sentence = call("--evaluation.tasks", "no_such_task", settings=config)
+    assert code == 2 and "no_such_task" in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_cannot_be_made(call, inputs, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, sentence = call("convert", inputs / "teacher", tmp_path / "file" / "out")
+    assert code == 2 and "Not a directory" in sentence
 
 
 def test_unknown_flag_and_unknown_command(call):
