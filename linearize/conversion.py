@@ -177,7 +177,7 @@ def _gguf_weights(source: str) -> dict[str, torch.Tensor]:
 
 def _student_config(teacher, config_class, attention, mixer_types, mixers, softmax_layers) -> PreTrainedConfig:
     fields = {name: value for name, value in teacher.to_dict().items() if name not in NOT_CARRIED}
-    if is_gguf(str(getattr(teacher, "name_or_path", ""))) or "gguf" in str(fields.get("quantization_config", "")):
+    if "gguf" in str(fields.get("quantization_config", "")):  # its weights arrive dequantised
         fields.pop("quantization_config", None)
     if mixers is None:
         settings = (

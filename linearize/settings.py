@@ -24,7 +24,8 @@ class StepPlan:
     accumulation: int
     """Micro-batches per process and optimiser step."""
     tokens_per_step: int
-    """Tokens of one optimiser step over all processes: the asked number, rounded up to whole micro-batches."""
+    """Tokens of one optimiser step over all processes: the least whole number of micro-batches that holds the asked
+    tokens. A stage runs only where the two are equal (`training_loop.exact_plan`); else this is what it suggests."""
     steps: int
     """Optimiser steps of the stage."""
 

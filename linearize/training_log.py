@@ -168,33 +168,6 @@ def plot_transfer(records: Sequence[Mapping[str, Any]], layers: Sequence[int], p
     _save(figure, path)
 
 
-def plot_curves(
-    records: Sequence[Mapping[str, Any]], curves: Mapping[str, str], path: str | os.PathLike[str], *, title: str
-) -> None:
-    """Draws values of the log over the steps.
-
-    Args:
-        records: the log, as `read_log` gives it.
-        curves: key in the records -> label of its curve; keys that no record has are left out.
-        path: the PNG.
-        title: of the figure.
-    """
-    if not records or not has_matplotlib():
-        return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for key, label in curves.items():
-        points = [(r["step"], r[key]) for r in records if _has(r, key)]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) == 1 else "")
-    axes.set(title=title, xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    _save(figure, path)
-
-
 def _has(record: Mapping[str, Any], key: str) -> bool:
     return record.get(key) is not None
 

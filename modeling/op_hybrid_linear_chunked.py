@@ -316,11 +316,11 @@ def _chunks(inputs, keys: Keys, state, dtype, settings, causal: bool) -> Branche
     inside = (row - place).abs() < window
     near = torch.cat([first_seen, seen & inside], dim=-1)
 
-    query = _split(inputs.query.to(dtype), grow, size)
-    local_key, local_value = with_sinks(keys.key, keys.sink_key), with_sinks(keys.value, keys.sink_value)
+    local_value = with_sinks(keys.value, keys.sink_value)
     softmax = (None, None)
     if keys.features is None or window + sinks > 0:
-        softmax = _softmax_branch(query, local_key, local_value, near, settings)
+        query = _split(inputs.query.to(dtype), grow, size)
+        softmax = _softmax_branch(query, with_sinks(keys.key, keys.sink_key), local_value, near, settings)
     linear = (None, None)
     if keys.features is not None:
         phi = inputs.query_features
