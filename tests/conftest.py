@@ -6,6 +6,11 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import torch
+
+if not torch.cuda.is_available():  # read when triton is first imported: kernels then run in its interpreter
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import pytest
 from tiny_models import make_student, make_teacher, perturb
 

@@ -1,0 +1,40 @@
+"""What every Triton kernel of this project asks first: can it run here, and how are its products rounded."""
+
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels (`TRITON_INTERPRET=1`): any device, float32, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unavailable(tensor: Tensor) -> str | None:
+    """Say why no Triton kernel can run on this tensor, or None when one can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if tensor.dtype == torch.float64:
+        return "the Triton kernels compute in float32 and this call is in float64"
+    if interpreting():
+        return None if tensor.dtype == torch.float32 else f"Triton's interpreter is wrong in {tensor.dtype}"
+    if not tensor.is_cuda:
+        return f"Triton needs a GPU and the tensors are on {tensor.device.type}"
+    if torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "the Triton kernels need a GPU of compute capability 8.0 or newer"
+    return None
+
+
+def product_precision(dtype: torch.dtype) -> tuple[torch.dtype, str]:
+    """The dtype that tiles are multiplied in, and Triton's `input_precision`, for inputs of `dtype`.
+
+    bfloat16 is multiplied as it is. float16 is widened to float32 and multiplied in TF32, which keeps all of its
+    mantissa and has the range that weights of e^30 need. float32 takes three TF32 products (about float32 accuracy).
+    """
+    if dtype == torch.bfloat16:
+        return torch.bfloat16, "tf32"
+    if dtype == torch.float16:
+        return torch.float32, "tf32"
+    return torch.float32, "ieee" if interpreting() else "tf32x3"
