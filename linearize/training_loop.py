@@ -147,7 +147,7 @@ class Batches:
         """The micro-batches of a step: `input_ids` and `labels`, each `(batch_size, L)`."""
         for indices in self.indices(step):
             rows = [self.blocks[index] for index in indices]
-            yield {key: torch.stack([row[key] for row in rows]).to(device) for key in rows[0]}
+            yield {key: to_device(torch.stack([row[key] for row in rows]), device) for key in rows[0]}
 
     def _index(self, position: int) -> int:
         from linearize.data import epoch_order
@@ -156,6 +156,11 @@ class Batches:
         if epoch != self._epoch:
             self._epoch, self._order = epoch, epoch_order(len(self.blocks), self.seed, epoch).tolist()
         return self._order[place]
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies to a device; to a GPU without waiting for the work that it still has to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def learning_rate_factor(step: int, steps: int, schedule: str, warmup_steps: int = 0) -> float:

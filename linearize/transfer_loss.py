@@ -18,9 +18,35 @@ from torch import nn
 LossFunction = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
 
 
-def _in_float(tensor: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-    """At least float32, and 0 where padded (padded places may hold NaN, which a product with 0 would keep)."""
-    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+class _SquaredDistance(torch.autograd.Function):
+    """Sum of squared differences, which keeps one tensor: the differences in the outputs' own dtype.
+
+    Everything else is in float32 at least: the squares, their sum, and the product that is the gradient. (Written as
+    tensor operations, each would be a float32 tensor of twice the outputs' bytes in half precision.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, student: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+        difference = student - teacher
+        ctx.save_for_backward(difference)
+        return _sum_of_squares(difference)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (difference,) = ctx.saved_tensors
+        # A factor with a dimension keeps its precision; `out` rounds the product once and in the same pass.
+        factor = (2.0 * gradients[0]).reshape(1)
+        return torch.mul(difference, factor, out=torch.empty_like(difference)), None
+
+
+def _sum_of_squares(tensor: torch.Tensor) -> torch.Tensor:
+    """In float32 at least, without a copy of the tensor in it."""
+    dtype = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor, dim=-1, dtype=dtype).square().sum()
+
+
+def _zero_padding(tensor: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    """0 where padded (padded places may hold NaN, which a product with 0 would keep)."""
     return tensor if padding_mask is None else tensor.masked_fill(~padding_mask.bool()[:, None, :, None], 0.0)
 
 
@@ -35,27 +61,31 @@ def relative_mse(student: torch.Tensor, teacher: torch.Tensor, padding_mask: tor
     """Squared error over the mean square of the teacher's output: 1 is the loss of an output of zeros.
 
     Args:
-        student, teacher: outputs of the attention before its output projection, `(B, H, T, D)`.
+        student, teacher: outputs of the attention before its output projection, `(B, H, T, D)`. The loss is
+            differentiable with respect to the student's.
         padding_mask: `(B, T)`, True at real tokens, or None: all are.
 
     Returns:
         A scalar in float32 or better.
     """
-    student, teacher = _in_float(student, padding_mask), _in_float(teacher, padding_mask)
-    scale = teacher.square().mean().clamp_min(torch.finfo(teacher.dtype).tiny)
-    return (student - teacher).square().mean() / scale
+    student, teacher = _zero_padding(student, padding_mask), _zero_padding(teacher, padding_mask)
+    scale = _sum_of_squares(teacher)
+    scale = scale.clamp_min(teacher.numel() * torch.finfo(scale.dtype).tiny)
+    return _SquaredDistance.apply(student, teacher) / scale
 
 
 def mse(student: torch.Tensor, teacher: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
     """Mean squared error over real tokens, heads and dimensions; arguments as in `relative_mse`."""
-    student, teacher = _in_float(student, padding_mask), _in_float(teacher, padding_mask)
-    return (student - teacher).square().mean() * _share_of_real(student, padding_mask)
+    student, teacher = _zero_padding(student, padding_mask), _zero_padding(teacher, padding_mask)
+    total = _SquaredDistance.apply(student, teacher)
+    return total * (_share_of_real(total, padding_mask) / student.numel())
 
 
 def cosine(student: torch.Tensor, teacher: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
     """Mean over real tokens and heads of 1 - cosine similarity; arguments as in `relative_mse`."""
-    student, teacher = _in_float(student, padding_mask), _in_float(teacher, padding_mask)
-    distance = 1.0 - nn.functional.cosine_similarity(student, teacher, dim=-1)
+    student, teacher = _zero_padding(student, padding_mask), _zero_padding(teacher, padding_mask)
+    dtype = torch.promote_types(student.dtype, torch.float32)
+    distance = 1.0 - nn.functional.cosine_similarity(student.to(dtype), teacher.to(dtype), dim=-1)
     if padding_mask is not None:
         distance = distance.masked_fill(~padding_mask.bool()[:, None, :], 0.0)
     return distance.mean() * _share_of_real(distance, padding_mask)
@@ -103,8 +133,7 @@ class LayerLosses:
         self._weights: Mapping[str, float] = {}
         self._gradient_factor: float | None = None
         self._graphs: list[torch.Tensor] = []
-        self._sums: dict[str, list[torch.Tensor | float]] = {}
-        self._count = 0
+        self._losses: dict[str, list[list[torch.Tensor]]] = {}
 
     def __enter__(self) -> LayerLosses:
         self._arm = self.model.use_arm("teacher")
@@ -127,7 +156,9 @@ class LayerLosses:
         weights: Mapping[str, float],
         gradient_factor: float | None,
     ) -> None:
-        """Runs the teacher over a micro-batch and adds each layer's losses to the sums (and to the gradients).
+        """Runs the teacher over a micro-batch, notes each layer's losses and adds to the gradients.
+
+        Nothing here waits for the GPU.
 
         Args:
             input_ids: `(B, T)`.
@@ -135,7 +166,7 @@ class LayerLosses:
             weights: arm -> weight, see `branch_weights`.
             gradient_factor: factor on the gradients, such as 1 / accumulation; None: no gradients.
         """
-        self._weights, self._gradient_factor, self._count = weights, gradient_factor, self._count + 1
+        self._weights, self._gradient_factor = weights, gradient_factor
         with torch.no_grad():
             self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         if self._graphs:
@@ -143,12 +174,12 @@ class LayerLosses:
             self._graphs = []
 
     def means(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Mean over the micro-batches since the last call, by arm: `(layers,)` in float64. Starts the sums anew."""
-        means = {
-            arm: torch.stack([torch.as_tensor(value).to(device) for value in sums]) / self._count
-            for arm, sums in self._sums.items()
-        }
-        self._sums, self._count = {}, 0
+        """Mean over the micro-batches since the last call, by arm: `(layers,)` in float64. Starts anew."""
+        means = {}
+        for arm, by_layer in self._losses.items():
+            losses = torch.stack([loss.to(device) for values in by_layer for loss in values])
+            means[arm] = losses.double().view(len(by_layer), -1).mean(1)
+        self._losses = {}
         return means
 
     def _observe(
@@ -167,8 +198,7 @@ class LayerLosses:
                 loss = self.loss_function(student, teacher_output, padding_mask) * self.loss_scale
                 if self._gradient_factor is not None:
                     self._add_gradients(loss * (weight * self._gradient_factor / len(self.layers)))
-            sums = self._sums.setdefault(arm, [0.0] * len(self.layers))
-            sums[place] = sums[place] + loss.detach().double()
+            self._losses.setdefault(arm, [[] for _ in self.layers])[place].append(loss.detach())
 
     def _add_gradients(self, loss: torch.Tensor) -> None:
         if self.immediate:

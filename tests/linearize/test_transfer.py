@@ -161,6 +161,34 @@ def test_losses_are_those_of_the_formulas_on_real_tokens():
     assert half.dtype == torch.float32
 
 
+@pytest.mark.parametrize("name", ["relative_mse", "mse"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_half_precision_outputs_are_never_copied_to_float32(name, padded):
+    """The squared losses of bf16 outputs: within rounding of float64's, the gradient in the outputs' own layout."""
+    torch.manual_seed(0)
+    teacher = torch.randn(2, 64, 3, 16).bfloat16().transpose(1, 2)
+    student = (teacher.float() + 0.1 * torch.randn(2, 3, 64, 16)).bfloat16().requires_grad_()
+    mask = torch.arange(64)[None] >= torch.tensor([[5], [0]]) if padded else None
+    exact = student.detach().double().requires_grad_()
+    expected = LOSSES[name](exact, teacher.double(), mask)
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, (tuple, list)) else [result]:
+                wide = isinstance(tensor, torch.Tensor) and tensor.numel() >= student.numel()
+                assert not wide or tensor.dtype in (torch.bfloat16, torch.bool), function
+            return result
+
+    with Watch():
+        loss = LOSSES[name](student, teacher, mask)
+        (gradient,) = torch.autograd.grad(loss * 3.0, student)
+    torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-4, atol=0)
+    assert gradient.dtype == torch.bfloat16
+    assert (gradient / 3.0 - expected_gradient).norm() <= 4e-3 * expected_gradient.norm()
+
+
 def test_padded_rows_count_their_real_tokens(student):
     ids = torch.randint(3, 97, (1, LENGTH))
     padded = torch.cat([torch.zeros(1, 5, dtype=torch.long), ids], dim=1)
