@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from linearize.errors import UserError
 from linearize.modeling import (
+    CosineState,
     FeatureMapWeights,
     HybridLinearState,
     LinearAttention,
@@ -15,6 +16,7 @@ from linearize.modeling import (
     LinearizedLlamaConfig,
     LinearizedLlamaForCausalLM,
     LinearizedLlamaModel,
+    cosine_attention,
     hybrid_linear_attention,
 )
 
@@ -47,6 +49,7 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "CosineState",
     "FeatureMapWeights",
     "HybridLinearState",
     "LinearAttention",
@@ -56,6 +59,7 @@ __all__ = [
     "LinearizedLlamaModel",
     "UserError",
     "convert",
+    "cosine_attention",
     "evaluate",
     "finetune",
     "hybrid_linear_attention",

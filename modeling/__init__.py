@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from .attention_linear import LinearAttention, LinearAttentionConfig
 from .modeling_llama import LinearizedLlamaConfig, LinearizedLlamaForCausalLM, LinearizedLlamaModel
+from .op_cosine import CosineState, cosine_attention
 from .op_hybrid_linear import FeatureMapWeights, HybridLinearState, hybrid_linear_attention
 from .registry import ATTENTIONS
 
@@ -44,6 +45,7 @@ register()
 __all__ = [
     "ATTENTIONS",
     "BACKBONES",
+    "CosineState",
     "FeatureMapWeights",
     "HybridLinearState",
     "LinearAttention",
@@ -51,5 +53,6 @@ __all__ = [
     "LinearizedLlamaConfig",
     "LinearizedLlamaForCausalLM",
     "LinearizedLlamaModel",
+    "cosine_attention",
     "hybrid_linear_attention",
 ]

@@ -3,10 +3,12 @@
 Rows are brought to right padding. A causal row runs in segments that hand a state on; within a segment, and over a
 whole bidirectional row, chunks of C queries run in parallel. Each chunk meets the keys near it one by one (softmax
 inside the window, features outside it) and all the others through the sums of the chunks before (and after) it.
+Cosine attention (`op_cosine_chunked.py`) runs on the same passes: its features are signed, its softmax branch is off.
 
 Legend as in `op_hybrid_linear.py`; n chunks, K keys near a chunk (sinks first), R = H / G.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -22,8 +24,23 @@ DENOMINATOR_FLOOR = 1e-20
 EMPTY_LEVEL = -1e30  # stands for the maximum of no scores
 
 
+class Features(NamedTuple):
+    """How features are made where a pass needs them.
+
+    Fields: heads and width of what comes out; apply, from x `(B, heads of x, N, D)` and the place in its row of each
+    token `(B, N)`, any number where there is no token, to features `(B, heads, N, width)`.
+    """
+
+    heads: int
+    width: int
+    apply: Callable[[Tensor, Tensor], Tensor]
+
+
 class Settings(NamedTuple):
-    """What a call fixes for all its tokens; log_weight and shift are `(1, H, 1, 1, 1)` or None, maps may be None."""
+    """What a call fixes for all its tokens; log_weight and shift are `(1, H, 1, 1, 1)` or None.
+
+    The maps are None where features come as tensors or not at all; softmax says whether that branch is wanted.
+    """
 
     window: int
     sinks: int
@@ -31,8 +48,9 @@ class Settings(NamedTuple):
     level: str
     log_weight: Tensor | None
     shift: Tensor | None
-    query_map: FeatureMapWeights | None
-    key_map: FeatureMapWeights | None
+    query_map: Features | None
+    key_map: Features | None
+    softmax: bool
 
 
 class Branches(NamedTuple):
@@ -110,7 +128,7 @@ class Keys(NamedTuple):
     end: Tensor
 
 
-class _Rows:
+class Rows:
     """The padding of a batch: moves each row's real tokens to the front and zeroes the rest, and back."""
 
     def __init__(self, attention_mask: Tensor | None, query: Tensor):
@@ -163,24 +181,31 @@ def run_rows(
         caller's order with 0 at padding, and the state or None.
     """
     dtype = torch.promote_types(query.dtype, torch.float32)
-    maps = [None if x is None or isinstance(x, Tensor) else x for x in (query_features, key_features)]
+    query_map, key_map = (
+        None if x is None or isinstance(x, Tensor) else _learned(x) for x in (query_features, key_features)
+    )
     features = [x if isinstance(x, Tensor) else None for x in (query_features, key_features)]
     per_head = (None if x is None else x.to(dtype)[None, :, None, None, None] for x in (window_weight, window_shift))
     weight, shift = per_head
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     with torch.autocast(query.device.type, enabled=False):
         log_weight = None if weight is None else weight.log()
-        settings = Settings(window, sinks, scaling, window_reference, log_weight, shift, *maps)
-        rows = _Rows(attention_mask, query)
+        softmax = query_features is None or window + sinks > 0
+        settings = Settings(window, sinks, scaling, window_reference, log_weight, shift, query_map, key_map, softmax)
+        rows = Rows(attention_mask, query)
         inputs = Inputs(query, key, value, *features).map(rows.compact)
         if causal:
-            branches, state = _causal(inputs, rows.lengths, initial_state, return_state, dtype, settings)
+            branches, state = run_causal(inputs, rows.lengths, initial_state, return_state, dtype, settings)
         else:
-            branches, state = _bidirectional(inputs, rows.lengths, dtype, settings), None
+            branches, state = run_bidirectional(inputs, rows.lengths, dtype, settings), None
     return branches, rows.restore, state
 
 
-def _causal(inputs, lengths, state, return_state, dtype, settings):
+def _learned(maps: FeatureMapWeights) -> Features:
+    return Features(maps.weight.shape[0], feature_width(maps), lambda x, _: apply_feature_map(x, maps))
+
+
+def run_causal(inputs, lengths, state, return_state, dtype, settings):
     """The segments of a causal row in order, the state carried from one to the next."""
     total = inputs.query.shape[2]
     if state is None:
@@ -201,7 +226,7 @@ def _causal(inputs, lengths, state, return_state, dtype, settings):
 def _empty_state(inputs, dtype, settings):
     batch, groups, _, dim = inputs.key.shape
     if settings.key_map is not None:
-        heads, width = settings.key_map.weight.shape[0], feature_width(settings.key_map)
+        heads, width = settings.key_map.heads, settings.key_map.width
     elif inputs.key_features is not None:
         heads, width = inputs.key_features.shape[1], inputs.key_features.shape[3]
     else:
@@ -232,7 +257,7 @@ def _causal_keys(inputs, real, state, dtype, settings) -> Keys:
     visible = (index >= sinks) & (index < end[:, None])
     features = None
     if settings.key_map is not None:
-        features = apply_feature_map(keys, settings.key_map)
+        features = settings.key_map.apply(keys, index)
     elif inputs.key_features is not None:
         features = torch.cat([_take(state.window_features, order), inputs.key_features], dim=2).to(dtype)
     if features is not None:
@@ -269,7 +294,7 @@ def _advance(inputs, keys: Keys, state, settings) -> HybridLinearState:
     )
 
 
-def _bidirectional(inputs, lengths, dtype, settings) -> Branches:
+def run_bidirectional(inputs, lengths, dtype, settings) -> Branches:
     """A whole row at once; place p of the keys holds token p - W, so that the first chunk's window fits."""
     window, sinks = settings.window, settings.sinks
     inputs = inputs.map(lambda x: x.to(dtype))
@@ -278,7 +303,7 @@ def _bidirectional(inputs, lengths, dtype, settings) -> Branches:
     visible = (index >= sinks) & (index < lengths[:, None])
     features = None
     if settings.key_map is not None:
-        features = apply_feature_map(key, settings.key_map)
+        features = settings.key_map.apply(key, index)
     elif inputs.key_features is not None:
         features = functional.pad(inputs.key_features, (0, 0, window, 0))
     if features is not None:
@@ -318,13 +343,16 @@ def _chunks(inputs, keys: Keys, state, dtype, settings, causal: bool) -> Branche
 
     local_value = with_sinks(keys.value, keys.sink_value)
     softmax = (None, None)
-    if keys.features is None or window + sinks > 0:
+    if settings.softmax:
         query = _split(inputs.query.to(dtype), grow, size)
         softmax = _softmax_branch(query, with_sinks(keys.key, keys.sink_key), local_value, near, settings)
     linear = (None, None)
     if keys.features is not None:
-        phi = inputs.query_features
-        phi = apply_feature_map(inputs.query.to(dtype), settings.query_map) if phi is None else phi.to(dtype)
+        if settings.query_map is not None:
+            phi = settings.query_map.apply(inputs.query.to(dtype), start + torch.arange(length, device=start.device))
+        else:
+            assert inputs.query_features is not None
+            phi = inputs.query_features.to(dtype)
         far = functional.pad(seen & ~inside, (sinks, 0))
         local_features = functional.pad(near_blocks(keys.features), (0, 0, sinks, 0))
         sums = _sums_elsewhere(keys, state, count, size, ahead, grow, causal)

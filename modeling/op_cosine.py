@@ -1,0 +1,156 @@
+"""Cosine attention: signed weights <N(q), N(k)>, scaled by a learned power of the number of keys.
+
+The public function and its checks; the state and the chunked PyTorch path are in `op_cosine_chunked.py`.
+
+Legend: B batch, H query heads, G key/value heads, T tokens, Dk query/key width, Dv value width, W window, S sinks,
+N(x) = x / max(|x|, 1e-12). Tensors are `(B, H|G, T, Dk|Dv)`.
+
+Source: Cottention (Mongaras et al. 2024, arXiv 2409.18747), which scales on the key's side in its causal form. The
+query's side (a state per key head serves all its query heads), the gain, and the window left to a softmax branch are
+this project's.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .op_cosine_chunked import CosineState, run_cosine
+from .op_dispatch import choose_backend
+
+CONTRACT = 1
+
+__all__ = ["CONTRACT", "CosineState", "cosine_attention"]
+
+
+def cosine_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    exponent: Tensor,
+    gain: Tensor | None = None,
+    causal: bool = True,
+    scale_side: str = "query",
+    window: int = 0,
+    sinks: int = 0,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    initial_state: CosineState | None = None,
+    return_state: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, CosineState | None]:
+    """Sum the values of L(n), the visible keys outside window and sinks, each weighted by its cosine to the query.
+
+    `query` side: `y_n = gain_h c_n^-s_h sum_L <N(q_n), N(k_j)> v_j` with `c_n = max(|L(n)|, 1)`. `key` side:
+    `y_n = gain_h sum_L c_j^-s_h <N(q_n), N(k_j)> v_j`, c_j the real tokens up to and including j. A query with an
+    empty L(n) returns 0. Not causal, both sides are the same.
+
+    Args:
+        query: `(B, H, T, Dk)`.
+        key, value: `(B, G, T, Dk)`, `(B, G, T, Dv)`, never repeated.
+        exponent: `(H,)`, s itself, in [0, 1].
+        gain: `(H,)` or None, which is 1.
+        causal: False sees every real key.
+        scale_side: `query` or `key`; `key` without causal needs window and sinks 0.
+        window: tokens left out around the query (itself included): j with n - j < window, |n - j| < window if not
+            causal.
+        sinks: first tokens of a row that are left out.
+        attention_mask: `(B, T)` of this call's tokens, 1 = real; padding is contiguous, left or right.
+        cu_seqlens: `(N + 1,)` int32, B = 1: N packed sequences, each a row of its own.
+        initial_state: state of an earlier call on the same rows.
+        return_state: also return the state after this call.
+        backend: `auto`, `reference`, `chunked` or `triton`.
+
+    Returns:
+        Output `(B, H, T, Dv)` in the query's dtype, 0 at padding; the state, or None.
+
+    Raises:
+        ValueError: contradictory arguments, or a backend that cannot do the call.
+    """
+    _check_shapes(query, key, value, exponent, gain)
+    _check_form(causal, scale_side, window, sinks)
+    stateful = initial_state is not None or return_state
+    if stateful and not causal:
+        raise ValueError("initial_state and return_state need causal=True: a bidirectional row has no running state")
+    if cu_seqlens is not None and (stateful or attention_mask is not None or query.shape[0] != 1):
+        raise ValueError(
+            "cu_seqlens needs batch size 1 and goes with no attention_mask, initial_state or return_state"
+        )
+    if initial_state is not None:
+        _check_state(initial_state, query, key, value, scale_side, window, sinks)
+    args = (query, key, value)
+    options = {
+        "exponent": exponent,
+        "gain": gain,
+        "causal": causal,
+        "scale_side": scale_side,
+        "window": window,
+        "sinks": sinks,
+        "attention_mask": attention_mask,
+        "cu_seqlens": cu_seqlens,
+        "initial_state": initial_state,
+        "return_state": return_state,
+    }
+    run = choose_backend("cosine", CONTRACT, backend, query.is_cuda, args, options)
+    output, state = (run or _chunked)(*args, **options)
+    return output, None if state is None else CosineState(*state)
+
+
+def _check_shapes(query, key, value, exponent, gain):
+    heads, groups = query.shape[1], key.shape[1]
+    if heads % groups:
+        raise ValueError(f"{heads} query heads do not divide among {groups} key heads")
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(f"query and key must have one width, not {query.shape[-1]} and {key.shape[-1]}")
+    if not query.shape[2] == key.shape[2] == value.shape[2] or value.shape[1] != groups:
+        raise ValueError(
+            f"query, key and value must have the same tokens, key and value the same heads: "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    for name, x in (("exponent", exponent), ("gain", gain)):
+        if x is not None and x.shape != (heads,):
+            raise ValueError(f"{name} must hold one number for each of the {heads} query heads, not {tuple(x.shape)}")
+
+
+def _check_form(causal, scale_side, window, sinks):
+    if scale_side not in ("query", "key"):
+        raise ValueError(f"unknown scale_side {scale_side!r}: use query or key")
+    if window < 0 or sinks < 0:
+        raise ValueError(f"window and sinks must be at least 0, not {window} and {sinks}")
+    if not causal and scale_side == "key" and window + sinks:
+        raise ValueError("scale_side 'key' without causal needs window=0 and sinks=0: there it equals 'query'")
+
+
+def _check_state(state, query, key, value, scale_side, window, sinks):
+    heads = query.shape[1] if scale_side == "key" else key.shape[1]
+    expected = (query.shape[0], heads, key.shape[-1], value.shape[-1])
+    if state.kv.shape != expected:
+        raise ValueError(f"initial_state.kv must have the shape {expected}, not {tuple(state.kv.shape)}")
+    held = (state.window_key.shape[2], state.sink_key.shape[2])
+    if held != (window, sinks):
+        raise ValueError(f"initial_state was made with window and sinks {held}, not {(window, sinks)}")
+
+
+def _chunked(query, key, value, *, cu_seqlens=None, **options):
+    if query.shape[2] == 0:
+        return _without_tokens(query, key, value, **options)
+    if cu_seqlens is None:
+        output, state = run_cosine(query, key, value, **options)
+        return output.to(query.dtype), state
+    del options["initial_state"], options["return_state"]
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != query.shape[2]:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to the {query.shape[2]} tokens, not from {bounds[0]} to {bounds[-1]}"
+        )
+    spans = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a < b]
+    rows = [run_cosine(*(x[:, :, span] for x in (query, key, value)), **options)[0] for span in spans]
+    return torch.cat(rows, dim=2).to(query.dtype), None
+
+
+def _without_tokens(query, key, value, **options):
+    """A call of no tokens, which is one of a single padded token: no output, and the state stays as it was."""
+    query, key, value = (functional.pad(x, (0, 0, 0, 1)) for x in (query, key, value))
+    options["attention_mask"] = query.new_zeros(query.shape[0], 1, dtype=torch.bool)
+    output, state = _chunked(query, key, value, **options)
+    return output[:, :, :0], state
