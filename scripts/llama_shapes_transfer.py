@@ -152,13 +152,12 @@ def _profile(args, work, length: int, branch: str) -> None:
         work()
         if args.device == "cuda":
             torch.cuda.synchronize()
-    order = "self_cuda_time_total" if args.device == "cuda" else "self_cpu_time_total"
+    order = "self_device_time_total" if args.device == "cuda" else "self_cpu_time_total"
     events = profiler.key_averages()
     path = Path(args.output_dir, f"kernels-{args.shape}-{length}-{branch}.txt")
     path.write_text(events.table(sort_by=order, row_limit=60, max_name_column_width=90))
     kernels = [event for event in events if args.device != "cuda" or event.device_type.name == "CUDA"]
-    total = "self_device_time_total" if args.device == "cuda" else "self_cpu_time_total"
-    kernels.sort(key=lambda event: -getattr(event, total))
+    kernels.sort(key=lambda event: -getattr(event, order))
     say(f"kernels of a micro-batch, {branch} at {length} (all in {path.name}):")
     for event in kernels[:16]:
-        print(f"    {getattr(event, total) / 1e3:8.3f} ms {event.count:5d} x  {event.key[:100]}", flush=True)
+        print(f"    {getattr(event, order) / 1e3:8.3f} ms {event.count:5d} x  {event.key[:100]}", flush=True)
