@@ -1,0 +1,284 @@
+"""The launches of the fused kernels, and the autograd function around them."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..triton_support import product_precision
+from .forward import hybrid_linear_fwd_kernel, hybrid_linear_state_kernel
+from .maps import map_features
+from .rows import PLAIN, SPANS, Blocks, Rows, make_blocks
+
+LOG2E = 1.4426950408889634
+
+
+class Call(NamedTuple):
+    """What a call fixes beside its tensors.
+
+    Fields: rows; window, sinks, scaling; maximum, whether the window's level is its maximum; activations of the query
+    and key maps, None where features are given; final, whether the sums after the last token are asked for.
+    """
+
+    rows: Rows
+    window: int
+    sinks: int
+    scaling: float
+    maximum: bool
+    activations: tuple[str | None, str | None]
+    final: bool
+
+
+class Operands(NamedTuple):
+    """The tensors of a call in the order of the autograd function; unused ones None."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    feature_q: Tensor | None
+    feature_k: Tensor | None
+    q_weight: Tensor | None
+    q_bias: Tensor | None
+    q_magnitude: Tensor | None
+    k_weight: Tensor | None
+    k_bias: Tensor | None
+    k_magnitude: Tensor | None
+    weight: Tensor | None
+    shift: Tensor | None
+    sink_key: Tensor | None
+    sink_value: Tensor | None
+    first_kv: Tensor | None
+    first_z: Tensor | None
+
+
+class Launch(NamedTuple):
+    """Sizes of one kernel: rows of a program's block, rows of the blocks it walks over, warps, pipeline stages."""
+
+    block: int
+    inner: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """Sizes of a call, powers of two: every block divides the chunk, every inner block divides every block.
+
+    `sums` has no inner blocks: its block is the side of the tile of F x V that a program holds.
+    """
+
+    chunk: int
+    sums: Launch
+    forward: Launch
+    query: Launch
+    key: Launch
+
+
+class Map(NamedTuple):
+    """A feature map as the maps' kernels read it."""
+
+    weight: Tensor
+    bias: Tensor | None
+    magnitude: Tensor | None
+    activation: str
+
+
+def choose_tiles(dot: torch.dtype, widest: int) -> Tiles:
+    """Tiles by the dtype of the products and the widest of D, V and F; measured on an H100 (docs/results.md)."""
+    if dot == torch.bfloat16 and widest <= 128:
+        return Tiles(128, Launch(64, 0, 4, 3), Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(128, 64, 8, 2))
+    if dot == torch.bfloat16:
+        return Tiles(128, Launch(64, 0, 4, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2))
+    if widest <= 128:
+        return Tiles(64, Launch(64, 0, 4, 2), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1))
+    return Tiles(32, Launch(64, 0, 4, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1))
+
+
+class Plan(NamedTuple):
+    """Tiles, blocks and compile-time settings of one call, the same in forward and backward."""
+
+    tiles: Tiles
+    queries: Blocks
+    keys: Blocks
+    shape: dict
+    span: dict
+    slots: int
+
+
+def make_plan(call: Call, query, value, feature_q, feature_k, groups: int, shift) -> Plan:
+    heads, dim = query.shape[1], query.shape[3]
+    value_dim = value.shape[3]
+    linear = feature_q is not None
+    width = feature_q.shape[3] if linear else 16
+    dot, precision = product_precision(query.dtype)
+    tiles = choose_tiles(dot, max(dim, value_dim, width))
+    grain = max(launch.inner for launch in tiles[1:])
+    reach = triton.cdiv(call.window, grain) * grain
+    queries = make_blocks(call.rows, tiles.chunk)
+    shape = {
+        "H": heads, "G": groups, "E": feature_k.shape[1] if linear else heads, "D": dim, "V": value_dim, "F": width,
+        "W": call.window, "S": call.sinks, "WB": reach, "C": tiles.chunk,
+        "BD": _block(dim), "BV": _block(value_dim), "BF": _block(width), "BS": _block(call.sinks),
+        "SINKS_OF_ROW": call.rows.past is None, "SHIFT": shift is not None, "MAXIMUM": call.maximum,
+    }  # fmt: skip
+    past = call.rows.past is not None
+    span = {
+        "KIND": call.rows.kind, "PAST": past, "LINEAR": linear, "DOT": getattr(tl, str(dot).split(".")[1]),
+        "PRECISION": precision,
+    }  # fmt: skip
+    return Plan(tiles, queries, make_blocks(call.rows, tiles.chunk, reach), shape, span, queries.count)
+
+
+def _block(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def pick(options: dict, names: str) -> dict:
+    return {name: options[name] for name in names.split()}
+
+
+def strides(*tensors: Tensor | None) -> list[int]:
+    """Batch, head and token strides of each tensor, 0 for None."""
+    return [step for x in tensors for step in ((0, 0, 0) if x is None else x.stride()[:3])]
+
+
+def new_buffer(kind: int, *shape, like: Tensor, dtype=None) -> Tensor:
+    """A buffer whose every element the kernels write in plain batches; elsewhere padding must read 0."""
+    make = torch.empty if kind == PLAIN else torch.zeros
+    return make(shape, dtype=dtype or like.dtype, device=like.device)
+
+
+def run_sums(plan: Plan, call: Call, value, feature_k, first_kv, first_z):
+    """The sums before each chunk; and after the last token when the call asks for them."""
+    shape, rows, tiles = plan.shape, call.rows, plan.tiles
+    heads, width, value_dim = shape["E"], shape["F"], shape["V"]
+    batch = rows.batch * heads
+    dot, _ = product_precision(value.dtype)
+    sums = torch.empty(batch, plan.slots, width, value_dim, dtype=dot, device=value.device)
+    sums_z = torch.empty(batch, plan.slots, width, dtype=torch.float32, device=value.device)
+    last_kv = last_z = None
+    if call.final:
+        last_kv = torch.empty(rows.batch, heads, width, value_dim, dtype=torch.float32, device=value.device)
+        last_z = torch.empty(rows.batch, heads, width, dtype=torch.float32, device=value.device)
+    block_f, block_v = min(tiles.sums.block, shape["BF"]), min(tiles.sums.block, shape["BV"])
+    grid = (triton.cdiv(width, block_f) * triton.cdiv(value_dim, block_v), rows.number * heads)
+    hybrid_linear_state_kernel[grid](
+        feature_k, value, first_kv, first_z, sums, sums_z, last_kv, last_z,
+        rows.start, rows.size, rows.past, plan.queries.base,
+        rows.length, plan.slots, call.window, *strides(feature_k, value),
+        **pick(shape, "E G F V W S WB C"), BF=block_f, BV=block_v,
+        **pick(plan.span, "KIND PAST DOT PRECISION"), FINAL=call.final,
+        num_warps=tiles.sums.warps, num_stages=tiles.sums.stages,
+    )  # fmt: skip
+    return sums, sums_z, last_kv, last_z
+
+
+class Saved(NamedTuple):
+    """What the forward leaves for the backward; `(B, T, H, V)` and `(B, H, T)` each, unused ones None."""
+
+    output: Tensor
+    softmax_output: Tensor | None
+    lse: Tensor | None
+    mass: Tensor | None
+    denominator: Tensor | None
+    peak: Tensor | None
+    best: Tensor | None
+
+
+def run_forward(plan: Plan, call: Call, x: Operands, feature_q, feature_k, sums, sums_z, save: bool):
+    """The output `(B, T, H, V)` and, with `save`, what the backward needs."""
+    shape, rows = plan.shape, call.rows
+    batch, heads, length, _ = x.query.shape
+    sink_key, sink_value = (x.key, x.value) if x.sink_key is None else (x.sink_key, x.sink_value)
+    linear, spans = plan.span["LINEAR"], call.window + call.sinks > 0
+    output = new_buffer(rows.kind, batch, length, heads, shape["V"], like=x.query)
+    soft = torch.empty_like(output) if save and linear and spans else None
+    stats = [None] * 5
+    if save:
+        wanted = (spans, spans and linear, linear, spans and linear and call.maximum)
+        stats = [
+            torch.empty(batch, heads, length, dtype=torch.float32, device=output.device) if w else None for w in wanted
+        ]
+        stats.append(torch.empty_like(stats[3], dtype=torch.int32) if wanted[3] else None)
+    blocks = plan.queries
+    tensors = (sink_key, sink_value, x.query, x.key, x.value, feature_q, feature_k)
+    launch = plan.tiles.forward
+    hybrid_linear_fwd_kernel[(blocks.count * (plan.tiles.chunk // launch.block), batch * heads)](
+        x.query, x.key, x.value, feature_q, feature_k, sink_key, sink_value, sums, sums_z, x.weight, x.shift,
+        output, soft, *stats,
+        blocks.row, blocks.base, rows.start, rows.size, rows.past,
+        rows.number, length, plan.slots, call.window, call.scaling * LOG2E, *strides(*tensors),
+        **shape, **plan.span, BQ=launch.block, BK=launch.inner, SAVE=save, num_warps=launch.warps, num_stages=launch.stages,
+    )  # fmt: skip
+    return output, Saved(output, soft, *stats)
+
+
+def run(call: Call, x: Operands, save: bool):
+    """Launch the forward: the output `(B, H, T, V)`, last kv and normalizer or None; with `save` plan, sums, rest."""
+    feature_q, feature_k = make_features(call, x)
+    plan = make_plan(call, x.query, x.value, feature_q, feature_k, x.key.shape[1], x.shift)
+    sums = sums_z = last_kv = last_z = None
+    if feature_q is not None:
+        sums, sums_z, last_kv, last_z = run_sums(plan, call, x.value, feature_k, x.first_kv, x.first_z)
+    output, saved = run_forward(plan, call, x, feature_q, feature_k, sums, sums_z, save)
+    return output.transpose(1, 2), last_kv, last_z, (plan, sums, sums_z, saved)
+
+
+class HybridLinear(torch.autograd.Function):
+    """Fused hybrid linear attention: `(output (B, H, T, V), kv or None, normalizer or None)`.
+
+    Features are recomputed from the maps in the backward pass; saved are the inputs, the output, the softmax branch's
+    output, three floats per row and head, and the sums before each chunk.
+    """
+
+    @staticmethod
+    def forward(ctx, call: Call, *operands):
+        x = Operands(*operands)
+        output, last_kv, last_z, (plan, sums, sums_z, saved) = run(call, x, save=True)
+        ctx.call, ctx.plan = call, plan
+        ctx.save_for_backward(*x, sums, sums_z, *saved)
+        return output, last_kv, last_z
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output, grad_kv, grad_z):
+        from .gradients import run_backward
+
+        tensors = ctx.saved_tensors
+        count = len(Operands._fields)
+        needs = Operands(*ctx.needs_input_grad[1:])
+        gradients = run_backward(
+            ctx.call, ctx.plan, Operands(*tensors[:count]), needs, *tensors[count : count + 2],
+            Saved(*tensors[count + 2 :]), grad_output, grad_kv, grad_z,
+        )  # fmt: skip
+        return None, *gradients
+
+
+def maps_of(call: Call, x: Operands) -> tuple[Map | None, Map | None]:
+    """The query's and the key's map, None where features are given."""
+    query, key = call.activations
+    return (
+        None if query is None or x.q_weight is None else Map(x.q_weight, x.q_bias, x.q_magnitude, query),
+        None if key is None or x.k_weight is None else Map(x.k_weight, x.k_bias, x.k_magnitude, key),
+    )
+
+
+def map_spans(call: Call):
+    """The real places of the queries and of the (extended) keys as the maps' kernels take them."""
+    rows = call.rows
+    if rows.kind != SPANS:
+        return None, None
+    assert rows.start is not None and rows.size is not None
+    ours = (rows.start, rows.size)
+    return ours, ours if rows.past is None else (torch.zeros_like(rows.start), rows.size + call.window)
+
+
+def make_features(call: Call, x: Operands) -> tuple[Tensor | None, Tensor | None]:
+    """Both features `(B, H | E, T, F)`, computed where maps are given."""
+    dot, _ = product_precision(x.query.dtype)
+    query_map, key_map = maps_of(call, x)
+    query_span, key_span = map_spans(call)
+    feature_q = x.feature_q if query_map is None else map_features(x.query, query_map, dot, span=query_span)
+    feature_k = x.feature_k if key_map is None else map_features(x.key, key_map, dot, span=key_span)
+    return feature_q, feature_k
