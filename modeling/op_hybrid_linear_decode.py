@@ -1,0 +1,142 @@
+"""One-token steps of hybrid linear attention that change a fixed set of buffers in place: what a CUDA graph replays.
+
+The buffers hold what `HybridLinearState` holds, laid out so that a step writes nothing that it also reads: the ring
+has one slot more than the window, and the normaliser has two halves. The count of tokens is one tensor for all layers
+of a model, advanced by the caller after a whole step.
+"""
+
+import importlib
+import os
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .op_dispatch import BACKEND_VARIABLE, find_kernel
+from .op_hybrid_linear import CONTRACT, hybrid_linear_attention
+from .op_hybrid_linear_chunked import HybridLinearState
+
+
+class DecodeBuffers(NamedTuple):
+    """The state of one layer in place; HK = H, or G when a group shares its key map, R = W + 1 slots (0 when W = 0).
+
+    Fields: kv `(B, HK, F, Dv)`; normalizer `(2, B, HK, F)`, of which half `count % 2` of a row holds; ring_key
+    `(B, G, R, D)`, ring_value `(B, G, R, Dv)`, token j in slot j % R; ring_features `(B, HK, R, F)` or None; sink_key
+    `(B, G, S, D)`, sink_value `(B, G, S, Dv)`.
+    """
+
+    kv: Tensor
+    normalizer: Tensor
+    ring_key: Tensor
+    ring_value: Tensor
+    ring_features: Tensor | None
+    sink_key: Tensor
+    sink_value: Tensor
+
+    def load_(self, state: HybridLinearState) -> "DecodeBuffers":
+        """Take a state over, which has its own count."""
+        self.kv.copy_(state.kv)
+        self.normalizer.copy_(state.normalizer.expand_as(self.normalizer))
+        for ring, window in zip(self[2:5], state[2:5], strict=True):
+            if ring is not None and window is not None and ring.shape[2]:
+                ring.copy_(_move_slots(window, state.count, ring.shape[2], window.shape[2]))
+        self.sink_key.copy_(state.sink_key)
+        self.sink_value.copy_(state.sink_value)
+        return self
+
+    def reorder_(self, rows: Tensor) -> None:
+        """Row b becomes what row `rows[b]` was."""
+        for x in self:
+            if x is not None:
+                x.copy_(x.index_select(1 if x is self.normalizer else 0, rows))
+
+
+def new_buffers(state: HybridLinearState, batch: int) -> DecodeBuffers:
+    """Zero buffers for `batch` rows of states of this kind."""
+
+    def zeros(x, slots=None):
+        shape = (batch, *x.shape[1:]) if slots is None else (batch, x.shape[1], slots, x.shape[3])
+        return x.new_zeros(shape)
+
+    slots = state.window_key.shape[2] + 1 if state.window_key.shape[2] else 0
+    normalizer = state.normalizer.new_zeros(2, batch, *state.normalizer.shape[1:])
+    rings = [None if x is None else zeros(x, slots) for x in state[2:5]]
+    return DecodeBuffers._make([zeros(state.kv), normalizer, *rings, zeros(state.sink_key), zeros(state.sink_value)])
+
+
+def read_buffers(buffers: DecodeBuffers, count: Tensor) -> HybridLinearState:
+    """A state of its own, equal to the buffers after `count` `(B,)` tokens."""
+    rows = torch.arange(count.shape[0], device=count.device)
+    normalizer = buffers.normalizer[count % 2, rows]
+    windows, sinks = [], buffers.sink_key.shape[2]
+    for ring in buffers[2:5]:
+        if ring is None or ring.shape[2] == 0:
+            windows.append(None if ring is None else ring.clone())
+        else:
+            windows.append(_move_slots(ring, count, ring.shape[2] - 1, ring.shape[2], sinks))
+    sink_key, sink_value = buffers.sink_key.clone(), buffers.sink_value.clone()
+    return HybridLinearState._make([buffers.kv.clone(), normalizer, *windows, sink_key, sink_value, count.clone()])
+
+
+def _move_slots(x: Tensor, count: Tensor, slots: int, old_slots: int, sinks: int = 0) -> Tensor:
+    """The newest tokens of a ring of `old_slots`, in a ring of `slots`: `(B, heads, slots, D)`, 0 where none is."""
+    last = count[:, None] - 1
+    token = last - (last - torch.arange(slots, device=count.device)) % slots
+    held = (token >= sinks) & (token > last - min(slots, old_slots))
+    place = (token % old_slots)[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3])
+    return x.gather(2, place).masked_fill(~held[:, None, :, None], 0.0)
+
+
+def hybrid_linear_step_(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    query_features,
+    key_features,
+    *,
+    window_weight: Tensor | None,
+    log_weight: bool,
+    buffers: DecodeBuffers,
+    count: Tensor,
+    backend: str = "auto",
+    **options,
+) -> Tensor:
+    """One token per row, `(B, H, 1, Dv)`; arguments as in `hybrid_linear_attention`, state in the buffers.
+
+    Args:
+        log_weight: `window_weight` is its logarithm.
+        count: `(B,)` int64, tokens before this one; the caller advances it.
+        options: window_shift, window_reference, window, sinks, scaling and attention_mask `(B, 1)`.
+    """
+    args = (query, key, value, query_features, key_features)
+    kernel = _decode_kernel(query, query_features, key_features, backend)
+    if kernel is not None:
+        return kernel.decode_step_(
+            *args, window_weight=window_weight, log_weight=log_weight, buffers=buffers, count=count, **options
+        )
+    if log_weight and window_weight is not None:
+        window_weight = window_weight.exp()
+    before = read_buffers(buffers, count)
+    output, after = hybrid_linear_attention(
+        *args, window_weight=window_weight, initial_state=before, return_state=True, backend=backend, **options
+    )
+    assert after is not None
+    buffers.load_(after)
+    return output
+
+
+def _decode_kernel(query, query_features, key_features, backend: str) -> ModuleType | None:
+    """The module of the decode kernel, or None where the ordinary op does the step."""
+    if backend == "auto":
+        backend = os.environ.get(BACKEND_VARIABLE, "auto")
+    if backend not in ("auto", "triton") or (backend == "auto" and not query.is_cuda):
+        return None
+    kernels, _ = find_kernel("hybrid_linear", CONTRACT)
+    if kernels is None:
+        return None
+    try:
+        decode = importlib.import_module(f"{kernels.__name__}.decode")
+    except ImportError:
+        return None
+    return decode if decode.decode_unsupported(query, query_features, key_features) is None else None
