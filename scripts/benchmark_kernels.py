@@ -1,0 +1,299 @@
+"""Our kernels against SDPA, FlexAttention and fla: time, CUDA graphs, decode, peak memory, error; table and plot.
+
+    pip install fla-core==0.6.0                                    # a peer; whatever is missing is skipped by name
+    python scripts/benchmark_kernels.py --preset issue --output out/kernels
+
+Presets: `issue`, the bars' shapes (batch 1, 32 heads, D 128, F 128, window 64; T 2048, 8192, 32768), about 3 minutes
+on an H100 and some more for the peers to tune themselves; `full`, T 512 to 65536, D 64 and 128, F 64, 128 and 256,
+keys per head and 4:1; `smoke`, tiny, on any machine. DIR gets results.json and results.csv (after every row),
+table.md and kernels.png; `--report DIR --page docs/results_kernels.md` writes the page from them, on any machine.
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import kernel_measures as measures
+import kernel_report as report
+import torch
+from kernel_peers import CONTENDERS, DECODERS, Case, Contender, Inputs, Shape, draw
+
+ROOT = Path(__file__).parents[1]
+SLOW_MS = 100.0  # a quadratic peer's forward; longer sequences are then left out
+CONTEXT = 8192
+ERROR_LENGTHS = (8192, 32768)
+
+
+def issue_shapes() -> list[Shape]:
+    return [Shape(length) for length in (8192, 2048, 32768)]  # fla tunes itself on the first: a fair middle
+
+
+def full_shapes() -> list[Shape]:
+    shapes = issue_shapes() + [Shape(length) for length in (512, 1024, 4096, 16384, 65536)]
+    for groups in (32, 8):
+        for dim in (128, 64):
+            for features in (128, 64, 256):
+                shapes += [Shape(length, dim, features, groups=groups) for length in (8192, 2048, 32768)]
+    return list(dict.fromkeys(shapes))
+
+
+def smoke_shapes() -> list[Shape]:
+    return [Shape(length, 32, 32, heads=2, groups=groups, window=16) for groups in (2, 1) for length in (64, 128)]
+
+
+PRESETS = {"issue": issue_shapes, "full": full_shapes, "smoke": smoke_shapes}
+
+
+class Benchmark:
+    """One run: measures case by case and keeps the files up to date."""
+
+    def __init__(self, args: argparse.Namespace):
+        self.args, self.device = args, args.device
+        self.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+        self.deadline = time.monotonic() + args.limit_seconds
+        self.slow: dict[str, str] = {}
+        self.results: dict = {
+            "command": command_line(args),
+            "machine": machine(args),
+            "ceilings": measures.ceilings(args.device),
+            "records": [],
+        }
+
+    def run(self) -> dict:
+        shapes = PRESETS[self.args.preset]()
+        if self.args.lengths:
+            shapes = [shape for shape in shapes if shape.length in self.args.lengths]
+        first, rest = shapes[:3], shapes[3:]
+        self.measure_all(first, compiled=False)
+        self.decode()
+        self.drift()
+        self.measure_all(rest, compiled=False)
+        self.measure_all(shapes, compiled=True)  # last: torch.compile takes long and a limit may cut it off
+        return self.results
+
+    def measure_all(self, shapes: list[Shape], compiled: bool) -> None:
+        for shape in shapes:
+            inputs = None
+            for contender in self.chosen(shape, compiled):
+                inputs = inputs or draw(shape, self.device, self.dtype, self.args.seed)
+                self.measure(contender, inputs)
+            del inputs
+            self.clean()
+
+    def chosen(self, shape: Shape, compiled: bool) -> list[Contender]:
+        """Away from the bars' shape: those that do not read features once for all F; fla's linear ops, which tune
+        themselves for minutes for each pair of widths, where F = D.
+        """
+        chosen = [c for c in CONTENDERS if self.wanted(c.name) and c.compiled == compiled]
+        if self.args.preset == "full" and not report.at_bar_shape(vars(shape)):
+            chosen = [c for c in chosen if c.longest is None and (c.reads_features or shape.features == 128)]
+            chosen = [c for c in chosen if c.op != "linear" or shape.features == shape.dim]
+        return chosen
+
+    def wanted(self, name: str) -> bool:
+        return not self.args.only or any(word in name for word in self.args.only)
+
+    # --- one contender at one shape
+
+    def measure(self, contender: Contender, inputs: Inputs) -> None:
+        shape = inputs.shape
+        common: dict = {
+            "op": contender.op,
+            "contender": contender.name,
+            "ours": contender.ours,
+            "sinks": contender.sinks,
+        }
+        common |= vars(shape) | {"by_maps": contender.by_maps, "bytes_per_number": inputs.query.element_size()}
+        reason = self.reason_to_skip(contender, shape)
+        if reason is None:
+            try:
+                case = contender.build(inputs)
+            except Exception as error:  # a peer may fail in any way; the table says how
+                reason = one_line(error)
+        for mode in (report.FORWARD, report.BOTH):
+            record: dict = common | {"mode": mode}
+            record |= {"skipped": reason} if reason else self.measure_mode(contender, case, mode, shape)
+            if "skipped" in record and mode == report.FORWARD:
+                reason = record["skipped"]
+            self.keep(record)
+
+    def reason_to_skip(self, contender: Contender, shape: Shape) -> str | None:
+        if contender.longest is not None and shape.length > contender.longest:
+            return contender.why_longest
+        if time.monotonic() > self.deadline:
+            return f"the run's limit of {self.args.limit_seconds} s was reached"
+        return self.slow.get(contender.name)
+
+    def measure_mode(self, contender: Contender, case: Case, mode: str, shape: Shape) -> dict:
+        try:
+            record = self.times(
+                measures.inference(case) if mode == report.FORWARD else measures.training_step(case)[0]
+            )
+            if contender.quadratic and mode == report.FORWARD and record["ms"] > SLOW_MS:
+                self.slow[contender.name] = f"its forward takes {record['ms']:.0f} ms at T = {shape.length} already"
+            if mode == report.BOTH:
+                record |= self.errors(contender, case, shape)
+            if case.note:
+                record["note"] = case.note
+            return record
+        except Exception as error:
+            return {"skipped": one_line(error)}
+        finally:
+            self.clean()
+
+    def times(self, call) -> dict:
+        """Eager time, peak memory, time under a graph."""
+        call()  # compiles and tunes
+        record = dict(zip(("ms", "ms_p20", "ms_p80"), measures.time_call(call, self.device), strict=True))
+        if self.device != "cuda":
+            return record
+        record["peak_mib"] = measures.peak_mib(call)
+        if record["ms"] > measures.GRAPH_LIMIT_MS:
+            return record | {"graph_skipped": f"launches cost nothing beside more than {measures.GRAPH_LIMIT_MS:g} ms"}
+        try:
+            names = ("graph_ms", "graph_ms_p20", "graph_ms_p80")
+            return record | dict(zip(names, measures.time_graph(call), strict=True))
+        except Exception as error:
+            return record | {"graph_skipped": one_line(error)}
+
+    def errors(self, contender: Contender, case: Case, shape: Shape) -> dict:
+        """Errors of rows with a float64 reference, at the bars' lengths; at other shapes of ours, at 8192."""
+        if case.reference is None or "chunked" in contender.name:
+            return {}
+        at_bars = report.at_bar_shape(vars(shape)) and shape.length in ERROR_LENGTHS
+        if not (at_bars or (contender.ours and shape.length == 8192) or self.args.preset == "smoke"):
+            return {}
+        try:
+            found = measures.relative_errors(case)
+        except Exception as error:
+            return {"error_skipped": one_line(error)}
+        gradients = {name: error for name, error in found.items() if name != "output"}
+        worst = max(gradients.values(), key=lambda error: (error != error, error))  # NaN is the worst
+        return {"error_output": found["output"], "error_gradients": worst, "errors": found}
+
+    # --- decoding
+
+    def decode(self) -> None:
+        smoke = self.args.preset == "smoke"
+        context = 64 if smoke else CONTEXT
+        for groups in (2, 1) if smoke else (32, 8):
+            sizes = {"dim": 32, "features": 32, "heads": 2, "window": 16} if smoke else {}
+            shape = Shape(context + 1, groups=groups, **sizes)
+            inputs = draw(shape, self.device, self.dtype, self.args.seed)
+            for name, ours, build in DECODERS:
+                if not self.wanted(name):
+                    continue
+                record = {"op": "decode", "contender": name, "ours": ours, "mode": report.DECODE}
+                record |= vars(shape) | {"length": context}
+                try:
+                    record |= self.decode_step(build, inputs)
+                except Exception as error:
+                    record["skipped"] = one_line(error)
+                self.keep(record)
+                self.clean()
+
+    @torch.no_grad()
+    def decode_step(self, build, inputs: Inputs) -> dict:
+        step = build(inputs)
+        return self.times(step.run) | {"held_mib": measures.mebibytes(step.held)}
+
+    def drift(self) -> None:
+        """32k tokens decoded one by one against their prefill."""
+        smoke = self.args.preset == "smoke"
+        shape = smoke_shapes()[0] if smoke else Shape(32768)
+        name = "ours: hybrid, features, 4 sinks"
+        if not self.wanted(name):
+            return
+        record = {"op": "hybrid", "contender": name, "ours": True, "mode": report.DECODE, **vars(shape)}
+        try:
+            inputs = draw(shape, self.device, self.dtype, self.args.seed)
+            record["length"], record["drift"] = measures.state_drift(inputs)
+        except Exception as error:
+            record["skipped"] = one_line(error)
+        self.keep(record)
+        self.clean()
+
+    # --- files and memory
+
+    def keep(self, record: dict) -> None:
+        self.results["records"].append(record)
+        report.write_records(self.results, Path(self.args.output))
+        shown = ("ms", "graph_ms", "peak_mib", "error_output", "error_gradients", "drift")
+        figures = {name: record[name] for name in shown if name in record}
+        text = ", ".join(f"{name} {figure:.4g}" for name, figure in figures.items()) or record["skipped"]
+        width = f"{record['heads']}/{record['groups']} D{record['dim']} F{record['features']}"
+        print(f"{record['length']:6d} {width} {record['mode']:17s} {record['contender']}: {text}", flush=True)
+
+    def clean(self) -> None:
+        gc.collect()
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def one_line(error: Exception) -> str:
+    """An exception's first line, short enough for a table and without this machine's paths."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    line = re.sub(r"\s*\(?(?<!\w)/[\w./-]{3,}\)?", "", lines[0]) if lines else ""
+    return line[:160] or type(error).__name__
+
+
+def command_line(args: argparse.Namespace) -> str:
+    """The command as it can be run anywhere: where this run kept its files is nobody's business."""
+    parts = ["python scripts/benchmark_kernels.py", f"--preset {args.preset}"]
+    parts += [f"--only {','.join(args.only)}"] if args.only else []
+    parts += [f"--lengths {','.join(map(str, args.lengths))}"] if args.lengths else []
+    parts += [f"--seed {args.seed}"] if args.seed else []
+    return " ".join([*parts, "--output out/kernels"])
+
+
+def machine(args: argparse.Namespace) -> dict:
+    gpu = args.device == "cuda"
+    facts = {"device": torch.cuda.get_device_name() if gpu else "CPU", "torch": torch.__version__}
+    for name in ("triton", "transformers", "fla-core"):
+        try:
+            facts[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            facts[name] = "not installed"
+    commit = args.commit
+    if commit is None:
+        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "--short=10", "HEAD"], capture_output=True, text=True)
+        commit = git.stdout.strip() or "unknown"
+    return facts | {"commit": commit, "seed": args.seed, "date": time.strftime("%Y-%m-%d")}
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=PRESETS, default="issue")
+    parser.add_argument("--output", default="out/kernels", metavar="DIR")
+    parser.add_argument("--report", metavar="DIR", help="measure nothing; rewrite the report from DIR/results.json")
+    parser.add_argument("--page", metavar="FILE", help="also write the results page there")
+    parser.add_argument("--only", type=lambda x: x.split(","), help="parts of names, by commas: run these alone")
+    parser.add_argument("--lengths", type=lambda x: [int(n) for n in x.split(",")], help="these lengths of the preset")
+    parser.add_argument("--limit_seconds", type=float, default=float("inf"), help="start no case after this long")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--commit", help="for a copy of the tree without its history")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> dict:
+    args = parse(arguments)
+    if args.device == "cpu" and args.preset != "smoke" and not args.report:
+        sys.exit("there is no GPU here: only --preset smoke runs on a CPU")
+    folder = Path(args.report or args.output)
+    results = json.loads((folder / "results.json").read_text()) if args.report else Benchmark(args).run()
+    report.write_report(results, folder)
+    if args.page:
+        report.write_page(results, folder, Path(args.page))
+    print((folder / "table.md").read_text())
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""The kernel benchmark: its files on a CPU, and the arithmetic of bars, errors and roofline on made-up records."""
+
+import csv
+import importlib
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The scripts' folder on the path, as when one of them runs."""
+    sys.path.insert(0, str(SCRIPTS))
+    yield importlib.import_module
+    sys.path.remove(str(SCRIPTS))
+
+
+@pytest.fixture
+def benchmark(scripts):
+    return scripts("benchmark_kernels")
+
+
+def run_smoke(benchmark, folder, *arguments, names="SDPA,chunked,fla,Flex"):
+    base = ["--preset", "smoke", "--device", "cpu", "--output", str(folder), "--only", names, "--commit", "abc"]
+    return benchmark.main([*base, *arguments])
+
+
+def test_writes_every_file_and_names_what_is_missing(benchmark, tmp_path, capsys):
+    page = tmp_path / "docs" / "results_kernels.md"
+    run_smoke(benchmark, tmp_path / "out", "--lengths", "64", "--page", str(page))
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    with open(tmp_path / "out" / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == len(results["records"])
+    ran = {r["contender"] for r in results["records"] if "ms" in r}
+    assert {"SDPA flash", "ours: hybrid, chunked PyTorch", "SDPA flash, KV cache"} <= ran
+    skipped = {r["contender"]: r["skipped"] for r in results["records"] if "skipped" in r}
+    absent = {"fla chunk_linear_attn", "fla chunk_simple_gla", "SDPA cuDNN", "FlexAttention, block window"}
+    assert absent <= set(skipped) and all(skipped.values())
+    text = page.read_text()
+    assert results["command"] in text and str(tmp_path) not in text
+    for name in absent | ran:
+        assert name in text
+    for copy in ("results/kernels.png", "results/kernels.json"):
+        assert (page.parent / copy).stat().st_size > 0 and copy in text
+    assert (tmp_path / "out" / "kernels.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_alone_measures_nothing(benchmark, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark.report, "plot", lambda *_: None)
+    run_smoke(benchmark, tmp_path, "--lengths", "64", names="SDPA flash")
+    before = (tmp_path / "table.md").read_text()
+    (tmp_path / "table.md").unlink()
+    monkeypatch.setattr(benchmark, "Benchmark", None)
+    benchmark.main(["--report", str(tmp_path)])
+    assert (tmp_path / "table.md").read_text() == before
+
+
+def test_slow_peers_and_limits_are_reasons(benchmark, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "SLOW_MS", 0.0)
+    monkeypatch.setattr(benchmark.report, "plot", lambda *_: None)
+    records = run_smoke(benchmark, tmp_path, names="SDPA flash")["records"]
+    forward = [r for r in records if r["mode"] == "forward"]
+    assert "ms" in forward[0] and "already" in forward[1]["skipped"]
+    records = run_smoke(benchmark, tmp_path, "--limit_seconds", "0", names="SDPA flash")["records"]
+    assert all("limit" in r["skipped"] for r in records if r["mode"] == "forward")
+
+
+def record(report, name, length, mode="forward", op="hybrid", **figures):
+    common = {"contender": name, "op": op, "ours": name.startswith("ours"), "mode": mode, "length": length, "sinks": 0}
+    return common | report.BAR_SHAPE | figures
+
+
+def test_bars(scripts):
+    report = scripts("kernel_report")
+    ours, fla = "ours: hybrid, features", "fla chunk_linear_attn"
+    records = [
+        record(report, ours, 8192, ms=0.34, graph_ms=0.33),
+        record(report, fla, 8192, op="linear", ms=0.66, graph_ms=0.7),
+        record(report, ours, 2048, ms=0.1),
+        record(report, ours, 32768, skipped="out of memory"),
+        record(report, ours, 8192, "forward+backward", ms=1.0, peak_mib=100.0, error_output=math.nan),
+        record(report, fla, 8192, "forward+backward", op="linear", ms=2.0, peak_mib=200.0),
+        record(report, "ours: hybrid, chunked PyTorch", 8192, ms=99.0),
+        record(report, "ours: hybrid, features, 4 sinks", 32768, "decode", drift=2e-3),
+    ]
+    judged = [b for b in report.judge(records) if b["contender"].startswith("ours: hybrid")]
+    bars = {(b["mode"], b["length"], b["what"], b["bar"]): b for b in judged}
+    assert bars["forward", 8192, "ms", "0.35"]["met"] is True
+    against = bars["forward", 8192, "ms", "0.5 x fla chunk_linear_attn"]
+    assert (against["limit"], against["met"], against["graph_met"]) == (0.33, False, True)
+    assert bars["forward", 2048, "ms", "SDPA flash"]["met"] is None
+    assert "SDPA flash" in bars["forward", 2048, "ms", "SDPA flash"]["why"]
+    assert bars["forward", 32768, "ms", "1.3"]["why"] == "out of memory"
+    both = "forward+backward"
+    assert bars[both, 8192, "peak MiB", "0.5 x fla chunk_linear_attn"]["met"] is True
+    assert bars[both, 8192, "ms", "0.65 x fla chunk_linear_attn"]["limit"] == 1.3
+    assert bars[both, 8192, "error of the output", "0.005"]["met"] is False
+    assert bars[both, 32768, "error of the output", "0.005"]["why"] == "not measured"
+    assert [b["met"] for b in bars.values() if b["mode"] == "decode"] == [False]
+    assert "**no**" in report.bars_table(list(bars.values()))
+
+
+@pytest.mark.parametrize(("head_axis", "block"), [(1, 2**20), (1, 1), (2, 1)])
+def test_relative_errors(scripts, monkeypatch, head_axis, block):
+    peers, measures = scripts("kernel_peers"), scripts("kernel_measures")
+    monkeypatch.setattr(measures, "ERROR_TOKENS", block)
+    order = (1, 4, 6, 3) if head_axis == 1 else (1, 6, 4, 3)
+    query, key = torch.randn(order), torch.randn(order).narrow(head_axis, 0, 2).contiguous()
+    tensors = {"query": query, "key": key, "scale": torch.rand(4) + 1}
+
+    def exact(t):
+        whole = t["key"].repeat_interleave(2, dim=head_axis)
+        return t["query"] * whole.sin() * t["scale"].view((1, -1, 1, 1) if head_axis == 1 else (1, 1, -1, 1))
+
+    case = peers.Case(tensors, lambda t: exact(t) * 1.001, exact, head_axis=head_axis)
+    assert measures.relative_errors(case) == pytest.approx(
+        dict.fromkeys(["output", "query", "key", "scale"], 1e-3), rel=1e-2
+    )
+
+
+@pytest.mark.parametrize("length", [40, 192])
+def test_plain_linear_is_masked_multiplication(scripts, length):
+    query, key, value = torch.randn(3, 1, 2, length, 5, dtype=torch.float64)
+    expected = (query @ key.mT).tril() @ value
+    torch.testing.assert_close(scripts("kernel_peers").plain_linear(query, key, value), expected)
+
+
+def test_roofline_counts(scripts):
+    measures, peers = scripts("kernel_measures"), scripts("kernel_peers")
+    shape = peers.Shape(8192)
+    tensor = 2 * 32 * 8192 * 128  # bytes of one bf16 tensor
+    assert measures.count_bytes("hybrid", "forward", shape, by_maps=False) == 6 * tensor
+    assert measures.count_bytes("hybrid", "forward", shape, by_maps=True) == 4 * tensor
+    assert measures.count_bytes("cosine", "forward+backward", shape, by_maps=False) == (4 + 4 + 3) * tensor
+    grouped = peers.Shape(8192, groups=8)
+    assert measures.count_bytes("hybrid", "forward", grouped, by_maps=False) == 3 * tensor + 3 * tensor / 4
+    rows, square = 32 * 8192, 128 * 128
+    window, within, state = 2 * 128 * 256, 2 * 64 * 256, 4 * square
+    assert measures.count_flops("hybrid", "forward", shape, False) == rows * (window + within + state)
+    assert measures.count_flops("cosine", "forward", shape, False) == rows * (within + state)
+    maps = measures.count_flops("hybrid", "forward", shape, True) - rows * (window + within + state)
+    assert maps == 2 * rows * 2 * 128 * 64  # queries and keys, D x f each
+
+
+def test_reasons_are_short_and_carry_no_paths(benchmark):
+    error = ImportError("cannot import name 'x' from 'fla' (/some/where/fla/__init__.py)\nmore")
+    assert benchmark.one_line(error) == "cannot import name 'x' from 'fla'"
+    assert benchmark.one_line(ValueError()) == "ValueError"
+
+
+def test_labels_spread_as_little_as_can_be(scripts):
+    spread = scripts("kernel_report").spread
+    assert spread([0.0, 10.0], 1.0) == [0.0, 10.0]
+    assert spread([0.0, 0.0, 0.0], 1.0) == pytest.approx([-1.0, 0.0, 1.0])
