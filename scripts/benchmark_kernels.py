@@ -102,14 +102,11 @@ class Benchmark:
     # --- one contender at one shape
 
     def measure(self, contender: Contender, inputs: Inputs) -> None:
+        self.clean()
         shape = inputs.shape
-        common: dict = {
-            "op": contender.op,
-            "contender": contender.name,
-            "ours": contender.ours,
-            "sinks": contender.sinks,
-        }
-        common |= vars(shape) | {"by_maps": contender.by_maps, "bytes_per_number": inputs.query.element_size()}
+        common: dict = {"op": contender.op, "contender": contender.name, "ours": contender.ours}
+        common |= {"sinks": contender.sinks} | vars(shape)
+        common |= {"by_maps": contender.by_maps, "bytes_per_number": inputs.query.element_size()}
         reason = self.reason_to_skip(contender, shape)
         if reason is None:
             try:
@@ -132,9 +129,9 @@ class Benchmark:
 
     def measure_mode(self, contender: Contender, case: Case, mode: str, shape: Shape) -> dict:
         try:
-            record = self.times(
-                measures.inference(case) if mode == report.FORWARD else measures.training_step(case)[0]
-            )
+            step = measures.inference(case) if mode == report.FORWARD else measures.training_step(case)[0]
+            record = self.times(step)
+            del step
             if contender.quadratic and mode == report.FORWARD and record["ms"] > SLOW_MS:
                 self.slow[contender.name] = f"its forward takes {record['ms']:.0f} ms at T = {shape.length} already"
             if mode == report.BOTH:
@@ -144,8 +141,6 @@ class Benchmark:
             return record
         except Exception as error:
             return {"skipped": one_line(error)}
-        finally:
-            self.clean()
 
     def times(self, call) -> dict:
         """Eager time, peak memory, time under a graph."""
@@ -231,8 +226,8 @@ class Benchmark:
         print(f"{record['length']:6d} {width} {record['mode']:17s} {record['contender']}: {text}", flush=True)
 
     def clean(self) -> None:
-        gc.collect()
         if self.device == "cuda":
+            gc.collect()
             torch.cuda.empty_cache()
 
 

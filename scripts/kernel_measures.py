@@ -3,7 +3,6 @@
 Gradients are taken by `torch.autograd.grad`, so no `.grad` exists and none is accumulated into.
 """
 
-import gc
 import time
 from collections.abc import Callable
 from typing import Any
@@ -82,7 +81,6 @@ def training_step(case: Case) -> tuple[Callable[[], tuple[Tensor, ...]], list[Te
 
 def peak_mib(call: Callable[[], object]) -> float:
     """Peak while the call runs minus what was there before (its inputs) and what it returns (outputs, gradients)."""
-    gc.collect()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -146,7 +146,7 @@ def hybrid(inputs: Inputs, backend: str = "triton", by_maps: bool = False, sinks
 
 
 def cosine(inputs: Inputs, backend: str = "triton") -> Case:
-    from linearize.modeling.op_cosine import cosine_attention
+    from linearize.modeling import cosine_attention
 
     tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
     tensors |= {"exponent": _per_head(inputs, EXPONENT), "gain": _per_head(inputs, 1.0)}
@@ -310,26 +310,34 @@ def _split_last(inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
     return [x[:, :, :-1].contiguous() for x in whole], [x[:, :, -1:].contiguous() for x in whole]
 
 
-def decode_hybrid(inputs: Inputs, by_maps: bool = False) -> Step:
+def decode_hybrid(inputs: Inputs, by_maps: bool = False, in_place: bool = False) -> Step:
+    """To a new state, as the public op has it, or in place, as a model's captured step."""
     from linearize.modeling import hybrid_linear_attention
+    from linearize.modeling.op_hybrid_linear_decode import hybrid_linear_step_, new_buffers
 
     past, last = _split_last(inputs)
     maps = features_or_maps(draw_maps(inputs), True) if by_maps else []
-    options: dict = {
-        "window_weight": _per_head(inputs, WINDOW_WEIGHT),
-        "window_shift": _per_head(inputs, WINDOW_SHIFT),
-    }
-    options |= {"window": inputs.shape.window, "sinks": 4, "return_state": True, "backend": "triton"}
-    _, state = hybrid_linear_attention(*past[:3], *(maps or past[3:]), **options)
-
-    def run():
-        return hybrid_linear_attention(*last[:3], *(maps or last[3:]), **options, initial_state=state)[0]
-
-    return Step(run, [x for x in state if x is not None])
+    options: dict = {"window_weight": _per_head(inputs, WINDOW_WEIGHT)}
+    options |= {"window_shift": _per_head(inputs, WINDOW_SHIFT)}
+    options |= {"window": inputs.shape.window, "sinks": 4, "backend": "triton"}
+    _, state = hybrid_linear_attention(*past[:3], *(maps or past[3:]), **options, return_state=True)
+    assert state is not None
+    last = [*last[:3], *(maps or last[3:])]
+    if not in_place:
+        return Step(
+            lambda: hybrid_linear_attention(*last, **options, initial_state=state, return_state=True)[0],
+            [x for x in state if x is not None],
+        )
+    buffers = new_buffers(state, inputs.shape.batch).load_(state)
+    options |= {"window_reference": "logsumexp", "scaling": None, "attention_mask": None}
+    return Step(
+        lambda: hybrid_linear_step_(*last, **options, log_weight=False, buffers=buffers, count=state.count),
+        [x for x in buffers if x is not None],
+    )
 
 
 def decode_cosine(inputs: Inputs) -> Step:
-    from linearize.modeling.op_cosine import cosine_attention
+    from linearize.modeling import cosine_attention
 
     past, last = _split_last(inputs)
     options: dict = {"exponent": _per_head(inputs, EXPONENT), "gain": _per_head(inputs, 1.0)}
@@ -355,6 +363,7 @@ def decode_sdpa(inputs: Inputs, backends: list[SDPBackend]) -> Step:
 
 
 DECODERS: list[tuple[str, bool, Callable[[Inputs], Step]]] = [
+    ("ours: hybrid, maps, 4 sinks, in place", True, partial(decode_hybrid, by_maps=True, in_place=True)),
     ("ours: hybrid, maps, 4 sinks", True, partial(decode_hybrid, by_maps=True)),
     ("ours: hybrid, features, 4 sinks", True, decode_hybrid),
     ("ours: cosine", True, decode_cosine),

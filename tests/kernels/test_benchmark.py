@@ -159,3 +159,23 @@ def test_labels_spread_as_little_as_can_be(scripts):
     spread = scripts("kernel_report").spread
     assert spread([0.0, 10.0], 1.0) == [0.0, 10.0]
     assert spread([0.0, 0.0, 0.0], 1.0) == pytest.approx([-1.0, 0.0, 1.0])
+
+
+def naive_fla(query, key, value, scale, normalize=False):
+    """What fla's ops compute, `(B, T, H, D)`, and a state that nobody reads."""
+    weights = scale * torch.einsum("bthd,bshd->bhts", query, key).tril()
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True)
+    return torch.einsum("bhts,bshd->bthd", weights, value), None
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_fla_rows_compute_what_their_references_do(scripts, monkeypatch, groups):
+    peers, measures = scripts("kernel_peers"), scripts("kernel_measures")
+    monkeypatch.setattr(peers, "fla_op", lambda module, name: naive_fla)
+    inputs = peers.draw(peers.Shape(128, 16, 16, heads=4, groups=groups), "cpu", torch.float32, seed=0)
+    for contender in peers.CONTENDERS:
+        if contender.name.startswith("fla"):
+            case = contender.build(inputs)
+            assert max(measures.relative_errors(case).values()) < 1e-4
+            assert ("repeated" in case.note) == (groups == 2)
