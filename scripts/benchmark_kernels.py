@@ -6,7 +6,8 @@
 Presets: `issue`, the bars' shapes (batch 1, 32 heads, D 128, F 128, window 64; T 2048, 8192, 32768), about 3 minutes
 on an H100 and some more for the peers to tune themselves; `full`, T 512 to 65536, D 64 and 128, F 64, 128 and 256,
 keys per head and 4:1; `smoke`, tiny, on any machine. DIR gets results.json and results.csv (after every row),
-table.md and kernels.png; `--report DIR --page docs/results_kernels.md` writes the page from them, on any machine.
+table.md and kernels.png; `--report DIR [DIR ...] --page docs/results_kernels.md` writes the page from them, on any
+machine; the records of several runs of one machine are joined, the later ones winning, in the first DIR.
 """
 
 import argparse
@@ -17,6 +18,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import kernel_measures as measures
@@ -35,7 +37,7 @@ def issue_shapes() -> list[Shape]:
 
 
 def full_shapes() -> list[Shape]:
-    shapes = issue_shapes() + [Shape(length) for length in (512, 1024, 4096, 16384, 65536)]
+    shapes = issue_shapes() + [Shape(length) for length in (16384, 4096, 1024, 512, 65536)]
     for groups in (32, 8):
         for dim in (128, 64):
             for features in (128, 64, 256):
@@ -262,11 +264,20 @@ def machine(args: argparse.Namespace) -> dict:
     return facts | {"commit": commit, "seed": args.seed, "date": time.strftime("%Y-%m-%d")}
 
 
+def join_runs(folders: Iterable[Path]) -> dict:
+    """The results of several runs as one; a row measured again counts once, as last measured."""
+    runs = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    key = ("contender", "mode", "length", *report.BAR_SHAPE)
+    rows = {(*(r[name] for name in key), "drift" in r): r for run in runs for r in run["records"]}
+    commands = dict.fromkeys(command for run in runs for command in run["command"].split("\n"))
+    return runs[0] | {"command": "\n".join(commands), "records": list(rows.values())}
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", choices=PRESETS, default="issue")
     parser.add_argument("--output", default="out/kernels", metavar="DIR")
-    parser.add_argument("--report", metavar="DIR", help="measure nothing; rewrite the report from DIR/results.json")
+    parser.add_argument("--report", metavar="DIR", nargs="+", help="measure nothing; report on these runs")
     parser.add_argument("--page", metavar="FILE", help="also write the results page there")
     parser.add_argument("--only", type=lambda x: x.split(","), help="parts of names, by commas: run these alone")
     parser.add_argument("--lengths", type=lambda x: [int(n) for n in x.split(",")], help="these lengths of the preset")
@@ -281,8 +292,8 @@ def main(arguments: list[str] | None = None) -> dict:
     args = parse(arguments)
     if args.device == "cpu" and args.preset != "smoke" and not args.report:
         sys.exit("there is no GPU here: only --preset smoke runs on a CPU")
-    folder = Path(args.report or args.output)
-    results = json.loads((folder / "results.json").read_text()) if args.report else Benchmark(args).run()
+    folder = Path(args.report[0] if args.report else args.output)
+    results = join_runs(map(Path, args.report)) if args.report else Benchmark(args).run()
     report.write_report(results, folder)
     if args.page:
         report.write_page(results, folder, Path(args.page))

@@ -352,7 +352,9 @@ def write_page(results: dict, folder: Path, page: Path) -> None:
     shutil.copy(folder / "results.json", store / "kernels.json")
     text = f"""# Kernels, measured
 
-`{results["command"]}`
+```bash
+{results["command"]}
+```
 
 One process, the same random inputs for all; median of `triton.testing.do_bench` (L2 flushed before each call) and its
 20th to 80th percentile; *graph*: the replay of a CUDA graph. Peak memory: while the op runs, minus its inputs, outputs

@@ -62,6 +62,18 @@ def test_report_alone_measures_nothing(benchmark, tmp_path, capsys, monkeypatch)
     assert (tmp_path / "table.md").read_text() == before
 
 
+def test_runs_are_joined(benchmark, tmp_path):
+    for name, length, ms in (("a", 64, 1.0), ("a", 128, 1.0), ("b", 64, 2.0)):
+        path = tmp_path / name / "results.json"
+        path.parent.mkdir(exist_ok=True)
+        old = json.loads(path.read_text())["records"] if path.exists() else []
+        rows = [*old, record(benchmark.report, "SDPA flash", length, ms=ms)]
+        path.write_text(json.dumps({"command": f"run {name}", "records": rows}))
+    joined = benchmark.join_runs([tmp_path / "a", tmp_path / "b"])
+    assert [(r["length"], r["ms"]) for r in joined["records"]] == [(64, 2.0), (128, 1.0)]
+    assert joined["command"] == "run a\nrun b"
+
+
 def test_slow_peers_and_limits_are_reasons(benchmark, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(benchmark, "SLOW_MS", 0.0)
     monkeypatch.setattr(benchmark.report, "plot", lambda *_: None)
