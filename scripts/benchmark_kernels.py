@@ -3,11 +3,12 @@
     pip install fla-core==0.6.0                                    # a peer; whatever is missing is skipped by name
     python scripts/benchmark_kernels.py --preset issue --output out/kernels
 
-Presets: `issue`, the bars' shapes (batch 1, 32 heads, D 128, F 128, window 64; T 2048, 8192, 32768), about 3 minutes
-on an H100 and some more for the peers to tune themselves; `full`, T 512 to 65536, D 64 and 128, F 64, 128 and 256,
-keys per head and 4:1; `smoke`, tiny, on any machine. DIR gets results.json and results.csv (after every row),
-table.md and kernels.png; `--report DIR [DIR ...] --page docs/results_kernels.md` writes the page from them, on any
-machine; the records of several runs of one machine are joined, the later ones winning, in the first DIR.
+Presets: `issue`, the bars' shapes (batch 1, 32 heads, D 128, F 128, window 64; T 2048, 8192, 32768); `full`, T 512 to
+65536, D 64 and 128, F 64, 128 and 256, as many key heads as query heads and a quarter of them; `smoke`, tiny, on any
+machine. fla tunes itself for minutes at first; `--limit_seconds` cuts a run short. DIR gets results.json and
+results.csv (after every row), table.md and kernels.png; `--report DIR [DIR ...] --page docs/results_kernels.md`
+writes the page from them, on any machine; the records of several runs of one machine are joined, the later ones
+winning, in the first DIR.
 """
 
 import argparse
