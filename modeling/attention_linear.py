@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .feature_maps import WIDTH, FeatureMap, FeatureMapWeights
-from .op_hybrid_linear import CONTRACT, hybrid_linear_attention, linear_share
+from .op_hybrid_linear import CONTRACT, HybridLinearState, hybrid_linear_attention, linear_share
+from .op_hybrid_linear_decode import hybrid_linear_step_
 
 ARMS = ("mixed", "softmax", "linear")
 
@@ -110,6 +111,9 @@ class WindowMix(nn.Module):
     def window_weight(self) -> Tensor:
         return self.weight.exp() if self.form == "log" else self.weight.sigmoid()
 
+    def log_window_weight(self) -> Tensor:
+        return self.weight if self.form == "log" else nn.functional.logsigmoid(self.weight)
+
 
 class LinearAttention(nn.Module):
     """Mixes tokens in place of softmax attention; the backbone projects and rotates before, and projects after.
@@ -155,12 +159,14 @@ class LinearAttention(nn.Module):
         Args:
             query: `(B, H, T, D)`; key, value: `(B, G, T, D)`; after RoPE, unscaled, never repeated.
             padding_mask: `(B, T)` of these tokens, 1 = real.
-            cache_layer: holder of the running state, or None.
+            cache_layer: holder of the running state, or None; one with buffers takes a step of one token in place.
             arm: `mixed`; `softmax`, the window and sinks alone; `linear`, every key through the linear branch.
 
         Returns:
             `(B, H, T, D)` in the query's dtype.
         """
+        if cache_layer is not None and cache_layer.buffers is not None:
+            return self._step(query, key, value, padding_mask, cache_layer, arm)
         features, options = self._call_options(arm)
         output, state = hybrid_linear_attention(
             query,
@@ -178,12 +184,40 @@ class LinearAttention(nn.Module):
             cache_layer.store(state, query.shape[2])
         return output
 
+    def _step(self, query, key, value, padding_mask, cache_layer, arm):
+        features, options = self._call_options(arm, log_weight=True)
+        return hybrid_linear_step_(
+            query,
+            key,
+            value,
+            *features,
+            **options,
+            log_weight=True,
+            attention_mask=padding_mask,
+            buffers=cache_layer.buffers,
+            count=cache_layer.count,
+            backend=self.op_backend,
+        )
+
+    def empty_state(self, num_key_value_heads: int, arm: str, dtype: torch.dtype, device) -> HybridLinearState:
+        """The state of one row before its first token; dtype is that of keys and values."""
+        heads, head_dim = self.feature_map_q.weight.shape[:2]
+        query, key, value = (
+            torch.zeros(1, count, 0, head_dim, dtype=dtype, device=device)
+            for count in (heads, num_key_value_heads, num_key_value_heads)
+        )
+        features, options = self._call_options(arm)
+        call = {**options, "return_state": True, "backend": "chunked"}
+        state = hybrid_linear_attention(query, key, value, *features, **call)[1]
+        assert state is not None
+        return state
+
     def linear_share(self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None = None) -> Tensor:
         """The linear branch's share of the denominator, `(B, H, T)` in [0, 1]."""
         features, options = self._call_options("mixed")
         return linear_share(query, key, value, *features, **options, attention_mask=padding_mask)
 
-    def _call_options(self, arm: str):
+    def _call_options(self, arm: str, log_weight: bool = False):
         if arm not in ARMS:
             raise ValueError(f"unknown arm {arm!r}: use one of {', '.join(ARMS)}")
         features: tuple[FeatureMapWeights | None, FeatureMapWeights | None] = (None, None)
@@ -191,8 +225,9 @@ class LinearAttention(nn.Module):
             features = (self.feature_map_q.as_weights(), self.feature_map_k.as_weights())
         whole = arm != "linear"
         mix = self.window_mix if whole else None
+        weight = None if mix is None else mix.log_window_weight() if log_weight else mix.window_weight()
         return features, {
-            "window_weight": None if mix is None else mix.window_weight(),
+            "window_weight": weight,
             "window_shift": None if mix is None else mix.shift,
             "window_reference": self.reference,
             "window": self.window if whole else 0,

@@ -11,6 +11,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from .attention_linear import WindowMix
+from .decoding import CapturedDecoding, replace_forward
 from .feature_maps import FeatureMap
 from .op_dispatch import BACKENDS
 from .registry import mechanism
@@ -122,6 +123,32 @@ class MixerModelMixin(ModelBase):
         for attention in self.mixer_attentions():
             attention.mixer.op_backend = backend  # type: ignore[assignment]
 
+    @contextlib.contextmanager
+    def captured_decoding(self, compile: bool = False) -> Iterator[None]:
+        """Within the block, one-token calls with a cache replay a CUDA graph of the whole step; `generate` as ever.
+
+        The first token of a batch size captures the graph. On a CPU the same steps run without one.
+
+        Args:
+            compile: also run norms, rotary embedding and gated units through `torch.compile` inside the graph.
+
+        Raises:
+            ValueError: the model has softmax layers, whose cache grows, or is in the teacher arm.
+        """
+        decoding = CapturedDecoding(self, compile)
+        restore = replace_forward(self, decoding.forward)
+        try:
+            yield
+        finally:
+            restore()
+            decoding.close()
+
+    def _prepare_static_cache(self, *args, **kwargs):
+        raise ValueError(
+            "a converted model has no static cache, for its state never grows: leave cache_implementation out, and "
+            "generate within `with model.captured_decoding():` to replay CUDA graphs"
+        )
+
     def mixer_state_dict(self) -> dict[str, Tensor]:
         """The mechanisms' tensors, named as in `state_dict()`."""
         return {name: tensor for name, tensor in self.state_dict().items() if ".mixer." in name}
@@ -143,14 +170,16 @@ def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_val
     """The masks of one forward: the softmax layers' (causal, as transformers makes it) and the mixers'.
 
     The mixers' is `(B, T)` of this call's tokens, or None when nothing is padded. It is ours because transformers'
-    recurrent mask is dropped on calls of one token.
+    recurrent mask is dropped on calls of one token. On a GPU a mask without padding is passed on, since to ask would
+    stop the host until the GPU is idle.
     """
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError("a converted model takes a 2-dimensional attention_mask (batch, tokens), 1 = real token")
     padding_mask = None
     if attention_mask is not None:
         padding_mask = attention_mask[:, -inputs_embeds.shape[1] :].bool()
-        padding_mask = None if bool(padding_mask.all()) else padding_mask
+        if padding_mask.device.type == "cpu" and bool(padding_mask.all()):
+            padding_mask = None
     attentions = [layer.self_attn for layer in model.layers]
     softmax = [i for i, attention in enumerate(attentions) if getattr(attention, "arm", "teacher") == "teacher"]
     if not softmax:

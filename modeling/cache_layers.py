@@ -17,16 +17,39 @@ class StateLayer(CacheLayerMixin):
     Attributes:
         state: None until the first call.
         seen: tokens so far, padding included, as transformers counts them.
+        holder: the decoding session whose buffers hold the state for now, or None; asking for `state` takes it back.
+        buffers, count: set in a session's own layers, whose state a step changes in place; else None.
     """
 
     is_compileable = False
     is_sliding = False
     supports_early_init = False
+    buffers: Any = None
+    count: Tensor | None = None
 
     def __init__(self, **kwargs):
         super().__init__()
-        self.state: Any = None  # a NamedTuple
+        self._state: Any = None  # a NamedTuple
+        self.holder: Any = None
         self.seen = 0
+
+    @property
+    def state(self) -> Any:
+        if self.holder is not None:
+            self.holder.release()
+        return self._state
+
+    @state.setter
+    def state(self, state: Any) -> None:
+        self._state, self.holder = state, None
+
+    def lend(self, holder: Any) -> None:
+        """Leave the state to `holder`, which has taken it over."""
+        self._state, self.holder = None, holder
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles, which take the state and no session."""
+        return {**self.__dict__, "_state": self.state, "holder": None}
 
     def store(self, state: Any, new_tokens: int) -> None:
         """Take the state after a call of `new_tokens` tokens."""
@@ -35,11 +58,13 @@ class StateLayer(CacheLayerMixin):
 
     def nbytes(self) -> int:
         """Bytes held."""
-        return 0 if self.state is None else sum(x.nbytes for x in self.state if x is not None)
+        state = self.state
+        return 0 if state is None else sum(x.nbytes for x in state if x is not None)
 
     def _map(self, function) -> None:
-        if self.state is not None:
-            self.state = self.state._make(None if x is None else function(x) for x in self.state)
+        state = self.state
+        if state is not None:
+            self.state = state._make(None if x is None else function(x) for x in state)
 
     # What transformers' Cache calls on every layer.
 
@@ -65,7 +90,10 @@ class StateLayer(CacheLayerMixin):
         self.state, self.is_initialized, self.seen = None, False, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        if self.holder is not None:
+            self.holder.reorder_(self, beam_idx)
+        else:
+            self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
@@ -86,7 +114,7 @@ class StateLayer(CacheLayerMixin):
 class LinearStateLayer(StateLayer):
     """The state of hybrid linear attention."""
 
-    _layer_type = "linearize_linear_1"
+    _layer_type = "linearize_linear_2"
 
 
 class SoftmaxLayer(DynamicLayer):
