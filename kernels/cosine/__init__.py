@@ -1,5 +1,7 @@
 """Kernels of `cosine_attention`: what this op offers, and the contract that it keeps."""
 
+import importlib
+
 from .reference import reference
 
 CONTRACT = 1
@@ -7,7 +9,20 @@ CONTRACT = 1
 
 def unsupported(*args, **kwargs) -> str | None:
     """Say why `fused` cannot do this call (arguments of the public function), or None when it can."""
-    return "this version has no fused Triton kernel for cosine_attention"
+    from ..triton_support import unavailable
+
+    return unavailable(args[0]) or _load().unsupported(*args, **kwargs)
 
 
-__all__ = ["CONTRACT", "reference", "unsupported"]
+def fused(*args, **kwargs):
+    """Run the Triton kernels; they are loaded on first use."""
+    return _load().fused(*args, **kwargs)
+
+
+def _load():
+    module = importlib.import_module(".fused", __name__)
+    globals()["fused"] = module.fused  # importing a submodule binds its name here
+    return module
+
+
+__all__ = ["CONTRACT", "fused", "reference", "unsupported"]

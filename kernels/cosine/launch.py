@@ -1,0 +1,202 @@
+"""How the kernels are launched: tile sizes by width and dtype, grids, and the buffers between the passes."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..hybrid_linear.rows import PACKED, SPANS, Blocks, Rows, make_blocks
+from ..triton_support import product_precision
+from .passes import cosine_apply_kernel, cosine_project_kernel, cosine_sums_kernel
+
+CHUNK_LIMIT = 128  # tokens between two snapshots of the sum; tests lower it to meet several chunks
+SEGMENTS = 16  # of a row that is summed as a whole
+
+
+class Tile(NamedTuple):
+    """One kernel's sizes: rows (tokens) and others (tokens met at a time) of a program, columns of the value width."""
+
+    rows: int
+    others: int
+    columns: int
+    warps: int
+    stages: int
+
+
+class Tiles(NamedTuple):
+    """CHUNK and the three kernels' sizes."""
+
+    chunk: int
+    sums: Tile
+    apply: Tile
+    project: Tile
+
+
+class Sharing(NamedTuple):
+    """Which heads the programs of a pass read (see passes.py)."""
+
+    loop: int
+    x: int
+    other: int
+    sums: int
+
+
+class Side(NamedTuple):
+    """The tokens of one side, queries or keys: vectors x `(B, heads, T, Dk)` and y `(B, heads, T, Dv)`, and which of
+    gain and power its factors carry (None: not this side)."""
+
+    x: Tensor
+    y: Tensor
+    exponent: Tensor | None
+    gain: Tensor | None
+
+
+class Pass(NamedTuple):
+    """What every kernel of a call shares; chunks `Blocks` of the rows."""
+
+    rows: Rows
+    chunks: Blocks
+    tiles: Tiles
+    causal: bool
+
+
+def choose_tiles(dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
+    """Sizes that were compiled for an H100 without spills."""
+    wide = max(dim, value_dim) > 128
+    columns = max(16, triton.next_power_of_2(value_dim))
+    if dtype == torch.bfloat16:
+        tiles = Tiles(
+            128,
+            Tile(128, 0, 32, 4, 3),
+            Tile(64, 64, 128, 4, 2) if wide else Tile(128, 64, 128, 8, 2),
+            Tile(64, 64, 64, 8, 1) if wide else Tile(128, 64, 128, 8, 2),
+        )
+    else:
+        tiles = Tiles(
+            64,
+            Tile(64, 0, 32, 4, 2),
+            Tile(64, 32, 32 if wide else 64, 4, 1),
+            Tile(32, 32, 32, 4, 1) if wide else Tile(64, 32, 64, 4, 1),
+        )
+    chunk = min(tiles.chunk, CHUNK_LIMIT)
+
+    def fit(tile: Tile) -> Tile:
+        return tile._replace(
+            rows=min(tile.rows, chunk), others=min(tile.others, chunk), columns=min(tile.columns, columns)
+        )
+
+    return Tiles(chunk, *(fit(tile) for tile in tiles[1:]))
+
+
+def make_pass(rows: Rows, dim: int, value_dim: int, dtype: torch.dtype, causal: bool) -> Pass:
+    tiles = choose_tiles(dim, value_dim, dtype)
+    return Pass(rows, make_blocks(rows, tiles.chunk), tiles, causal)
+
+
+def sum_side(
+    this: Pass, side: Side, heads: int, sharing: Sharing, reverse: bool, initial: Tensor | None, keep_total: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Sums of one side.
+
+    Args:
+        heads: heads of the sums. reverse: from the rows' ends. initial: `(B, heads, Dk, Dv)` float32 or None, the sum
+            to start from. keep_total: also return the sum of all.
+
+    Returns:
+        Snapshots before each chunk `(B, heads, slots, Dk, Dv)` (not causal: the total `(rows, heads, Dk, Dv)`), the
+        factors `(B, heads LOOP, T)`, and the total `(B, heads, Dk, Dv)` or None.
+    """
+    rows, tile = this.rows, this.tiles.sums
+    x, y = side.x, side.y
+    dim, value_dim = x.shape[3], y.shape[3]
+    multiply, precision = product_precision(x.dtype)
+    kept = x.dtype if multiply == torch.bfloat16 else torch.float32
+    factor = x.new_empty(rows.batch, heads * sharing.loop, rows.length, dtype=torch.float32)
+    segments, total = 1, None
+    if this.causal:
+        snapshots = x.new_empty(rows.batch, heads, this.chunks.count, dim, value_dim, dtype=kept)
+        if keep_total:
+            total = x.new_empty(rows.batch, heads, dim, value_dim, dtype=torch.float32)
+    else:
+        segments = max(1, min(SEGMENTS, this.chunks.count // 4))
+        total = x.new_empty(rows.number, heads, segments, dim, value_dim, dtype=torch.float32)
+        snapshots = total
+    grid = (triton.cdiv(value_dim, tile.columns) * segments, heads, rows.number)
+    cosine_sums_kernel[grid](
+        x, y, side.exponent, side.gain, initial, factor, snapshots, total,
+        *x.stride()[:3], *y.stride()[:3],
+        rows.start, rows.size, rows.past, this.chunks.base, rows.length, this.chunks.count, segments,
+        DX=dim, DY=value_dim, BLOCK_X=_block(dim), BLOCK_Y=tile.columns, CHUNK=this.tiles.chunk,
+        LOOP=sharing.loop, X_DIVISOR=sharing.x, KIND=rows.kind, CAUSAL=this.causal, REVERSE=reverse,
+        POWER=side.exponent is not None, GAIN=side.gain is not None, PAST=rows.past is not None,
+        INITIAL=initial is not None, TOTAL=total is not None, DTYPE=_TYPES[multiply], PRECISION=precision,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    if this.causal:
+        return snapshots, factor, total
+    return snapshots.sum(2).to(kept), factor, None
+
+
+def apply_sums(this: Pass, side: Side, other: Side, sums: Tensor, factor: Tensor, heads: int, sharing: Sharing,
+               after: bool, like: Tensor) -> Tensor:  # fmt: skip
+    """y of this side from the sums of the other: `(B, heads, T, Dv)`, laid out as `like` where the shape is its."""
+    rows, tile = this.rows, this.tiles.apply
+    dim, value_dim = side.x.shape[3], other.y.shape[3]
+    multiply, precision = product_precision(side.x.dtype)
+    out = _empty(rows, like, heads, value_dim)
+    parts = (this.tiles.chunk // tile.rows) * triton.cdiv(value_dim, tile.columns)
+    cosine_apply_kernel[(heads, this.chunks.count * parts, rows.batch)](
+        side.x, other.x, other.y, factor, sums, out, side.exponent, side.gain,
+        *side.x.stride()[:3], *other.x.stride()[:3], *other.y.stride()[:3], *out.stride()[:3],
+        rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base, rows.number, rows.length,
+        this.chunks.count,
+        DX=dim, DY=value_dim, BLOCK_X=_block(dim), BLOCK_Y=tile.columns, CHUNK=this.tiles.chunk, BLOCK_M=tile.rows,
+        BLOCK_N=tile.others, LOOP=sharing.loop, X_DIVISOR=sharing.x, O_DIVISOR=sharing.other, S_DIVISOR=sharing.sums,
+        KIND=rows.kind, CAUSAL=this.causal, AFTER=int(after), POWER=side.exponent is not None,
+        GAIN=side.gain is not None, PAST=rows.past is not None, DTYPE=_TYPES[multiply], PRECISION=precision,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def project_sums(this: Pass, side: Side, other: Side, sums: Tensor, factor: Tensor, heads: int, sharing: Sharing,
+                 after: bool, like: Tensor, need_partial: bool) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Gradient of this side's x `(B, heads, T, Dk)`, and the sums over tokens that the gradients of exponent and gain
+    need, `(2, heads)`."""
+    rows, tile = this.rows, this.tiles.project
+    dim, value_dim = side.x.shape[3], side.y.shape[3]
+    multiply, precision = product_precision(side.x.dtype)
+    out = _empty(rows, like, heads, dim)
+    programs = this.chunks.count * (this.tiles.chunk // tile.rows)
+    partial = None
+    if need_partial:
+        new = side.x.new_empty if rows.kind not in (SPANS, PACKED) and rows.length else side.x.new_zeros
+        partial = new(2, heads, rows.batch, programs, dtype=torch.float32)
+    cosine_project_kernel[(heads, programs, rows.batch)](
+        side.x, side.y, other.x, other.y, factor, sums, out, partial, side.exponent, side.gain,
+        *side.x.stride()[:3], *side.y.stride()[:3], *other.x.stride()[:3], *other.y.stride()[:3], *out.stride()[:3],
+        rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base, rows.number, rows.length,
+        this.chunks.count,
+        DX=dim, DY=value_dim, BLOCK_X=_block(dim), BLOCK_Y=tile.columns, CHUNK=this.tiles.chunk, BLOCK_M=tile.rows,
+        BLOCK_N=tile.others, LOOP=sharing.loop, X_DIVISOR=sharing.x, O_DIVISOR=sharing.other, S_DIVISOR=sharing.sums,
+        KIND=rows.kind, CAUSAL=this.causal, AFTER=int(after), POWER=side.exponent is not None,
+        GAIN=side.gain is not None, PAST=rows.past is not None, PARTIAL=need_partial, DTYPE=_TYPES[multiply],
+        PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out, None if partial is None else partial.sum((2, 3))
+
+
+def _empty(rows: Rows, like: Tensor, heads: int, width: int) -> Tensor:
+    """A result's buffer, 0 where padding will be left out; in `like`'s layout where that fits."""
+    shape = (rows.batch, heads, rows.length, width)
+    if like.shape == shape:
+        return torch.zeros_like(like) if rows.kind == SPANS else torch.empty_like(like)
+    return like.new_zeros(shape) if rows.kind == SPANS else like.new_empty(shape)
+
+
+def _block(width: int) -> int:
+    return max(16, triton.next_power_of_2(width))
+
+
+_TYPES = {torch.bfloat16: triton.language.bfloat16, torch.float32: triton.language.float32}
