@@ -279,8 +279,9 @@ def feature_map_bwd_kernel(
 def _shape(x: Tensor, maps) -> dict:
     """What both kernels need to know of x and the map at compile time."""
     dim, width = maps.weight.shape[1:]
+    tile = WEIGHT_TILE // (4 if x.dtype == torch.float32 else 1)
     block_f = max(16, triton.next_power_of_2(width))
-    block_d = max(16, min(triton.next_power_of_2(dim), WEIGHT_TILE // block_f))
+    block_d = max(16, min(triton.next_power_of_2(dim), tile // block_f))
     return {
         "D": dim,
         "WIDTH": width,
@@ -294,16 +295,16 @@ def _shape(x: Tensor, maps) -> dict:
     }
 
 
-def _forward_launch(shape: dict, dtype: torch.dtype) -> Launch:
-    if shape["BLOCK_F"] > 64:
-        return Launch(64, 8, 2, 528)
-    return Launch(64, 4, 3, 528)
+def _launch(shape: dict, dtype: torch.dtype, stages: int) -> Launch:
+    """64 rows: the least that Hopper's warpgroups multiply; fewer would put W into registers, where it spills.
 
-
-def _backward_launch(shape: dict, dtype: torch.dtype) -> Launch:
-    if shape["BLOCK_F"] > 64:
-        return Launch(64, 8, 2, 528)
-    return Launch(64, 4, 2, 528)
+    float32, in three TF32 products, needs its room for the parts of both sides: nothing is loaded ahead, and the
+    widest maps take the smallest tiles.
+    """
+    large = shape["BLOCK_F"] > 64 or shape["BLOCK_D"] * shape["BLOCK_F"] > 8192
+    if dtype == torch.float32:
+        return Launch(16, 4, 1, 528) if shape["BLOCK_F"] > 128 else Launch(64, 8 if large else 4, 1, 528)
+    return Launch(64, 8 if large else 4, 2 if large else stages, 528)
 
 
 def _tiling(x: Tensor, heads: int, launch: Launch, parts: int = 1) -> tuple[int, int, int, int]:
@@ -346,7 +347,7 @@ def map_features(x: Tensor, maps, dtype: torch.dtype, span=None, launch: Launch 
     shape = _shape(x, maps)
     features = shape["WIDTH"] * (2 if maps.activation in PAIRED else 1)
     phi = torch.empty(x.shape[0], heads, x.shape[2], features, dtype=dtype, device=x.device)
-    launch = launch or _forward_launch(shape, x.dtype)
+    launch = launch or _launch(shape, x.dtype, stages=3)
     row_tiles, tiles, run, segments = _tiling(x, heads, launch)
     if tiles:
         feature_map_fwd_kernel[(heads, segments)](
@@ -392,7 +393,7 @@ def map_backward(
     x, grad_features = _with_unit_stride(x), _with_unit_stride(grad_features)
     heads, dim, width = maps.weight.shape
     shape = _shape(x, maps)
-    launch = launch or _backward_launch(shape, x.dtype)
+    launch = launch or _launch(shape, x.dtype, stages=2)
     row_tiles, tiles, run, segments = _tiling(x, heads, launch, shape["PARTS"])
     sizes = [heads * dim * width, heads * width * shape["BIAS"], heads * dim * shape["MAGNITUDE"]]
     partial = torch.empty(segments, sum(sizes) if need_weights else 0, dtype=torch.float32, device=x.device)

@@ -79,7 +79,7 @@ def test_programs_share_the_tiles_of_all_rows():
 
 @pytest.mark.parametrize("activation", ["softmax", "elu"])
 def test_a_large_map_is_cut_along_d(activation, monkeypatch):
-    monkeypatch.setattr(kernels, "WEIGHT_TILE", 256)
+    monkeypatch.setattr(kernels, "WEIGHT_TILE", 1024)
     case = make(dim=40, width=10, activation=activation)
     assert kernels._shape(*case[:2])["PARTS"] == 3
     assert_close(found(*case), expected(*case))
