@@ -28,6 +28,7 @@ KEY_TILE = 4096  # elements of the window's keys, then values, that a program ho
 MAX_REGISTERS = 128  # of a thread, where that spills nothing: two programs of 8 warps share a multiprocessor
 PROGRAMS = 132  # fewer than this: value dimensions are divided further, down to MIN_BLOCK_DV
 MIN_BLOCK_DV = 32
+HEADS_TOGETHER: int | None = None  # heads of a row that run side by side; None is a group, which shares a window
 
 
 def decode_unsupported(query: Tensor, query_features, key_features) -> str | None:
@@ -147,36 +148,39 @@ def _launch(inputs, options, old: State, new: State, *, in_place: bool, log_weig
     )
     grid = (batch * state_heads * triton.cdiv(value_dim, blocks["BLOCK_DV"]),)
     tensors = (query, key, value, query_given, key_given, *query_map, *key_map, window_weight, window_shift, mask)
-    hybrid_linear_decode_kernel[grid](
-        *(query if x is None else x for x in (*tensors, *old, *new)),  # what is absent is never read
-        output,
-        *(stride for x in (query, key, value, query_given, key_given) for stride in _strides(x)),
-        0 if mask is None else mask.stride(0),
-        old.normalizer.stride(0) if in_place else 0,
-        dim**-0.5 if scaling is None else scaling,
-        H=heads,
-        G=groups,
-        HK=state_heads,
-        D=dim,
-        DV=value_dim,
-        W=window,
-        S=sinks,
-        WIDTH=count // halves,
-        HALVES=halves,
-        QUERY_ACTIVATION=query_activation,
-        KEY_ACTIVATION=key_activation,
-        QUERY_BIAS=query_map[1] is not None,
-        KEY_BIAS=key_map[1] is not None,
-        QUERY_MAGNITUDE=query_map[2] is not None,
-        KEY_MAGNITUDE=key_map[2] is not None,
-        HAS_SHIFT=window_shift is not None,
-        HAS_MASK=mask is not None,
-        LOG_WEIGHT=log_weight,
-        MAXIMUM=window_reference == "max",
-        IN_PLACE=in_place,
-        **blocks,
-        **limits,
-    )
+    with torch.cuda.device_of(query):  # Triton launches on the current device
+        hybrid_linear_decode_kernel[grid](
+            *(query if x is None else x for x in (*tensors, *old, *new)),  # what is absent is never read
+            output,
+            *(stride for x in (query, key, value, query_given, key_given) for stride in _strides(x)),
+            0 if mask is None else mask.stride(0),
+            old.normalizer.stride(0) if in_place else 0,
+            dim**-0.5 if scaling is None else scaling,
+            batch,
+            H=heads,
+            G=groups,
+            HK=state_heads,
+            D=dim,
+            DV=value_dim,
+            W=window,
+            S=sinks,
+            WIDTH=count // halves,
+            HALVES=halves,
+            QUERY_ACTIVATION=query_activation,
+            KEY_ACTIVATION=key_activation,
+            QUERY_BIAS=query_map[1] is not None,
+            KEY_BIAS=key_map[1] is not None,
+            QUERY_MAGNITUDE=query_map[2] is not None,
+            KEY_MAGNITUDE=key_map[2] is not None,
+            HAS_SHIFT=window_shift is not None,
+            HAS_MASK=mask is not None,
+            LOG_WEIGHT=log_weight,
+            MAXIMUM=window_reference == "max",
+            IN_PLACE=in_place,
+            INNER=state_heads // groups if HEADS_TOGETHER is None else min(HEADS_TOGETHER, state_heads),
+            **blocks,
+            **limits,
+        )
     return output
 
 

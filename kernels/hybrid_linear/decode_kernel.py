@@ -166,6 +166,7 @@ def hybrid_linear_decode_kernel(
     mask_stride,
     normalizer_half,
     scaling,
+    batch,
     H: tl.constexpr,
     G: tl.constexpr,
     HK: tl.constexpr,
@@ -188,6 +189,7 @@ def hybrid_linear_decode_kernel(
     LOG_WEIGHT: tl.constexpr,
     MAXIMUM: tl.constexpr,
     IN_PLACE: tl.constexpr,
+    INNER: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -198,8 +200,11 @@ def hybrid_linear_decode_kernel(
     RING: tl.constexpr = W + 1 if IN_PLACE else W
     F: tl.constexpr = HALVES * WIDTH
     split = tl.program_id(0) % SPLITS
-    hk = tl.program_id(0) // SPLITS % HK
-    b = (tl.program_id(0) // (SPLITS * HK)).to(tl.int64)
+    place = tl.program_id(0) // SPLITS
+    hk = (
+        place // (batch * INNER) * INNER + place % INNER
+    )  # INNER heads of a row, then its other rows, then other heads
+    b = (place // INNER % batch).to(tl.int64)
     g = hk // (HK // G)
     state_head, group = b * HK + hk, b * G + g
 
@@ -223,10 +228,10 @@ def hybrid_linear_decode_kernel(
         r = tl.arange(0, HALVES * F2)
         row = r // F2 * WIDTH + r % F2
         row_ok = r % F2 < WIDTH
-        at = state_head * (F * DV) + row[:, None] * DV + dv[None]
+        at = row[:, None] * DV + dv[None]
         at_ok = row_ok[:, None] & (dv < DV)[None]
         half = (t64 % 2) * normalizer_half if IN_PLACE else 0
-        sums = tl.load(kv + at, mask=at_ok, other=0.0)
+        sums = tl.load(kv + state_head * (F * DV) + at, mask=at_ok, other=0.0, cache_modifier=".cg")
         norm = tl.load(normalizer + half + state_head * F + row, mask=row_ok, other=0.0)
         key_given += b * key_given_stride_b + hk * key_given_stride_h
         left_key, left_value, left_features = key, value, key_given
@@ -258,7 +263,7 @@ def hybrid_linear_decode_kernel(
             phi[:, None] * tl.load(left_value + dv, mask=dv < tl.where(folds, DV, 0), other=0.0).to(tl.float32)[None]
         )
         norm += phi
-        tl.store(new_kv + at, sums, mask=at_ok)
+        tl.store(new_kv + state_head * (F * DV) + at, sums, mask=at_ok)
         if split == 0:
             half = ((t64 + 1) % 2) * normalizer_half if IN_PLACE else 0
             write = tl.where(real, WIDTH, 0) if IN_PLACE else WIDTH

@@ -21,6 +21,9 @@ for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     ids = torch.arange(3, 43)[None]
     tokens = model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
+    if "softmax" not in model.config.mixer_types:
+        with model.captured_decoding():
+            assert model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist() == tokens
     with torch.no_grad():
         logits = model(ids).logits
     torch.save(logits, folder + "/logits.pt")
