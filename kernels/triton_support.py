@@ -1,5 +1,6 @@
 """What every Triton kernel of this project asks first: can it run here, and how are its products rounded."""
 
+import functools
 import importlib.util
 import os
 
@@ -7,14 +8,17 @@ import torch
 from torch import Tensor
 
 
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton, too, reads it once, when kernels are defined
+
+
 def interpreting() -> bool:
     """Whether Triton's interpreter runs the kernels (`TRITON_INTERPRET=1`): any device, float32, for tests."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    return INTERPRETING
 
 
 def unavailable(tensor: Tensor) -> str | None:
     """Say why no Triton kernel can run on this tensor, or None when one can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return "triton is not installed"
     if tensor.dtype == torch.float64:
         return "the Triton kernels compute in float32 and this call is in float64"
@@ -22,9 +26,19 @@ def unavailable(tensor: Tensor) -> str | None:
         return None if tensor.dtype == torch.float32 else f"Triton's interpreter is wrong in {tensor.dtype}"
     if not tensor.is_cuda:
         return f"Triton needs a GPU and the tensors are on {tensor.device.type}"
-    if torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+    if torch.version.hip is None and _capability(tensor.device.index) < (8, 0):
         return "the Triton kernels need a GPU of compute capability 8.0 or newer"
     return None
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
 
 
 def product_precision(dtype: torch.dtype) -> tuple[torch.dtype, str]:

@@ -21,7 +21,7 @@ from .rows import find_block, load_rows, row_span, store_rows
 
 @triton.jit
 def row_terms(
-    output, soft_output, place, stride, grad_row, grad_t, lse, mass, denominator, peak, weight, shift, head, stat, index, grad_index,
+    output, soft_output, place, stride, grad_row, grad_t, stats, plane, weight, shift, head, stat, index, grad_index,
     real, V: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr, LINEAR: tl.constexpr, SHIFT: tl.constexpr,
     MAXIMUM: tl.constexpr,
 ):  # fmt: skip
@@ -32,21 +32,21 @@ def row_terms(
     zero = tl.zeros_like(delta)
     share, offset, inverse, grad_den, grad_top, grad_weight, grad_shift = zero + 1, -delta, zero, zero, zero, zero, zero
     if LINEAR:
-        den = tl.load(denominator + stat, mask=real, other=1.0)
+        den = tl.load(stats + 2 * plane + stat, mask=real, other=1.0)
         inverse = 1.0 / tl.maximum(den, DENOMINATOR_FLOOR)
         grad_den = tl.where(den >= DENOMINATOR_FLOOR, -delta * inverse, 0.0)
         share, offset = zero, zero
         if SPAN:
-            m = tl.load(mass + stat, mask=real, other=0.0)
+            m = tl.load(stats + plane + stat, mask=real, other=0.0)
             soft = load_rows(soft_output + place, stride, index, real, V, BV)
             grad_mean = tl.sum(grad.to(tl.float32) * soft.to(tl.float32), 1)
             share = m * inverse
             grad_log_mass = share * grad_mean + m * grad_den
-            level = tl.load(lse + stat, mask=real, other=0.0)
+            level = tl.load(stats + stat, mask=real, other=0.0)
             r, factor = level, zero
             tilt = zero + tl.log(tl.load(weight + head).to(tl.float32))
             if MAXIMUM:
-                r = tl.load(peak + stat, mask=real, other=0.0)
+                r = tl.load(stats + 3 * plane + stat, mask=real, other=0.0)
             if SHIFT:
                 factor = zero + tl.load(shift + head).to(tl.float32)
                 tilt += factor * r
@@ -65,7 +65,7 @@ def row_terms(
 @triton.jit
 def hybrid_linear_bwd_query_kernel(
     query, key, value, feature_k, sink_key, sink_value, sums, sums_z, weight, shift,
-    output, softmax_output, grad_output, lse, mass, denominator, peak, best,
+    output, softmax_output, grad_output, stats, best,
     grad_query, grad_feature, terms, part_weight, part_sink_key, part_sink_value,
     table, base, start, size, past,
     number, length, slots, key_offset, scale, scaling, plane, sk_b, sk_h, sk_t,
@@ -101,7 +101,7 @@ def hybrid_linear_bwd_query_kernel(
     v_row = value + b64 * v_b + group * v_h + key_first * v_t.to(tl.int64)
     grad, share, offset, inverse, grad_den, grad_top, grad_weight, grad_shift = row_terms(
         output, softmax_output, place * V, H * V, grad_output + b64 * go_b + head * go_h, go_t,
-        lse, mass, denominator, peak, weight, shift, head, stat, t, first + t, real, V, BV, W + S > 0, LINEAR, SHIFT,
+        stats, plane, weight, shift, head, stat, t, first + t, real, V, BV, W + S > 0, LINEAR, SHIFT,
         MAXIMUM,
     )  # fmt: skip
     tl.store(terms + stat, share, mask=real)
@@ -110,38 +110,40 @@ def hybrid_linear_bwd_query_kernel(
         tl.store(terms + 2 * plane + stat, inverse, mask=real)
         tl.store(terms + 3 * plane + stat, grad_den, mask=real)
         if W + S > 0:
-            tl.store(part_weight + 2 * part, tl.sum(tl.where(real, grad_weight, 0.0), 0))
+            total = tl.sum(tl.where(real, grad_weight, 0.0), 0) / tl.load(weight + head).to(tl.float32)
+            tl.store(part_weight + 2 * part, total)
             tl.store(part_weight + 2 * part + 1, tl.sum(tl.where(real, grad_shift, 0.0), 0))
             if MAXIMUM:
                 tl.store(terms + 4 * plane + stat, grad_top, mask=real)
     grad = grad.to(DOT)
     if INPUTS and W + S > 0:
         q = load_rows(query + b64 * q_b + head * q_h, q_t, first + t, real, D, BD).to(DOT)
-        level = tl.load(lse + stat, mask=real, other=0.0) * LOG2E
+        level = tl.load(stats + stat, mask=real, other=0.0) * LOG2E
         winner = tl.zeros((BQ,), tl.int32)
         if MAXIMUM and LINEAR:
             winner = tl.load(best + stat, mask=real, other=0)
         acc = tl.zeros((BQ, BD), tl.float32)
         if S > 0:
-            j = tl.arange(0, BS)
-            there = (j < S) & (j < seen + count)
-            sink = first + j if SINKS_OF_ROW else j
-            k = load_rows(sink_key + b64 * sk_b + group * sk_h, sk_t, sink, there, D, BD)
-            v = load_rows(sink_value + b64 * sv_b + group * sv_h, sv_t, sink, there, V, BV)
-            mask = there[None, :] & (j[None, :] <= (seen + t)[:, None]) & real[:, None]
-            k = k.to(DOT)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - level[:, None]
-            p = tl.where(mask, tl.exp2(s), 0.0)
-            ds = p * (tl.dot(grad, tl.trans(v.to(DOT)), input_precision=PRECISION) * share[:, None] + offset[:, None])
+            sink_j = tl.arange(0, BS)
+            given = (sink_j < S) & (sink_j < seen + count)
+            sink = first + sink_j if SINKS_OF_ROW else sink_j
+            sink_k = load_rows(sink_key + b64 * sk_b + group * sk_h, sk_t, sink, given, D, BD)
+            sink_v = load_rows(sink_value + b64 * sv_b + group * sv_h, sv_t, sink, given, V, BV)
+            shown = given[None, :] & (sink_j[None, :] <= (seen + t)[:, None]) & real[:, None]
+            sink_k = sink_k.to(DOT)
+            sink_s = tl.dot(q, tl.trans(sink_k), input_precision=PRECISION) * scale - level[:, None]
+            sink_p = tl.where(shown, tl.exp2(sink_s), 0.0)
+            sink_dp = tl.dot(grad, tl.trans(sink_v.to(DOT)), input_precision=PRECISION)
+            sink_ds = sink_p * (sink_dp * share[:, None] + offset[:, None])
             if MAXIMUM and LINEAR:
-                ds += tl.where(mask & (winner[:, None] == (1 << 30) + j[None, :]), grad_top[:, None], 0.0)
-            ds = (ds * scaling).to(DOT)
-            acc = tl.dot(ds, k, acc, input_precision=PRECISION)
+                sink_ds += tl.where(shown & (winner[:, None] == (1 << 30) + sink_j[None, :]), grad_top[:, None], 0.0)
+            sink_ds = (sink_ds * scaling).to(DOT)
+            acc = tl.dot(sink_ds, sink_k, acc, input_precision=PRECISION)
             sink_part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
             row = tl.arange(0, BS)
-            part_k = tl.dot(tl.trans(ds), q, input_precision=PRECISION)
+            part_k = tl.dot(tl.trans(sink_ds), q, input_precision=PRECISION)
             store_rows(part_sink_key + sink_part * (S * D), D, row, row < S, part_k, D, BD)
-            part_v = tl.dot(tl.trans((p * share[:, None]).to(DOT)), grad, input_precision=PRECISION)
+            part_v = tl.dot(tl.trans((sink_p * share[:, None]).to(DOT)), grad, input_precision=PRECISION)
             store_rows(part_sink_value + sink_part * (S * V), V, row, row < S, part_v, V, BV)
         if W > 0:
             k_row = key + b64 * k_b + group * k_h + key_first * k_t.to(tl.int64)
@@ -230,7 +232,7 @@ def hybrid_linear_bwd_reverse_kernel(
 
 @triton.jit
 def hybrid_linear_bwd_key_kernel(
-    query, key, value, feature_q, feature_k, grad_output, terms, lse, best, sums, sums_z, last_kv, last_z,
+    query, key, value, feature_q, feature_k, grad_output, terms, stats, best, sums, sums_z, last_kv, last_z,
     grad_key, grad_value, grad_feature,
     table, base, query_base, start, size, past,
     number, length, slots, key_offset, key_length, scale, scaling, plane,
@@ -310,7 +312,7 @@ def hybrid_linear_bwd_key_kernel(
                 real = i < count
                 q = load_rows(q_row, q_t, i, real, D, BD).to(DOT)
                 grad = load_rows(go_row, go_t, i, real, V, BV).to(DOT)
-                level = tl.load(lse + stat + i, mask=real, other=0.0) * LOG2E
+                level = tl.load(stats + stat + i, mask=real, other=0.0) * LOG2E
                 share = tl.load(terms + stat + i, mask=real, other=0.0)
                 offset = tl.load(terms + plane + stat + i, mask=real, other=0.0)
                 gap = i[None, :] - j[:, None]

@@ -107,9 +107,9 @@ def track_best(best, top, s, code):
 @triton.jit
 def hybrid_linear_fwd_kernel(
     query, key, value, feature_q, feature_k, sink_key, sink_value, sums, sums_z, weight, shift,
-    output, softmax_output, lse, mass, denominator, peak, best,
+    output, softmax_output, stats, best,
     table, base, start, size, past,
-    number, length, slots, key_offset, scale, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
+    number, length, slots, key_offset, scale, plane, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fq_b, fq_h, fq_t, fk_b, fk_h, fk_t,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
     W: tl.constexpr, S: tl.constexpr, WB: tl.constexpr, C: tl.constexpr,
@@ -117,7 +117,7 @@ def hybrid_linear_fwd_kernel(
     KIND: tl.constexpr, PAST: tl.constexpr, SINKS_OF_ROW: tl.constexpr, LINEAR: tl.constexpr, SHIFT: tl.constexpr,
     MAXIMUM: tl.constexpr, SAVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """output and softmax_output `(B, T, H, V)`; lse, mass, denominator (peak and best) `(B, H, T)`."""
+    """output, softmax_output `(B, T, H, V)`; stats: planes `(B, H, T)`, lse, mass, denominator, maximum; best `(B, H, T)`."""
     batch, head = tl.program_id(1) // H, tl.program_id(1) % H
     chunk, slot, first, count = find_block(
         tl.program_id(0) // (C // BQ), batch, table, base, number, start, size, length, KIND
@@ -146,18 +146,18 @@ def hybrid_linear_fwd_kernel(
         total = tl.zeros((BQ,), tl.float32)
         code = tl.zeros((BQ,), tl.int32)
         if S > 0:
-            j = tl.arange(0, BS)
-            there = (j < S) & (j < seen + count)
-            sink = first + j if SINKS_OF_ROW else j
-            k = load_columns(sink_key + b64 * sk_b + group * sk_h, sk_t, sink, there, D, BD)
-            v = load_rows(sink_value + b64 * sv_b + group * sv_h, sv_t, sink, there, V, BV)
-            mask = there[None, :] & (j[None, :] <= (seen + t)[:, None])
+            sink_j = tl.arange(0, BS)
+            given = (sink_j < S) & (sink_j < seen + count)
+            sink = first + sink_j if SINKS_OF_ROW else sink_j
+            sink_k = load_columns(sink_key + b64 * sk_b + group * sk_h, sk_t, sink, given, D, BD)
+            sink_v = load_rows(sink_value + b64 * sv_b + group * sv_h, sv_t, sink, given, V, BV)
+            shown = given[None, :] & (sink_j[None, :] <= (seen + t)[:, None])
             before = top
-            acc, top, total, s = softmax_step(
-                q, k.to(DOT), v.to(DOT), mask, scale, acc, top, total, DOT, PRECISION
+            acc, top, total, sink_s = softmax_step(
+                q, sink_k.to(DOT), sink_v.to(DOT), shown, scale, acc, top, total, DOT, PRECISION
             )
             if MAXIMUM and SAVE:
-                code = track_best(code, before, s, (1 << 30) + j)
+                code = track_best(code, before, sink_s, (1 << 30) + sink_j)
         if W > 0:
             for j0 in range(tl.maximum(begin - (W + BK - 2) // BK * BK, KLOW), tl.minimum(begin + BQ, count), BK):
                 j = j0 + tl.arange(0, BK)
@@ -176,7 +176,7 @@ def hybrid_linear_fwd_kernel(
         acc = acc / tl.where(full, total, 1.0)[:, None]
         level = (top + tl.log2(tl.where(full, total, 1.0))) * LN2
         if SAVE:
-            tl.store(lse + stat, level, mask=real)
+            tl.store(stats + stat, level, mask=real)
             if LINEAR:
                 place = ((b64 * length + first) * H + head) * V
                 store_rows(softmax_output + place, H * V, t, real, acc, V, BV)
@@ -189,9 +189,9 @@ def hybrid_linear_fwd_kernel(
             den = tl.where(full, tl.exp(level - r + tilt), 0.0)
             acc = acc * den[:, None]
             if SAVE:
-                tl.store(mass + stat, den, mask=real)
+                tl.store(stats + plane + stat, den, mask=real)
                 if MAXIMUM:
-                    tl.store(peak + stat, r, mask=real)
+                    tl.store(stats + 3 * plane + stat, r, mask=real)
                     tl.store(best + stat, code, mask=real)
     if LINEAR:
         acc, den = add_linear_branch(
@@ -202,7 +202,7 @@ def hybrid_linear_fwd_kernel(
             tl.maximum(chunk * C - WB, KLOW), W, V, F, BQ, BK, BV, BF, DOT, PRECISION,
         )  # fmt: skip
         if SAVE:
-            tl.store(denominator + stat, den, mask=real)
+            tl.store(stats + 2 * plane + stat, den, mask=real)
         acc = acc / tl.maximum(den, DENOMINATOR_FLOOR)[:, None]
     store_rows(output + ((b64 * length + first) * H + head) * V, H * V, t, real, acc, V, BV)
 

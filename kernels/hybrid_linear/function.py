@@ -1,5 +1,6 @@
 """The launches of the fused kernels, and the autograd function around them."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -7,10 +8,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import Constants, launch
 from ..triton_support import product_precision
 from .forward import hybrid_linear_fwd_kernel, hybrid_linear_state_kernel
 from .maps import map_features
-from .rows import PLAIN, SPANS, Blocks, Rows, make_blocks
+from .rows import PLAIN, SPANS, Blocks, Rows, cdiv, make_blocks
 
 LOG2E = 1.4426950408889634
 
@@ -54,18 +56,20 @@ class Operands(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """Sizes of one kernel: rows of a program's block, rows of the blocks it walks over, warps, pipeline stages."""
+    """Sizes of one kernel: rows of a program's block, rows of the blocks it walks over, warps, pipeline stages, and
+    registers of a thread (None: the compiler chooses), which decides how many programs share a multiprocessor."""
 
     block: int
     inner: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Tiles(NamedTuple):
     """Sizes of a call, powers of two: every block divides the chunk, every inner block divides every block.
 
-    `sums` has no inner blocks: its block is the side of the tile of F x V that a program holds.
+    In `sums`, block and inner are the sides of the tile of F x V that a program holds.
     """
 
     chunk: int
@@ -87,55 +91,75 @@ class Map(NamedTuple):
 def choose_tiles(dot: torch.dtype, widest: int) -> Tiles:
     """Tiles by the dtype of the products and the widest of D, V and F; measured on an H100 (docs/results.md)."""
     if dot == torch.bfloat16 and widest <= 128:
-        return Tiles(128, Launch(64, 0, 4, 3), Launch(128, 64, 8, 3), Launch(128, 64, 8, 3), Launch(128, 64, 8, 2))
+        forward, query, key = Launch(64, 64, 4, 1, 168), Launch(64, 64, 4, 2), Launch(64, 32, 4, 1)
+        return Tiles(128, Launch(64, 64, 4, 4), forward, query, key)
     if dot == torch.bfloat16:
-        return Tiles(128, Launch(64, 0, 4, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2))
+        return Tiles(128, Launch(64, 64, 4, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2))
     if widest <= 128:
-        return Tiles(64, Launch(64, 0, 4, 2), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1))
-    return Tiles(32, Launch(64, 0, 4, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1))
+        return Tiles(64, Launch(64, 64, 4, 2), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1))
+    return Tiles(32, Launch(64, 64, 4, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1))
+
+
+class Settings:
+    """Tiles and compile-time constants of calls of one kind, made once (`make_settings`)."""
+
+    def __init__(self, tiles: Tiles, reach: int, values: dict):
+        self.tiles, self.reach, self.values = tiles, reach, values
+        self._constants: dict[tuple, Constants] = {}
+
+    def constants(self, kernel, sizes: Launch, names: tuple[str, ...], *flags) -> Constants:
+        """The constants of one kernel: those of the call, and the given names and values."""
+        key = (kernel, flags)
+        if key not in self._constants:
+            values = {**self.values, **dict(zip(names, flags, strict=True))}
+            self._constants[key] = Constants(kernel, values, sizes.warps, sizes.stages, sizes.registers)
+        return self._constants[key]
+
+
+@functools.lru_cache(maxsize=256)
+def make_settings(
+    tiles: Tiles, dtype, heads, groups, feature_heads, dim, value_dim, width, window, sinks, kind, past, linear, shift,
+    maximum,
+) -> Settings:  # fmt: skip
+    """Settings of a call with these dtypes, sizes and switches."""
+    dot, precision = product_precision(dtype)
+    grain = max(launch.inner for launch in tiles[2:])
+    reach = cdiv(window, grain) * grain
+    values = {
+        "H": heads, "G": groups, "E": feature_heads, "D": dim, "V": value_dim, "F": width,
+        "W": window, "S": sinks, "WB": reach, "C": tiles.chunk,
+        "BD": _block(dim), "BV": _block(value_dim), "BF": _block(width), "BS": _block(sinks),
+        "SINKS_OF_ROW": not past, "SHIFT": shift, "MAXIMUM": maximum, "KIND": kind, "PAST": past, "LINEAR": linear,
+        "DOT": getattr(tl, str(dot).split(".")[1]), "PRECISION": precision,
+    }  # fmt: skip
+    return Settings(tiles, reach, values)
 
 
 class Plan(NamedTuple):
-    """Tiles, blocks and compile-time settings of one call, the same in forward and backward."""
+    """Settings and blocks of one call, the same in forward and backward; slots, the chunks of all rows of a head."""
 
-    tiles: Tiles
+    settings: Settings
     queries: Blocks
     keys: Blocks
-    shape: dict
-    span: dict
     slots: int
 
 
 def make_plan(call: Call, query, value, feature_q, feature_k, groups: int, shift) -> Plan:
-    heads, dim = query.shape[1], query.shape[3]
-    value_dim = value.shape[3]
+    """Plan a call; features are None for the softmax branch alone."""
+    heads, dim, value_dim, rows = query.shape[1], query.shape[3], value.shape[3], call.rows
     linear = feature_q is not None
-    width = feature_q.shape[3] if linear else 16
-    dot, precision = product_precision(query.dtype)
-    tiles = choose_tiles(dot, max(dim, value_dim, width))
-    grain = max(launch.inner for launch in tiles[1:])
-    reach = triton.cdiv(call.window, grain) * grain
-    queries = make_blocks(call.rows, tiles.chunk)
-    shape = {
-        "H": heads, "G": groups, "E": feature_k.shape[1] if linear else heads, "D": dim, "V": value_dim, "F": width,
-        "W": call.window, "S": call.sinks, "WB": reach, "C": tiles.chunk,
-        "BD": _block(dim), "BV": _block(value_dim), "BF": _block(width), "BS": _block(call.sinks),
-        "SINKS_OF_ROW": call.rows.past is None, "SHIFT": shift is not None, "MAXIMUM": call.maximum,
-    }  # fmt: skip
-    past = call.rows.past is not None
-    span = {
-        "KIND": call.rows.kind, "PAST": past, "LINEAR": linear, "DOT": getattr(tl, str(dot).split(".")[1]),
-        "PRECISION": precision,
-    }  # fmt: skip
-    return Plan(tiles, queries, make_blocks(call.rows, tiles.chunk, reach), shape, span, queries.count)
+    width, feature_heads = (feature_q.shape[3], feature_k.shape[1]) if linear else (16, heads)
+    tiles = choose_tiles(product_precision(query.dtype)[0], max(dim, value_dim, width))
+    settings = make_settings(
+        tiles, query.dtype, heads, groups, feature_heads, dim, value_dim, width, call.window, call.sinks, rows.kind,
+        rows.past is not None, linear, shift is not None, call.maximum,
+    )  # fmt: skip
+    queries = make_blocks(rows, tiles.chunk)
+    return Plan(settings, queries, make_blocks(rows, tiles.chunk, settings.reach), queries.count)
 
 
 def _block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
-
-
-def pick(options: dict, names: str) -> dict:
-    return {name: options[name] for name in names.split()}
 
 
 def strides(*tensors: Tensor | None) -> list[int]:
@@ -151,8 +175,8 @@ def new_buffer(kind: int, *shape, like: Tensor, dtype=None) -> Tensor:
 
 def run_sums(plan: Plan, call: Call, value, feature_k, first_kv, first_z):
     """The sums before each chunk; and after the last token when the call asks for them."""
-    shape, rows, tiles = plan.shape, call.rows, plan.tiles
-    heads, width, value_dim = shape["E"], shape["F"], shape["V"]
+    settings, rows = plan.settings, call.rows
+    heads, width, value_dim = feature_k.shape[1], feature_k.shape[3], value.shape[3]
     batch = rows.batch * heads
     dot, _ = product_precision(value.dtype)
     sums = torch.empty(batch, plan.slots, width, value_dim, dtype=dot, device=value.device)
@@ -161,57 +185,62 @@ def run_sums(plan: Plan, call: Call, value, feature_k, first_kv, first_z):
     if call.final:
         last_kv = torch.empty(rows.batch, heads, width, value_dim, dtype=torch.float32, device=value.device)
         last_z = torch.empty(rows.batch, heads, width, dtype=torch.float32, device=value.device)
-    block_f, block_v = min(tiles.sums.block, shape["BF"]), min(tiles.sums.block, shape["BV"])
-    grid = (triton.cdiv(width, block_f) * triton.cdiv(value_dim, block_v), rows.number * heads)
-    hybrid_linear_state_kernel[grid](
-        feature_k, value, first_kv, first_z, sums, sums_z, last_kv, last_z,
-        rows.start, rows.size, rows.past, plan.queries.base,
-        rows.length, plan.slots, call.window, *strides(feature_k, value),
-        **pick(shape, "E G F V W S WB C"), BF=block_f, BV=block_v,
-        **pick(plan.span, "KIND PAST DOT PRECISION"), FINAL=call.final,
-        num_warps=tiles.sums.warps, num_stages=tiles.sums.stages,
+    block_f, block_v = sum_blocks(settings)
+    launch(
+        settings.constants(
+            hybrid_linear_state_kernel, settings.tiles.sums, ("BF", "BV", "FINAL"), block_f, block_v, call.final
+        ),
+        (cdiv(width, block_f) * cdiv(value_dim, block_v), rows.number * heads),
+        (feature_k, value, first_kv, first_z, sums, sums_z, last_kv, last_z, rows.start, rows.size, rows.past,
+         plan.queries.base),
+        (rows.length, plan.slots, call.window, *strides(feature_k, value)),
     )  # fmt: skip
     return sums, sums_z, last_kv, last_z
 
 
+def sum_blocks(settings: Settings) -> tuple[int, int]:
+    """Sides of the tile of F x V that a program of the sums' kernels holds."""
+    sizes, values = settings.tiles.sums, settings.values
+    return min(sizes.block, values["BF"]), min(sizes.inner, values["BV"])
+
+
 class Saved(NamedTuple):
-    """What the forward leaves for the backward; `(B, T, H, V)` and `(B, H, T)` each, unused ones None."""
+    """What the forward leaves for the backward, unused ones None.
+
+    Fields: output, softmax_output `(B, T, H, V)`; stats `(4, B, H, T)` float32, log-sum-exp, mass, denominator and (for
+    a level that is the maximum, else 3 planes) maximum; best `(B, H, T)` int32, the key that holds the maximum.
+    """
 
     output: Tensor
     softmax_output: Tensor | None
-    lse: Tensor | None
-    mass: Tensor | None
-    denominator: Tensor | None
-    peak: Tensor | None
+    stats: Tensor | None
     best: Tensor | None
 
 
 def run_forward(plan: Plan, call: Call, x: Operands, feature_q, feature_k, sums, sums_z, save: bool):
     """The output `(B, T, H, V)` and, with `save`, what the backward needs."""
-    shape, rows = plan.shape, call.rows
+    settings, rows, blocks = plan.settings, call.rows, plan.queries
     batch, heads, length, _ = x.query.shape
     sink_key, sink_value = (x.key, x.value) if x.sink_key is None else (x.sink_key, x.sink_value)
-    linear, spans = plan.span["LINEAR"], call.window + call.sinks > 0
-    output = new_buffer(rows.kind, batch, length, heads, shape["V"], like=x.query)
+    linear, spans = feature_q is not None, call.window + call.sinks > 0
+    output = new_buffer(rows.kind, batch, length, heads, x.value.shape[3], like=x.query)
     soft = torch.empty_like(output) if save and linear and spans else None
-    stats = [None] * 5
+    stats = best = None
     if save:
-        wanted = (spans, spans and linear, linear, spans and linear and call.maximum)
-        stats = [
-            torch.empty(batch, heads, length, dtype=torch.float32, device=output.device) if w else None for w in wanted
-        ]
-        stats.append(torch.empty_like(stats[3], dtype=torch.int32) if wanted[3] else None)
-    blocks = plan.queries
+        planes = 4 if call.maximum else 3
+        stats = torch.empty(planes, batch, heads, length, dtype=torch.float32, device=output.device)
+        best = torch.empty(batch, heads, length, dtype=torch.int32, device=output.device) if call.maximum else None
     tensors = (sink_key, sink_value, x.query, x.key, x.value, feature_q, feature_k)
-    launch = plan.tiles.forward
-    hybrid_linear_fwd_kernel[(blocks.count * (plan.tiles.chunk // launch.block), batch * heads)](
-        x.query, x.key, x.value, feature_q, feature_k, sink_key, sink_value, sums, sums_z, x.weight, x.shift,
-        output, soft, *stats,
-        blocks.row, blocks.base, rows.start, rows.size, rows.past,
-        rows.number, length, plan.slots, call.window, call.scaling * LOG2E, *strides(*tensors),
-        **shape, **plan.span, BQ=launch.block, BK=launch.inner, SAVE=save, num_warps=launch.warps, num_stages=launch.stages,
+    sizes = settings.tiles.forward
+    launch(
+        settings.constants(hybrid_linear_fwd_kernel, sizes, ("BQ", "BK", "SAVE"), sizes.block, sizes.inner, save),
+        (blocks.count * (settings.tiles.chunk // sizes.block), batch * heads),
+        (x.query, x.key, x.value, feature_q, feature_k, sink_key, sink_value, sums, sums_z, x.weight, x.shift,
+         output, soft, stats, best, blocks.row, blocks.base, rows.start, rows.size, rows.past),
+        (rows.number, length, plan.slots, call.window, call.scaling * LOG2E, batch * heads * length,
+         *strides(*tensors)),
     )  # fmt: skip
-    return output, Saved(output, soft, *stats)
+    return output, Saved(output, soft, stats, best)
 
 
 def run(call: Call, x: Operands, save: bool):

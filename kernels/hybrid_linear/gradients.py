@@ -3,14 +3,14 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
+from ..launching import launch
 from ..triton_support import product_precision
 from .backward import hybrid_linear_bwd_key_kernel, hybrid_linear_bwd_query_kernel, hybrid_linear_bwd_reverse_kernel
-from .function import LOG2E, Call, Operands, Plan, Saved, make_features, map_spans, maps_of, new_buffer, pick, strides
+from .function import LOG2E, Call, Operands, Plan, Saved, make_features, map_spans, maps_of, new_buffer, strides, sum_blocks
 from .maps import map_backward
-from .rows import PACKED, PLAIN, SPANS
+from .rows import PACKED, PLAIN, SPANS, cdiv
 
 
 def run_backward(call: Call, plan: Plan, x: Operands, needs: Operands, sums, sums_z, saved: Saved, grad, grad_kv, grad_z):
@@ -26,12 +26,12 @@ def run_backward(call: Call, plan: Plan, x: Operands, needs: Operands, sums, sum
     inputs = any((needs.query, needs.key, needs.value, needs.sink_key, needs.sink_value))
     maps_need = any((needs.q_weight, needs.q_bias, needs.q_magnitude, needs.k_weight, needs.k_bias, needs.k_magnitude))
     through_maps = inputs and any(name is not None for name in call.activations)
-    features = plan.span["LINEAR"] and bool(needs.feature_q or needs.feature_k or maps_need or through_maps)
+    features = plan.settings.values["LINEAR"] and bool(needs.feature_q or needs.feature_k or maps_need or through_maps)
     found: dict[str, Tensor | None] = {}
     terms, grad_query, grad_feature_q = _query_side(
         call, plan, x, feature_k, sums, sums_z, saved, grad, inputs, features, found
     )
-    if plan.span["LINEAR"] and (inputs or features or needs.first_kv):
+    if plan.settings.values["LINEAR"] and (inputs or features or needs.first_kv):
         back = _reverse(call, plan, x, feature_q, grad, terms, found, grad_kv, grad_z)
     else:
         back = (None, None)
@@ -53,10 +53,11 @@ def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor:
 
 def _query_side(call, plan, x, feature_k, sums, sums_z, saved, grad, inputs, features, found):
     """Launch the query kernel: per-row terms, gradients of queries and their features; leaves the parts in `found`."""
-    shape, rows, launch = plan.shape, call.rows, plan.tiles.query
+    settings, rows, sizes = plan.settings, call.rows, plan.settings.tiles.query
+    shape = settings.values
     batch, heads, length, dim = x.query.shape
     spans = call.window + call.sinks > 0
-    programs = plan.queries.count * (plan.tiles.chunk // launch.block)
+    programs = plan.queries.count * (settings.tiles.chunk // sizes.block)
     device, kind = x.query.device, rows.kind
     planes = 5 if call.maximum else 4
     terms = torch.empty(planes, batch, heads, length, dtype=torch.float32, device=device)
@@ -68,27 +69,29 @@ def _query_side(call, plan, x, feature_k, sums, sums_z, saved, grad, inputs, fea
         given = x.feature_q if call.activations[0] is None else None
         dtype = product_precision(x.query.dtype)[0] if given is None else given.dtype
         grad_feature = new_buffer(kind, batch, length, heads, shape["F"], like=x.query, dtype=dtype)
-    if plan.tiles.chunk != launch.block:  # the last chunk may have blocks beyond the row, which write nothing
+    if settings.tiles.chunk != sizes.block:  # the last chunk may have blocks beyond the row, which write nothing
         kind = SPANS
-    if spans and plan.span["LINEAR"]:
+    if spans and plan.settings.values["LINEAR"]:
         part_weight = new_buffer(kind, batch * heads, programs, 2, like=terms)
     if inputs and call.sinks:
         part_key = new_buffer(kind, batch * heads, programs, call.sinks, dim, like=terms)
         part_value = new_buffer(kind, batch * heads, programs, call.sinks, shape["V"], like=terms)
     sinks = (x.key, x.value) if x.sink_key is None else (x.sink_key, x.sink_value)
-    hybrid_linear_bwd_query_kernel[(programs, batch * heads)](
-        x.query, x.key, x.value, feature_k, *sinks, sums, sums_z, x.weight, x.shift,
-        saved.output, saved.softmax_output, grad, saved.lse, saved.mass, saved.denominator, saved.peak, saved.best,
-        grad_query, grad_feature, terms, part_weight, part_key, part_value,
-        plan.queries.row, plan.queries.base, rows.start, rows.size, rows.past,
-        rows.number, length, plan.slots, call.window, call.scaling * LOG2E, call.scaling, batch * heads * length,
-        *strides(*sinks, x.query, x.key, x.value, feature_k, grad),
-        **shape, **plan.span, BQ=launch.block, BK=launch.inner, INPUTS=inputs, FEATURES=features,
-        num_warps=launch.warps, num_stages=launch.stages,
+    launch(
+        settings.constants(
+            hybrid_linear_bwd_query_kernel, sizes, ("BQ", "BK", "INPUTS", "FEATURES"), sizes.block, sizes.inner, inputs,
+            features,
+        ),
+        (programs, batch * heads),
+        (x.query, x.key, x.value, feature_k, *sinks, sums, sums_z, x.weight, x.shift, saved.output,
+         saved.softmax_output, grad, saved.stats, saved.best, grad_query,
+         grad_feature, terms, part_weight, part_key, part_value, plan.queries.row, plan.queries.base, rows.start,
+         rows.size, rows.past),
+        (rows.number, length, plan.slots, call.window, call.scaling * LOG2E, call.scaling, batch * heads * length,
+         *strides(*sinks, x.query, x.key, x.value, feature_k, grad)),
     )  # fmt: skip
     if part_weight is not None:
-        total = part_weight.view(batch, heads, programs, 2).sum((0, 2))
-        found["weight"], found["shift"] = total[:, 0] / x.weight.float(), total[:, 1]
+        found["weight"], found["shift"] = part_weight.view(batch, heads, programs, 2).sum((0, 2)).unbind(1)
     if part_key is not None:
         found["part_key"], found["part_value"] = part_key, part_value
     turned = [None if g is None else g.transpose(1, 2) for g in (grad_query, grad_feature)]
@@ -101,7 +104,7 @@ def _zeros(kind, *size, like, dtype=None):
 
 def _reverse(call, plan, x, feature_q, grad, terms, found, grad_kv, grad_z):
     """Launch the reverse walk: what the queries after each chunk send back, and the gradient of the state's sums."""
-    shape, rows, tiles = plan.shape, call.rows, plan.tiles
+    settings, rows, shape = plan.settings, call.rows, plan.settings.values
     batch, heads, length, _ = x.query.shape
     width, value_dim, past = shape["F"], shape["V"], rows.past is not None
     dot, _ = product_precision(x.query.dtype)
@@ -110,15 +113,13 @@ def _reverse(call, plan, x, feature_q, grad, terms, found, grad_kv, grad_z):
     sums_z = torch.empty(batch * heads, plan.slots, width, dtype=torch.float32, device=device)
     first_kv = torch.empty(batch, heads, width, value_dim, dtype=torch.float32, device=device) if past else None
     first_z = torch.empty(batch, heads, width, dtype=torch.float32, device=device) if past else None
-    block_f, block_v = min(tiles.sums.block, shape["BF"]), min(tiles.sums.block, shape["BV"])
-    grid = (triton.cdiv(width, block_f) * triton.cdiv(value_dim, block_v), rows.number * heads)
-    hybrid_linear_bwd_reverse_kernel[grid](
-        feature_q, grad, terms, sums, sums_z, first_kv, first_z,
-        rows.start, rows.size, plan.queries.base,
-        length, plan.slots, batch * heads * length, *strides(feature_q, grad),
-        **pick(shape, "H F V C"), BF=block_f, BV=block_v, **pick(plan.span, "KIND PAST DOT PRECISION"),
-        num_warps=tiles.sums.warps, num_stages=tiles.sums.stages,
-    )  # fmt: skip
+    block_f, block_v = sum_blocks(settings)
+    launch(
+        settings.constants(hybrid_linear_bwd_reverse_kernel, settings.tiles.sums, ("BF", "BV"), block_f, block_v),
+        (cdiv(width, block_f) * cdiv(value_dim, block_v), rows.number * heads),
+        (feature_q, grad, terms, sums, sums_z, first_kv, first_z, rows.start, rows.size, plan.queries.base),
+        (length, plan.slots, batch * heads * length, *strides(feature_q, grad)),
+    )
     if past:
         for name, part, last in (("first_kv", first_kv, grad_kv), ("first_z", first_z, grad_z)):
             total = _per_group(part, shape["E"])
@@ -134,10 +135,11 @@ def _per_group(gradient: Tensor, groups: int) -> Tensor:
 
 def _key_side(call, plan, x, feature_q, feature_k, saved, grad, terms, back, grad_kv, grad_z, inputs, features):
     """Launch the key kernel: gradients of keys, values `(B, G, T', .)` and key features `(B, E, T', F)`."""
-    shape, rows, launch = plan.shape, call.rows, plan.tiles.key
+    settings, rows, sizes = plan.settings, call.rows, plan.settings.tiles.key
+    shape = settings.values
     batch, heads, length, dim = x.query.shape
     key_length = x.key.shape[2]
-    kind, linear = rows.kind, plan.span["LINEAR"]
+    kind, linear = rows.kind, plan.settings.values["LINEAR"]
     grad_key = grad_value = grad_feature = None
     if inputs:
         grad_key = (new_buffer if call.window else _zeros)(kind, batch, key_length, heads, dim, like=x.key)
@@ -148,16 +150,17 @@ def _key_side(call, plan, x, feature_q, feature_k, saved, grad, terms, back, gra
         grad_feature = new_buffer(kind, batch, key_length, heads, shape["F"], like=x.key, dtype=dtype)
     last = linear and grad_kv is not None
     blocks = plan.keys
-    hybrid_linear_bwd_key_kernel[(blocks.count * (plan.tiles.chunk // launch.block), batch * heads)](
-        x.query, x.key, x.value, feature_q, feature_k, grad, terms, saved.lse, saved.best, *back,
-        grad_kv if last else None, grad_z if last else None,
-        grad_key, grad_value, grad_feature,
-        blocks.row, blocks.base, plan.queries.base, rows.start, rows.size, rows.past,
-        rows.number, length, plan.slots, call.window, key_length, call.scaling * LOG2E, call.scaling,
-        batch * heads * length, *strides(x.query, x.key, x.value, feature_q, feature_k, grad),
-        **pick(shape, "H G E D V F W S WB C BD BV BF MAXIMUM"), **plan.span, LAST=last,
-        BN=launch.block, BM=launch.inner, INPUTS=inputs, FEATURES=features,
-        num_warps=launch.warps, num_stages=launch.stages,
+    launch(
+        settings.constants(
+            hybrid_linear_bwd_key_kernel, sizes, ("BN", "BM", "LAST", "INPUTS", "FEATURES"), sizes.block, sizes.inner,
+            last, inputs, features,
+        ),
+        (blocks.count * (settings.tiles.chunk // sizes.block), batch * heads),
+        (x.query, x.key, x.value, feature_q, feature_k, grad, terms, saved.stats, saved.best, *back,
+         grad_kv if last else None, grad_z if last else None, grad_key, grad_value, grad_feature,
+         blocks.row, blocks.base, plan.queries.base, rows.start, rows.size, rows.past),
+        (rows.number, length, plan.slots, call.window, key_length, call.scaling * LOG2E, call.scaling,
+         batch * heads * length, *strides(x.query, x.key, x.value, feature_q, feature_k, grad)),
     )  # fmt: skip
     turned: list[Any] = [None if g is None else g.transpose(1, 2) for g in (grad_key, grad_value, grad_feature)]
     for place, groups in enumerate((shape["G"], shape["G"], shape["E"])):
@@ -206,7 +209,7 @@ def _scatter_sinks(rows, plan, part, target):
     """Sinks of padded or packed rows: part `(B, G, programs, S, .)`, each added at its row's first tokens."""
     place = torch.arange(part.shape[3], device=part.device)
     if rows.kind == PACKED:
-        repeat = plan.tiles.chunk // plan.tiles.query.block
+        repeat = plan.settings.tiles.chunk // plan.settings.tiles.query.block
         owner = plan.queries.row.repeat_interleave(repeat)
         chosen = (owner == torch.arange(rows.number, device=part.device)[:, None]).to(part.dtype)
         total = torch.einsum("np,bgpsd->nbgsd", chosen, part)[:, 0]

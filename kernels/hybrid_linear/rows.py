@@ -43,6 +43,11 @@ class Blocks(NamedTuple):
     base: Tensor | None
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
 def make_rows(query: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, past: Tensor | None) -> Rows:
     """Describe the rows of a call (arguments of the public function; past is the state's count)."""
     batch, _, length, _ = query.shape
@@ -59,11 +64,11 @@ def make_rows(query: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor |
 def make_blocks(rows: Rows, block: int, extra: int = 0) -> Blocks:
     """Cut every row, lengthened by `extra` tokens, into blocks."""
     if rows.kind != PACKED:
-        return Blocks(triton.cdiv(rows.length + extra, block), None, None)
+        return Blocks(cdiv(rows.length + extra, block), None, None)
     assert rows.start is not None
     sizes = (rows.start[1:] - rows.start[:-1] + (extra + block - 1)).div(block, rounding_mode="floor")
     ends = sizes.cumsum(0, dtype=torch.int32)
-    count = rows.length // block + rows.number * (1 + triton.cdiv(extra, block))
+    count = rows.length // block + rows.number * (1 + cdiv(extra, block))
     places = torch.arange(count, device=ends.device, dtype=torch.int32)
     return Blocks(count, torch.searchsorted(ends, places, right=True, out_int32=True), ends - sizes)
 
