@@ -169,11 +169,10 @@ class DecodingSession:
     def attach(self, layers: list) -> None:
         """Take over the states of a cache's layers, whose rows are as many."""
         self.release()
-        states = [layer.state for layer in layers]
-        self.count.copy_(states[0].count)
-        for mine, layer, state in zip(self.layers, layers, states, strict=True):
-            mine.buffers.load_(state)
-            layer.lend(self)
+        self.count.copy_(layers[0].state.count)
+        for mine, layer in zip(self.layers, layers, strict=True):
+            mine.buffers.load_(layer.state)
+            layer.lend(self)  # which frees the state before the next one is copied
         self._lenders = [weakref.ref(layer) for layer in layers]
 
     @torch.no_grad()

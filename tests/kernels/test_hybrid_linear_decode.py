@@ -4,13 +4,17 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tiny_models import make_student, make_teacher, perturb
 
 from linearize.kernels.hybrid_linear import reference
 from linearize.modeling import FeatureMapWeights, HybridLinearState
+from linearize.modeling.decoding import DecodingSession
 from linearize.modeling.op_hybrid_linear_decode import DecodeBuffers, new_buffers, read_buffers
 
 triton = pytest.importorskip("triton")
 import linearize.kernels.hybrid_linear.decode as decode  # noqa: E402
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_decoding.py runs the kernel itself")
 
 STEPS = 9
 CASES = {
@@ -210,3 +214,17 @@ def test_unsupported_calls_give_a_reason():
     assert "head dimensions up to 256" in decode.decode_unsupported(torch.zeros(1, 1, 1, 257), None, None)
     wide = FeatureMapWeights(torch.zeros(1, 8, 129), None, None, "softmax")
     assert "these are 258" in decode.decode_unsupported(torch.zeros(1, 1, 1, 8), wide, wide)
+
+
+def test_a_model_decodes_by_the_kernel():
+    """A session's steps reach the kernel through the run-time backend, and give what the chunked path gives."""
+    teacher = make_teacher(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    student = make_student(teacher, {"linear": {"type": "linear", "window": 2, "sinks": 1, "feature_dim": 8}})
+    perturb(student)
+    tokens, logits = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 5, 6]]), {}
+    for backend in ("chunked", "triton"):
+        student.set_op_backend(backend)
+        session = DecodingSession(student, 2)
+        logits[backend] = torch.stack([session.step(tokens[:, i]).clone() for i in range(5)])
+    assert not torch.equal(logits["triton"], logits["chunked"])
+    assert (logits["triton"] - logits["chunked"]).abs().max() <= 1e-5 * logits["chunked"].abs().max()
