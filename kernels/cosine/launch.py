@@ -33,6 +33,12 @@ class Tiles(NamedTuple):
     project: Tile
 
 
+NARROW = Tiles(128, Tile(128, 0, 32, 8, 4), Tile(64, 64, 128, 4, 1), Tile(64, 64, 128, 4, 1))
+WIDE = Tiles(128, Tile(128, 0, 32, 8, 3), Tile(64, 64, 128, 8, 1), Tile(64, 64, 64, 8, 1))
+NARROW_FLOAT = Tiles(64, Tile(64, 0, 32, 8, 2), Tile(64, 32, 64, 8, 1), Tile(64, 32, 64, 8, 1))
+WIDE_FLOAT = Tiles(64, Tile(64, 0, 16, 8, 2), Tile(64, 32, 32, 8, 1), Tile(32, 32, 32, 8, 1))
+
+
 class Sharing(NamedTuple):
     """Which heads the programs of a pass read (see passes.py)."""
 
@@ -62,23 +68,15 @@ class Pass(NamedTuple):
 
 
 def choose_tiles(dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
-    """Sizes that were compiled for an H100 without spills."""
+    """Sizes for an H100: several programs on each multiprocessor where registers allow, hardly a spill elsewhere."""
     wide = max(dim, value_dim) > 128
     columns = max(16, triton.next_power_of_2(value_dim))
     if dtype == torch.bfloat16:
-        tiles = Tiles(
-            128,
-            Tile(128, 0, 32, 4, 3),
-            Tile(64, 64, 128, 4, 2) if wide else Tile(128, 64, 128, 8, 2),
-            Tile(64, 64, 64, 8, 1) if wide else Tile(128, 64, 128, 8, 2),
-        )
+        tiles = WIDE if wide else NARROW
     else:
-        tiles = Tiles(
-            64,
-            Tile(64, 0, 32, 4, 2),
-            Tile(64, 32, 32 if wide else 64, 4, 1),
-            Tile(32, 32, 32, 4, 1) if wide else Tile(64, 32, 64, 4, 1),
-        )
+        tiles = WIDE_FLOAT if wide else NARROW_FLOAT
+        if dtype == torch.float32:  # three products in one need registers
+            tiles = tiles._replace(apply=tiles.apply._replace(others=16))
     chunk = min(tiles.chunk, CHUNK_LIMIT)
 
     def fit(tile: Tile) -> Tile:

@@ -117,6 +117,8 @@ def cosine_apply_kernel(
         slot = row.to(tl.int64) * (heads // S_DIVISOR) + head // S_DIVISOR
     snapshots += slot * (DX * DY)
     sums = load_square(snapshots, offset, DX, DY, BLOCK_X, BLOCK_Y).to(DTYPE)
+    level = level_of(log_count(place, row, count, past, PAST, CAUSAL), exponent, head, POWER)
+    own_factor = inverse_norm(x_tile) * level * gain_of(gain, head, GAIN)
     operand = x_tile.to(DTYPE)
     result = tl.dot(operand, sums, input_precision=PRECISION)
     if CAUSAL:
@@ -138,8 +140,7 @@ def cosine_apply_kernel(
             order = (other[None, :] >= place[:, None]) if AFTER else (other[None, :] <= place[:, None])
             pairs = tl.where(order, pairs * f[None, :], 0.0).to(DTYPE)
             result = tl.dot(pairs, oy_tile.to(DTYPE), result, input_precision=PRECISION)
-    level = level_of(log_count(place, row, count, past, PAST, CAUSAL), exponent, head, POWER)
-    result *= (inverse_norm(x_tile) * level * gain_of(gain, head, GAIN))[:, None]
+    result *= own_factor[:, None]
     out += batch * out_batch + head.to(tl.int64) * out_head
     store_tile(out, out_token, first + place, inside, offset, result, DY, BLOCK_Y)
 
