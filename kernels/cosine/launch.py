@@ -10,7 +10,6 @@ from ..hybrid_linear.rows import PACKED, SPANS, Blocks, Rows, make_blocks
 from ..triton_support import product_precision
 from .passes import cosine_apply_kernel, cosine_project_kernel, cosine_sums_kernel
 
-CHUNK_LIMIT = 128  # tokens between two snapshots of the sum; tests lower it to meet several chunks
 SEGMENTS = 16  # of a row that is summed as a whole
 
 
@@ -25,7 +24,7 @@ class Tile(NamedTuple):
 
 
 class Tiles(NamedTuple):
-    """CHUNK and the three kernels' sizes."""
+    """CHUNK, the tokens between two snapshots of the sum, and the three kernels' sizes."""
 
     chunk: int
     sums: Tile
@@ -77,14 +76,7 @@ def choose_tiles(dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
         tiles = WIDE_FLOAT if wide else NARROW_FLOAT
         if dtype == torch.float32:  # three products in one need registers
             tiles = tiles._replace(apply=tiles.apply._replace(others=16))
-    chunk = min(tiles.chunk, CHUNK_LIMIT)
-
-    def fit(tile: Tile) -> Tile:
-        return tile._replace(
-            rows=min(tile.rows, chunk), others=min(tile.others, chunk), columns=min(tile.columns, columns)
-        )
-
-    return Tiles(chunk, *(fit(tile) for tile in tiles[1:]))
+    return Tiles(tiles.chunk, *(tile._replace(columns=min(tile.columns, columns)) for tile in tiles[1:]))
 
 
 def make_pass(rows: Rows, dim: int, value_dim: int, dtype: torch.dtype, causal: bool) -> Pass:

@@ -20,10 +20,19 @@ SIDES = ["query", "key"]
 FORMS = [(True, "query"), (True, "key"), (False, "query")]
 
 
+def small_tiles(apply_rows, project_rows):
+    """Several chunks, parts of a chunk, blocks of other tokens and of value columns at test sizes."""
+    return launch.Tiles(
+        32,
+        launch.Tile(32, 0, 16, 4, 1),
+        launch.Tile(apply_rows, 16, 16, 4, 1),
+        launch.Tile(project_rows, 16, 16, 4, 1),
+    )
+
+
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
-    """Several chunks, and parts of a chunk, at test lengths."""
-    monkeypatch.setattr(launch, "CHUNK_LIMIT", 16)
+    monkeypatch.setattr(launch, "NARROW_FLOAT", small_tiles(16, 32))
 
 
 def make_inputs(batch=2, heads=2, groups=1, length=37, dim=16, value_dim=16, seed=0):
@@ -97,6 +106,13 @@ def check(inputs, mix, state=None, **options):
 @pytest.mark.parametrize("groups", [1, 2, 4])
 def test_outputs_and_gradients(groups, causal, side):
     inputs, mix = make_inputs(heads=4, groups=groups)
+    check(inputs, mix, causal=causal, scale_side=side)
+
+
+@pytest.mark.parametrize(("causal", "side"), FORMS)
+def test_other_parts_of_a_chunk(causal, side, monkeypatch):
+    monkeypatch.setattr(launch, "NARROW_FLOAT", small_tiles(32, 16))
+    inputs, mix = make_inputs(batch=1, length=37)
     check(inputs, mix, causal=causal, scale_side=side)
 
 
@@ -226,3 +242,4 @@ def test_every_tile_divides_its_chunk():
             tiles = launch.choose_tiles(dim, value_dim, dtype)
             for tile in (tiles.apply, tiles.project):
                 assert tiles.chunk % tile.rows == 0 and tile.rows % tile.others == 0
+            assert tiles.sums.rows == tiles.chunk
