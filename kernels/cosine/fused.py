@@ -63,7 +63,7 @@ def fused(
         )  # fmt: skip
     past = None if initial_state is None else initial_state.count
     rows = make_rows(query, attention_mask, cu_seqlens, past)
-    this = make_pass(rows, query.shape[3], value.shape[3], query.dtype, causal)
+    this = make_pass(rows, query, value, causal)
     call = Call(this, query.shape[1] // key.shape[1], key_side, return_state)
     operands = Operands(query, key, value, exponent, gain, None if initial is None else initial.float().contiguous())
     output, total = Cosine.apply(call, *operands) if train else run(call, operands)

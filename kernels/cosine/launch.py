@@ -1,5 +1,6 @@
 """How the kernels are launched: tile sizes by width and dtype, grids, and the buffers between the passes."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,8 @@ from ..hybrid_linear.rows import PACKED, SPANS, Blocks, Rows, make_blocks
 from ..triton_support import product_precision
 from .passes import cosine_apply_kernel, cosine_project_kernel, cosine_sums_kernel
 
-SEGMENTS = 16  # of a row that is summed as a whole
+AMPLE_SHARED_MEMORY = 160 * 1024  # what the sizes below need at most (A100, H100)
+PROGRAMS = 512  # that sums of whole rows are cut into, where their length allows
 
 
 class Tile(NamedTuple):
@@ -79,8 +81,18 @@ def choose_tiles(dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
     return Tiles(tiles.chunk, *(tile._replace(columns=min(tile.columns, columns)) for tile in tiles[1:]))
 
 
-def make_pass(rows: Rows, dim: int, value_dim: int, dtype: torch.dtype, causal: bool) -> Pass:
-    tiles = choose_tiles(dim, value_dim, dtype)
+@functools.cache
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that one program may hold in shared memory."""
+    if device.type != "cuda":
+        return AMPLE_SHARED_MEMORY
+    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
+
+
+def make_pass(rows: Rows, query: Tensor, value: Tensor, causal: bool) -> Pass:
+    tiles = choose_tiles(query.shape[3], value.shape[3], query.dtype)
+    if _shared_memory(query.device) < AMPLE_SHARED_MEMORY:  # one chunk in flight
+        tiles = tiles._replace(sums=tiles.sums._replace(stages=2))
     return Pass(rows, make_blocks(rows, tiles.chunk), tiles, causal)
 
 
@@ -103,17 +115,17 @@ def sum_side(
     multiply, precision = product_precision(x.dtype)
     kept = x.dtype if multiply == torch.bfloat16 else torch.float32
     factor = x.new_empty(rows.batch, heads * sharing.loop, rows.length, dtype=torch.float32)
-    segments, total = 1, None
+    blocks, segments, total = triton.cdiv(value_dim, tile.columns), 1, None
     if this.causal:
         snapshots = x.new_empty(rows.batch, heads, this.chunks.count, dim, value_dim, dtype=kept)
         if keep_total:
             total = x.new_empty(rows.batch, heads, dim, value_dim, dtype=torch.float32)
     else:
-        segments = max(1, min(SEGMENTS, this.chunks.count // 4))
+        longest = this.chunks.count // rows.number if rows.kind == PACKED else this.chunks.count
+        segments = max(1, min(longest // 4, PROGRAMS // (blocks * heads * rows.number)))
         total = x.new_empty(rows.number, heads, segments, dim, value_dim, dtype=torch.float32)
         snapshots = total
-    grid = (triton.cdiv(value_dim, tile.columns) * segments, heads, rows.number)
-    cosine_sums_kernel[grid](
+    cosine_sums_kernel[(blocks * segments, heads, rows.number)](
         x, y, side.exponent, side.gain, initial, factor, snapshots, total,
         *x.stride()[:3], *y.stride()[:3],
         rows.start, rows.size, rows.past, this.chunks.base, rows.length, this.chunks.count, segments,

@@ -138,6 +138,13 @@ def test_packing(causal, side):
     check(inputs, mix, causal=causal, scale_side=side, cu_seqlens=bounds)
 
 
+def test_segments_of_whole_rows():
+    """Not causal and long: several programs share a row's sum."""
+    inputs, mix = make_inputs(batch=2, heads=1, groups=1, length=8 * 32 + 5)
+    mask = make_mask("right", length=8 * 32 + 5)
+    check(poison(inputs, mask), mix, causal=False, attention_mask=mask)
+
+
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("padding", [None, "left"])
 def test_states_in_and_out(padding, side):
