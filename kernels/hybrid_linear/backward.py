@@ -15,7 +15,7 @@ its part, and the parts are added up. Legend as in `forward.py`.
 import triton
 import triton.language as tl
 
-from .forward import DENOMINATOR_FLOOR, LN2, LOG2E, MASS_LIMIT
+from .forward import DENOMINATOR_FLOOR, LOG2E, MASS_LIMIT
 from .rows import find_block, load_rows, row_span, store_rows
 
 
@@ -30,7 +30,15 @@ def row_terms(
     y = load_rows(output + place, stride, index, real, V, BV)
     delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
     zero = tl.zeros_like(delta)
-    share, offset, inverse, grad_den, grad_top, grad_weight, grad_shift = zero + 1, -delta, zero, zero, zero, zero, zero
+    share, offset, inverse, grad_den, grad_top, grad_weight, grad_shift = (
+        zero + 1,
+        -delta,
+        zero,
+        zero,
+        zero,
+        zero,
+        zero,
+    )
     if LINEAR:
         den = tl.load(stats + 2 * plane + stat, mask=real, other=1.0)
         inverse = 1.0 / tl.maximum(den, DENOMINATOR_FLOOR)
@@ -166,7 +174,9 @@ def hybrid_linear_bwd_query_kernel(
         sum_index = (b64 * E + head // (H // E)) * slots + slot + chunk
         kv = load_rows(sums + sum_index * (F * V), V, f, f < F, V, BV)
         z = tl.load(sums_z + sum_index * F + f, mask=f < F, other=0.0)
-        acc_f = tl.dot(grad, tl.trans(kv), input_precision=PRECISION) * inverse[:, None] + grad_den[:, None] * z[None, :]
+        acc_f = (
+            tl.dot(grad, tl.trans(kv), input_precision=PRECISION) * inverse[:, None] + grad_den[:, None] * z[None, :]
+        )
         fk_row = feature_k + b64 * fk_b + (head // (H // E)) * fk_h + key_first * fk_t.to(tl.int64)
         for j0 in range(tl.maximum(chunk * C - WB, KLOW), tl.minimum(begin + BQ - W, count), BK):
             j = j0 + tl.arange(0, BK)

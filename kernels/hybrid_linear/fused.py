@@ -89,7 +89,9 @@ def fused(
     if initial_state is not None:
         sink_key, sink_value = new_sinks(rows, sinks, initial_state, key, value)
         keys = extend_keys(rows, window, initial_state, *keys)
-    maps = [x[:3] if x is not None and not isinstance(x, Tensor) else (None,) * 3 for x in (query_features, key_features)]
+    maps = [
+        x[:3] if x is not None and not isinstance(x, Tensor) else (None,) * 3 for x in (query_features, key_features)
+    ]
     operands = Operands(
         _dense(query), *(_dense(x) for x in keys[:2]), _dense(query_features), _dense(keys[2]), *maps[0], *maps[1],
         window_weight if linear and window + sinks else None, window_shift if linear and window + sinks else None,

@@ -8,12 +8,26 @@ from torch import Tensor
 from ..launching import launch
 from ..triton_support import product_precision
 from .backward import hybrid_linear_bwd_key_kernel, hybrid_linear_bwd_query_kernel, hybrid_linear_bwd_reverse_kernel
-from .function import LOG2E, Call, Operands, Plan, Saved, make_features, map_spans, maps_of, new_buffer, strides, sum_blocks
+from .function import (
+    LOG2E,
+    Call,
+    Operands,
+    Plan,
+    Saved,
+    make_features,
+    map_spans,
+    maps_of,
+    new_buffer,
+    strides,
+    sum_blocks,
+)
 from .maps import map_backward
 from .rows import PACKED, PLAIN, SPANS, cdiv
 
 
-def run_backward(call: Call, plan: Plan, x: Operands, needs: Operands, sums, sums_z, saved: Saved, grad, grad_kv, grad_z):
+def run_backward(
+    call: Call, plan: Plan, x: Operands, needs: Operands, sums, sums_z, saved: Saved, grad, grad_kv, grad_z
+):
     """Gradients in the order of `Operands`, None where not needed.
 
     Args:
@@ -43,7 +57,10 @@ def run_backward(call: Call, plan: Plan, x: Operands, needs: Operands, sums, sum
         if inputs:
             _add_sinks(call, plan, x, found, grad_key, grad_value)
         found |= {"query": grad_query, "key": grad_key, "value": grad_value}
-    return [_like(found.get(name), tensor) if need else None for name, tensor, need in zip(x._fields, x, needs, strict=True)]
+    return [
+        _like(found.get(name), tensor) if need else None
+        for name, tensor, need in zip(x._fields, x, needs, strict=True)
+    ]
 
 
 def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor:
@@ -180,11 +197,17 @@ def _through_maps(call, x, found, grad_inputs, grad_features, inputs):
         target, heads = grad_inputs[side], grad_features[side].shape[1]
         add = None
         if inputs:
-            add = target if target.shape[1] == heads else _zeros(None, *source.shape[:1], heads, *source.shape[2:], like=source)
+            add = (
+                target
+                if target.shape[1] == heads
+                else _zeros(None, *source.shape[:1], heads, *source.shape[2:], like=source)
+            )
         parts = map_backward(source, map_, grad_features[side], grad_x=add, span=span)
         if add is not None and add is not target:
             target += _per_group(add, target.shape[1])
-        found |= {f"{letter}_{part}": value for part, value in zip(("weight", "bias", "magnitude"), parts, strict=True)}
+        found |= {
+            f"{letter}_{part}": value for part, value in zip(("weight", "bias", "magnitude"), parts, strict=True)
+        }
 
 
 def _add_sinks(call, plan, x, found, grad_key, grad_value):
@@ -218,6 +241,8 @@ def _scatter_sinks(rows, plan, part, target):
         total, start, size = part.sum(2), rows.start, rows.size
     inside = (place < size[:, None])[:, None, :, None]
     index = (start[:, None] + place).clamp(max=target.shape[2] - 1).long()
-    batch = torch.zeros_like(index) if rows.kind == PACKED else torch.arange(index.shape[0], device=index.device)[:, None]
+    batch = (
+        torch.zeros_like(index) if rows.kind == PACKED else torch.arange(index.shape[0], device=index.device)[:, None]
+    )
     total = total.masked_fill(~inside, 0.0).movedim(1, 2).to(target.dtype)
     target.transpose(1, 2).index_put_((batch.expand_as(index), index), total, accumulate=True)

@@ -34,24 +34,9 @@ def project_tile(x, high, low, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def thirds(row, dtype: tl.constexpr):
-    """A float32 row `[n]` as an operand `[n, 16]` in `dtype`: three columns that sum to it, the others 0.
-
-    The tensor cores then take products with a row, and no thread holds the other side in float32.
-    """
-    column = tl.arange(0, 16)[None, :]
-    high = row.to(dtype)
-    rest = row - high.to(tl.float32)
-    middle = rest.to(dtype)
-    low = (rest - middle.to(tl.float32)).to(dtype)
-    tile = tl.where(column == 1, middle[:, None], tl.where(column == 2, low[:, None], tl.zeros([1, 16], dtype)))
-    return tl.where(column == 0, high[:, None], tile)
-
-
-@triton.jit
-def level_tile(x, magnitude, PRECISION: tl.constexpr):
+def level_tile(x, magnitude):
     """`x . magnitude` in float32 per row, before the clamp."""
-    return tl.sum(tl.dot(x, thirds(magnitude, x.dtype), input_precision=PRECISION), 1)
+    return tl.sum(x.to(tl.float32) * magnitude[None, :], 1)
 
 
 @triton.jit
@@ -144,7 +129,7 @@ def feature_tile(
     if BIAS:
         u += bias[None, :]
     if MAGNITUDE:
-        level = level_tile(x, magnitude, PRECISION)
+        level = level_tile(x, magnitude)
     return finish_tile(u, level, ACTIVATION, MAGNITUDE, WIDTH)
 
 

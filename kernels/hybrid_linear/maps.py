@@ -22,7 +22,6 @@ from .map_tiles import (
     level_tile,
     project_tile,
     split_weight,
-    thirds,
 )
 
 PAIRED = ("softmax", "exp")  # activations with features for both signs of u: F = 2f
@@ -100,7 +99,7 @@ def _project_in_parts(
         w, m = _load_map(weight, magnitude, head, dim, D, WIDTH, BLOCK_F, MAGNITUDE)
         high, low = split_weight(w, x.dtype.element_ty)
         u += project_tile(tile, high, low, PRECISION)
-        level += level_tile(tile, m, PRECISION)
+        level += level_tile(tile, m)
     return u, level
 
 
@@ -223,7 +222,7 @@ def feature_map_bwd_kernel(
     high, low = split_weight(w, x.dtype.element_ty)
     grad_w = tl.zeros([BLOCK_D, BLOCK_F], tl.float32)
     grad_b = tl.zeros([BLOCK_F], tl.float32)
-    grad_m = tl.zeros([BLOCK_D, 16], tl.float32)
+    grad_m = tl.zeros([BLOCK_D], tl.float32)
     for tile in range(first, tl.minimum(first + run, tiles)):
         batch, token, exists, real = _tile_tokens(tile, row_tiles, tokens, start, length, SPAN, ROWS)
         row = token.to(tl.int64)[:, None]
@@ -232,7 +231,7 @@ def feature_map_bwd_kernel(
         q = tl.load(source + dim[None, :], mask=inside, other=0.0)
         if PARTS == 1:
             u = project_tile(q, high, low, PRECISION)
-            level = level_tile(q, m, PRECISION)
+            level = level_tile(q, m)
         else:
             u, level = _project_in_parts(
                 source, real, weight, magnitude, head, D, WIDTH, BLOCK_D, BLOCK_F, PARTS, MAGNITUDE, PRECISION
@@ -254,9 +253,7 @@ def feature_map_bwd_kernel(
             if BIAS:
                 grad_b += tl.sum(grad_u, 0)
             if MAGNITUDE:
-                grad_m = tl.dot(
-                    tl.trans(q.to(PRODUCT)), thirds(grad_level, PRODUCT), grad_m, input_precision=PRECISION
-                )
+                grad_m += tl.sum(q.to(tl.float32) * grad_level[:, None], 0)
         if INPUT:
             update = tl.dot(narrow, tl.trans(w.to(PRODUCT)), input_precision=PRECISION)
             if MAGNITUDE:
@@ -273,7 +270,7 @@ def feature_map_bwd_kernel(
             if part == 0:
                 tl.store(sums + bias_place + head * WIDTH + column, grad_b, mask=column < WIDTH)
         if MAGNITUDE:
-            tl.store(sums + magnitude_place + head * D + dim, tl.sum(grad_m, 1), mask=dim < D)
+            tl.store(sums + magnitude_place + head * D + dim, grad_m, mask=dim < D)
 
 
 def _shape(x: Tensor, maps) -> dict:
@@ -393,7 +390,7 @@ def map_backward(
     x, grad_features = _with_unit_stride(x), _with_unit_stride(grad_features)
     heads, dim, width = maps.weight.shape
     shape = _shape(x, maps)
-    launch = launch or _launch(shape, x.dtype, stages=2)
+    launch = launch or _launch(shape, x.dtype, stages=2 if grad_x is None else 1)  # 2 spill beside grad_x
     row_tiles, tiles, run, segments = _tiling(x, heads, launch, shape["PARTS"])
     sizes = [heads * dim * width, heads * width * shape["BIAS"], heads * dim * shape["MAGNITUDE"]]
     partial = torch.empty(segments, sum(sizes) if need_weights else 0, dtype=torch.float32, device=x.device)

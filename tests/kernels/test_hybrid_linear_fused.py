@@ -19,7 +19,9 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(function, "choose_tiles", lambda dot, widest: function.Tiles(32, *[launch] * 4))
 
 
-def make_inputs(heads=2, groups=1, key_heads=2, batch=1, length=LENGTH, as_weights=False, activation="softmax", seed=0):
+def make_inputs(
+    heads=2, groups=1, key_heads=2, batch=1, length=LENGTH, as_weights=False, activation="softmax", seed=0
+):
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape):
@@ -113,7 +115,9 @@ def test_grouped_heads(heads, groups, key_heads):
     compare(inputs, mix, {"window": 5, "sinks": 2})
 
 
-@pytest.mark.parametrize("activation, key_heads", [("softmax", 2), ("softmax", 1), ("exp", 2), ("relu", 2), ("elu", 1)])
+@pytest.mark.parametrize(
+    "activation, key_heads", [("softmax", 2), ("softmax", 1), ("exp", 2), ("relu", 2), ("elu", 1)]
+)
 def test_maps_as_weights(activation, key_heads):
     inputs, mix = make_inputs(key_heads=key_heads, length=37, as_weights=True, activation=activation)
     compare(inputs, mix, {"window": 5, "sinks": 2})
@@ -155,7 +159,9 @@ def test_packed_sequences(span):
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("span, level", [((5, 3), "logsumexp"), ((0, 0), "max"), ((0, 3), "max"), ((16, 2), "max")], ids=str)
+@pytest.mark.parametrize(
+    "span, level", [((5, 3), "logsumexp"), ((0, 0), "max"), ((0, 3), "max"), ((16, 2), "max")], ids=str
+)
 @pytest.mark.parametrize("as_weights, key_heads", [(True, 2), (False, 1)], ids=["maps", "features"])
 def test_a_state_comes_in_and_goes_out(as_weights, key_heads, span, level, padding):
     """Two calls, gradients through the state of the first and to everything that it holds."""
@@ -244,7 +250,6 @@ def test_says_what_it_cannot_do():
             hybrid_linear_attention(*inputs, **mix, **options, backend="triton")
     with pytest.raises(ValueError, match="float64"):
         hybrid_linear_attention(*to(torch.float64, inputs), **to(torch.float64, mix), backend="triton")
-
 
 
 @pytest.mark.parametrize("dot", [torch.bfloat16, torch.float32])
