@@ -6,6 +6,7 @@ arguments, the alignment of pointers, the values of the numbers, and the constan
 kernel directly, past Triton's hooks for profilers (those of CUDA see it all the same).
 """
 
+import functools
 import inspect
 from collections.abc import Sequence
 from typing import Any
@@ -16,47 +17,67 @@ from torch import Tensor
 
 from .triton_support import interpreting
 
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; triton.cdiv takes microseconds."""
+    return -(-a // b)
+
+
+def next_power_of_2(size: int) -> int:
+    """The smallest power of two that is not below `size` >= 1."""
+    return 1 << (size - 1).bit_length()
+
+
 LIMIT = 10000  # launches remembered
 _compiled: dict[tuple, Any] = {}
 
 
-class Constants:
-    """Compile-time arguments of one kernel, compared by identity: make them once and keep them.
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Sequence[Any],
+    constants: dict[str, Any],
+    warps: int,
+    stages: int,
+    registers: int | None = None,
+) -> None:
+    """Run a kernel.
 
     Args:
         kernel: the function that `triton.jit` returned; its compile-time arguments are its last ones.
-        values: at least one value for each of them, by name; others are ignored.
-        warps, stages: warps of a program, stages of its pipelined loops. registers: most of a thread, or None.
+        grid: one to three numbers of programs.
+        arguments: tensors (the first one is not None), None and numbers, in the kernel's order.
+        constants: the compile-time arguments by name, always in the same order; those of other names are ignored.
+        warps, stages: warps of a program, stages of its pipelined loops. registers: the most of a thread, or None.
     """
-
-    def __init__(self, kernel: Any, values: dict[str, Any], warps: int, stages: int, registers=None):
-        parameters = inspect.signature(kernel.fn).parameters.values()
-        names = [parameter.name for parameter in parameters if parameter.annotation is tl.constexpr]
-        self.kernel = kernel
-        self.values = {name: values[name] for name in names}
-        self.tail = tuple(self.values.values())
-        self.options = {"num_warps": warps, "num_stages": stages}
-        if registers is not None:
-            self.options["maxnreg"] = registers
-
-
-def launch(constants: Constants, grid: tuple[int, ...], tensors: Sequence[Tensor | None], numbers: Sequence) -> None:
-    """Run a kernel whose arguments are tensors (or None), then numbers, then constants, in its order."""
-    kernel = constants.kernel
     if interpreting():
-        kernel[grid](*tensors, *numbers, **constants.values)
+        kernel[grid](*arguments, **{name: constants[name] for name in _constant_names(kernel)})
         return
-    device = tensors[0].device.index  # type: ignore[union-attr]
-    places = tuple([None if x is None else (x.dtype, x.data_ptr() & 15) for x in tensors])
-    key = (constants, device, places, tuple(numbers))
-    compiled = _compiled.get(key)
-    if compiled is None:
+    device = arguments[0].device.index
+    if device is not None and device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            launch(kernel, grid, arguments, constants, warps, stages, registers)
+        return
+    kinds = tuple([(x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else x for x in arguments])
+    key = (id(kernel), warps, stages, registers, device, kinds, tuple(constants.values()))
+    known = _compiled.get(key)
+    if known is None:
+        chosen = {name: constants[name] for name in _constant_names(kernel)}
+        options = {"num_warps": warps, "num_stages": stages}
+        if registers is not None:
+            options["maxnreg"] = registers
         if len(_compiled) >= LIMIT:
             _compiled.clear()
-        _compiled[key] = kernel[grid](*tensors, *numbers, **constants.values, **constants.options)
+        _compiled[key] = kernel[grid](*arguments, **chosen, **options), tuple(chosen.values())
         return
-    stream = torch._C._cuda_getCurrentRawStream(device)
+    compiled, tail = known
     compiled.run(
-        *(*grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, None, None, None,
-        *tensors, *numbers, *constants.tail,
+        *(*grid, 1, 1)[:3], torch._C._cuda_getCurrentRawStream(device), compiled.function, compiled.packed_metadata,
+        None, None, None, *arguments, *tail,
     )  # fmt: skip
+
+
+@functools.cache
+def _constant_names(kernel: Any) -> list[str]:
+    parameters = inspect.signature(kernel.fn).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.annotation is tl.constexpr]

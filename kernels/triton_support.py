@@ -7,7 +7,6 @@ import os
 import torch
 from torch import Tensor
 
-
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # Triton, too, reads it once, when kernels are defined
 
 

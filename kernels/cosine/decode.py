@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import cdiv, launch, next_power_of_2
 from .reference import State
 from .tiles import gain_of, inverse_norm, level_of, load_tile, store_tile
 
@@ -66,14 +67,20 @@ def decode_step(query, key, value, *, exponent, gain, key_side, attention_mask, 
     old = state.kv.contiguous()
     new, count = torch.empty_like(old), torch.empty_like(state.count)
     output = query.new_empty(batch, heads, 1, value_dim)
-    columns = min(COLUMNS, max(16, triton.next_power_of_2(value_dim)))
-    cosine_decode_kernel[(triton.cdiv(value_dim, columns), groups, batch)](
-        query, key, value, exponent, gain, old, attention_mask, state.count, new, count, output,
-        *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
-        0 if attention_mask is None else attention_mask.stride(0),
-        DX=dim, DY=value_dim, BLOCK_X=max(16, triton.next_power_of_2(dim)), BLOCK_Y=columns, RATIO=heads // groups,
-        KEY_SIDE=key_side, GAIN=gain is not None, MASK=attention_mask is not None,
-        num_warps=4,
+    columns = min(COLUMNS, max(16, next_power_of_2(value_dim)))
+    launch(
+        cosine_decode_kernel,
+        (cdiv(value_dim, columns), groups, batch),
+        (query, key, value, exponent, gain, old, attention_mask, state.count, new, count, output,
+         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+         0 if attention_mask is None else attention_mask.stride(0)),
+        {
+            "DX": dim, "DY": value_dim, "BLOCK_X": max(16, next_power_of_2(dim)), "BLOCK_Y": columns,
+            "RATIO": heads // groups, "KEY_SIDE": key_side, "GAIN": gain is not None,
+            "MASK": attention_mask is not None,
+        },
+        warps=4,
+        stages=1,
     )  # fmt: skip
     rings = (state.window_key, state.window_value, state.sink_key, state.sink_value)
     return output, State(new, *rings, count)

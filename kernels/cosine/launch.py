@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 
 from ..hybrid_linear.rows import PACKED, SPANS, Blocks, Rows, make_blocks
+from ..launching import cdiv, launch, next_power_of_2
 from ..triton_support import product_precision
 from .passes import cosine_apply_kernel, cosine_project_kernel, cosine_sums_kernel
 
@@ -71,7 +72,7 @@ class Pass(NamedTuple):
 def choose_tiles(dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
     """Sizes for an H100: several programs on each multiprocessor where registers allow, hardly a spill elsewhere."""
     wide = max(dim, value_dim) > 128
-    columns = max(16, triton.next_power_of_2(value_dim))
+    columns = max(16, next_power_of_2(value_dim))
     if dtype == torch.bfloat16:
         tiles = WIDE if wide else NARROW
     else:
@@ -115,7 +116,7 @@ def sum_side(
     multiply, precision = product_precision(x.dtype)
     kept = x.dtype if multiply == torch.bfloat16 else torch.float32
     factor = x.new_empty(rows.batch, heads * sharing.loop, rows.length, dtype=torch.float32)
-    blocks, segments, total = triton.cdiv(value_dim, tile.columns), 1, None
+    blocks, segments, total = cdiv(value_dim, tile.columns), 1, None
     if this.causal:
         snapshots = x.new_empty(rows.batch, heads, this.chunks.count, dim, value_dim, dtype=kept)
         if keep_total:
@@ -125,15 +126,22 @@ def sum_side(
         segments = max(1, min(longest // 4, PROGRAMS // (blocks * heads * rows.number)))
         total = x.new_empty(rows.number, heads, segments, dim, value_dim, dtype=torch.float32)
         snapshots = total
-    cosine_sums_kernel[(blocks * segments, heads, rows.number)](
-        x, y, side.exponent, side.gain, initial, factor, snapshots, total,
-        *x.stride()[:3], *y.stride()[:3],
-        rows.start, rows.size, rows.past, this.chunks.base, rows.length, this.chunks.count, segments,
-        DX=dim, DY=value_dim, BLOCK_X=_block(dim), BLOCK_Y=tile.columns, CHUNK=this.tiles.chunk,
-        LOOP=sharing.loop, X_DIVISOR=sharing.x, KIND=rows.kind, CAUSAL=this.causal, REVERSE=reverse,
-        POWER=side.exponent is not None, GAIN=side.gain is not None, PAST=rows.past is not None,
-        INITIAL=initial is not None, TOTAL=total is not None, DTYPE=_TYPES[multiply], PRECISION=precision,
-        num_warps=tile.warps, num_stages=tile.stages,
+    launch(
+        cosine_sums_kernel,
+        (blocks * segments, heads, rows.number),
+        (
+            x, y, side.exponent, side.gain, initial, factor, snapshots, total,
+            *x.stride()[:3], *y.stride()[:3],
+            rows.start, rows.size, rows.past, this.chunks.base, rows.length, this.chunks.count, segments,
+        ),
+        {
+            "DX": dim, "DY": value_dim, "BLOCK_X": _block(dim), "BLOCK_Y": tile.columns, "CHUNK": this.tiles.chunk,
+            "LOOP": sharing.loop, "X_DIVISOR": sharing.x, "KIND": rows.kind, "CAUSAL": this.causal,
+            "REVERSE": reverse, "POWER": side.exponent is not None, "GAIN": side.gain is not None,
+            "PAST": rows.past is not None, "INITIAL": initial is not None, "TOTAL": total is not None,
+            "DTYPE": _TYPES[multiply], "PRECISION": precision,
+        },
+        tile.warps, tile.stages,
     )  # fmt: skip
     if this.causal:
         return snapshots, factor, total
@@ -147,17 +155,24 @@ def apply_sums(this: Pass, side: Side, other: Side, sums: Tensor, factor: Tensor
     dim, value_dim = side.x.shape[3], other.y.shape[3]
     multiply, precision = product_precision(side.x.dtype)
     out = _empty(rows, like, heads, value_dim)
-    parts = (this.tiles.chunk // tile.rows) * triton.cdiv(value_dim, tile.columns)
-    cosine_apply_kernel[(heads, this.chunks.count * parts, rows.batch)](
-        side.x, other.x, other.y, factor, sums, out, side.exponent, side.gain,
-        *side.x.stride()[:3], *other.x.stride()[:3], *other.y.stride()[:3], *out.stride()[:3],
-        rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base, rows.number, rows.length,
-        this.chunks.count,
-        DX=dim, DY=value_dim, BLOCK_X=_block(dim), BLOCK_Y=tile.columns, CHUNK=this.tiles.chunk, BLOCK_M=tile.rows,
-        BLOCK_N=tile.others, LOOP=sharing.loop, X_DIVISOR=sharing.x, O_DIVISOR=sharing.other, S_DIVISOR=sharing.sums,
-        KIND=rows.kind, CAUSAL=this.causal, AFTER=int(after), POWER=side.exponent is not None,
-        GAIN=side.gain is not None, PAST=rows.past is not None, DTYPE=_TYPES[multiply], PRECISION=precision,
-        num_warps=tile.warps, num_stages=tile.stages,
+    parts = (this.tiles.chunk // tile.rows) * cdiv(value_dim, tile.columns)
+    launch(
+        cosine_apply_kernel,
+        (heads, this.chunks.count * parts, rows.batch),
+        (
+            side.x, other.x, other.y, factor, sums, out, side.exponent, side.gain,
+            *side.x.stride()[:3], *other.x.stride()[:3], *other.y.stride()[:3], *out.stride()[:3],
+            rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base, rows.number, rows.length,
+            this.chunks.count,
+        ),
+        {
+            "DX": dim, "DY": value_dim, "BLOCK_X": _block(dim), "BLOCK_Y": tile.columns, "CHUNK": this.tiles.chunk,
+            "BLOCK_M": tile.rows, "BLOCK_N": tile.others, "LOOP": sharing.loop, "X_DIVISOR": sharing.x,
+            "O_DIVISOR": sharing.other, "S_DIVISOR": sharing.sums, "KIND": rows.kind, "CAUSAL": this.causal,
+            "AFTER": int(after), "POWER": side.exponent is not None, "GAIN": side.gain is not None,
+            "PAST": rows.past is not None, "DTYPE": _TYPES[multiply], "PRECISION": precision,
+        },
+        tile.warps, tile.stages,
     )  # fmt: skip
     return out
 
@@ -175,16 +190,24 @@ def project_sums(this: Pass, side: Side, other: Side, sums: Tensor, factor: Tens
     if need_partial:
         new = side.x.new_empty if rows.kind not in (SPANS, PACKED) and rows.length else side.x.new_zeros
         partial = new(2, heads, rows.batch, programs, dtype=torch.float32)
-    cosine_project_kernel[(heads, programs, rows.batch)](
-        side.x, side.y, other.x, other.y, factor, sums, out, partial, side.exponent, side.gain,
-        *side.x.stride()[:3], *side.y.stride()[:3], *other.x.stride()[:3], *other.y.stride()[:3], *out.stride()[:3],
-        rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base, rows.number, rows.length,
-        this.chunks.count,
-        DX=dim, DY=value_dim, BLOCK_X=_block(dim), BLOCK_Y=tile.columns, CHUNK=this.tiles.chunk, BLOCK_M=tile.rows,
-        BLOCK_N=tile.others, LOOP=sharing.loop, X_DIVISOR=sharing.x, O_DIVISOR=sharing.other, S_DIVISOR=sharing.sums,
-        KIND=rows.kind, CAUSAL=this.causal, AFTER=int(after), POWER=side.exponent is not None,
-        GAIN=side.gain is not None, PAST=rows.past is not None, PARTIAL=need_partial, DTYPE=_TYPES[multiply],
-        PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+    launch(
+        cosine_project_kernel,
+        (heads, programs, rows.batch),
+        (
+            side.x, side.y, other.x, other.y, factor, sums, out, partial, side.exponent, side.gain,
+            *side.x.stride()[:3], *side.y.stride()[:3], *other.x.stride()[:3], *other.y.stride()[:3],
+            *out.stride()[:3], rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base, rows.number, rows.length,
+            this.chunks.count,
+        ),
+        {
+            "DX": dim, "DY": value_dim, "BLOCK_X": _block(dim), "BLOCK_Y": tile.columns, "CHUNK": this.tiles.chunk,
+            "BLOCK_M": tile.rows, "BLOCK_N": tile.others, "LOOP": sharing.loop, "X_DIVISOR": sharing.x,
+            "O_DIVISOR": sharing.other, "S_DIVISOR": sharing.sums, "KIND": rows.kind, "CAUSAL": this.causal,
+            "AFTER": int(after), "POWER": side.exponent is not None, "GAIN": side.gain is not None,
+            "PAST": rows.past is not None, "PARTIAL": need_partial, "DTYPE": _TYPES[multiply],
+            "PRECISION": precision,
+        },
+        tile.warps, tile.stages,
     )  # fmt: skip
     return out, None if partial is None else partial.sum((2, 3))
 
@@ -198,7 +221,7 @@ def _empty(rows: Rows, like: Tensor, heads: int, width: int) -> Tensor:
 
 
 def _block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 _TYPES = {torch.bfloat16: triton.language.bfloat16, torch.float32: triton.language.float32}

@@ -12,9 +12,9 @@ dim, Dv value dim, F features, f width of a map, W window, S sinks.
 """
 
 import torch
-import triton
 from torch import Tensor
 
+from ..launching import cdiv, launch, next_power_of_2
 from ..triton_support import unavailable
 from .decode_kernel import hybrid_linear_decode_kernel
 from .reference import State
@@ -146,10 +146,12 @@ def _launch(inputs, options, old: State, new: State, *, in_place: bool, log_weig
     blocks, limits = _blocks(
         batch * state_heads, heads // state_heads, dim, value_dim, halves, count // halves, window, sinks
     )
-    grid = (batch * state_heads * triton.cdiv(value_dim, blocks["BLOCK_DV"]),)
+    grid = (batch * state_heads * cdiv(value_dim, blocks["BLOCK_DV"]),)
     tensors = (query, key, value, query_given, key_given, *query_map, *key_map, window_weight, window_shift, mask)
-    with torch.cuda.device_of(query):  # Triton launches on the current device
-        hybrid_linear_decode_kernel[grid](
+    launch(
+        hybrid_linear_decode_kernel,
+        grid,
+        (
             *(query if x is None else x for x in (*tensors, *old, *new)),  # what is absent is never read
             output,
             *(stride for x in (query, key, value, query_given, key_given) for stride in _strides(x)),
@@ -157,30 +159,33 @@ def _launch(inputs, options, old: State, new: State, *, in_place: bool, log_weig
             old.normalizer.stride(0) if in_place else 0,
             dim**-0.5 if scaling is None else scaling,
             batch,
-            H=heads,
-            G=groups,
-            HK=state_heads,
-            D=dim,
-            DV=value_dim,
-            W=window,
-            S=sinks,
-            WIDTH=count // halves,
-            HALVES=halves,
-            QUERY_ACTIVATION=query_activation,
-            KEY_ACTIVATION=key_activation,
-            QUERY_BIAS=query_map[1] is not None,
-            KEY_BIAS=key_map[1] is not None,
-            QUERY_MAGNITUDE=query_map[2] is not None,
-            KEY_MAGNITUDE=key_map[2] is not None,
-            HAS_SHIFT=window_shift is not None,
-            HAS_MASK=mask is not None,
-            LOG_WEIGHT=log_weight,
-            MAXIMUM=window_reference == "max",
-            IN_PLACE=in_place,
-            INNER=state_heads // groups if HEADS_TOGETHER is None else min(HEADS_TOGETHER, state_heads),
+        ),
+        {
+            "H": heads,
+            "G": groups,
+            "HK": state_heads,
+            "D": dim,
+            "DV": value_dim,
+            "W": window,
+            "S": sinks,
+            "WIDTH": count // halves,
+            "HALVES": halves,
+            "QUERY_ACTIVATION": query_activation,
+            "KEY_ACTIVATION": key_activation,
+            "QUERY_BIAS": query_map[1] is not None,
+            "KEY_BIAS": key_map[1] is not None,
+            "QUERY_MAGNITUDE": query_map[2] is not None,
+            "KEY_MAGNITUDE": key_map[2] is not None,
+            "HAS_SHIFT": window_shift is not None,
+            "HAS_MASK": mask is not None,
+            "LOG_WEIGHT": log_weight,
+            "MAXIMUM": window_reference == "max",
+            "IN_PLACE": in_place,
+            "INNER": state_heads // groups if HEADS_TOGETHER is None else min(HEADS_TOGETHER, state_heads),
             **blocks,
-            **limits,
-        )
+        },
+        **limits,
+    )
     return output
 
 
@@ -200,10 +205,10 @@ def _strides(x: Tensor | None) -> tuple[int, int]:
 
 def _blocks(programs: int, ratio: int, dim: int, value_dim: int, halves: int, width: int, window: int, sinks: int):
     """Tile sizes by shape: the sums fit a program's registers, and a small batch still fills the device."""
-    dim2, width2 = triton.next_power_of_2(dim), triton.next_power_of_2(max(width, 1))
-    value2 = triton.next_power_of_2(value_dim)
+    dim2, width2 = next_power_of_2(dim), next_power_of_2(max(width, 1))
+    value2 = next_power_of_2(value_dim)
     block_dv = min(value2, max(TILE // (halves * width2), 16))
-    while block_dv > MIN_BLOCK_DV and programs * triton.cdiv(value_dim, block_dv) * 2 <= PROGRAMS:
+    while block_dv > MIN_BLOCK_DV and programs * cdiv(value_dim, block_dv) * 2 <= PROGRAMS:
         block_dv //= 2
     tokens = max(KEY_TILE // max(dim2, block_dv), 16)
     blocks = {
@@ -211,9 +216,9 @@ def _blocks(programs: int, ratio: int, dim: int, value_dim: int, halves: int, wi
         "F2": width2,
         "BLOCK_DV": block_dv,
         "BLOCK_D": min(dim2, max(MAP_TILE // width2, 16)),
-        "BLOCK_W": min(triton.next_power_of_2(max(window, 1)), tokens),
-        "BLOCK_S": min(triton.next_power_of_2(max(sinks, 1)), tokens),
+        "BLOCK_W": min(next_power_of_2(max(window, 1)), tokens),
+        "BLOCK_S": min(next_power_of_2(max(sinks, 1)), tokens),
     }
     if halves * width2 * block_dv <= TILE // 4:
-        return blocks, {"num_warps": 4}
-    return blocks, {"num_warps": 8, **({"maxnreg": MAX_REGISTERS} if ratio == 1 and dim2 <= 128 else {})}
+        return blocks, {"warps": 4, "stages": 3}
+    return blocks, {"warps": 8, "stages": 3, "registers": MAX_REGISTERS if ratio == 1 and dim2 <= 128 else None}

@@ -117,7 +117,7 @@ def hybrid_linear_fwd_kernel(
     KIND: tl.constexpr, PAST: tl.constexpr, SINKS_OF_ROW: tl.constexpr, LINEAR: tl.constexpr, SHIFT: tl.constexpr,
     MAXIMUM: tl.constexpr, SAVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """output, softmax_output `(B, T, H, V)`; stats: planes `(B, H, T)`, lse, mass, denominator, maximum; best `(B, H, T)`."""
+    """output, softmax_output `(B, T, H, V)`; stats and best as in `function.Saved`."""
     batch, head = tl.program_id(1) // H, tl.program_id(1) % H
     chunk, slot, first, count = find_block(
         tl.program_id(0) // (C // BQ), batch, table, base, number, start, size, length, KIND

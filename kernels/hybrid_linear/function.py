@@ -1,18 +1,17 @@
 """The launches of the fused kernels, and the autograd function around them."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import Constants, launch
+from ..launching import cdiv, launch, next_power_of_2
 from ..triton_support import product_precision
 from .forward import hybrid_linear_fwd_kernel, hybrid_linear_state_kernel
 from .maps import map_features
-from .rows import PLAIN, SPANS, Blocks, Rows, cdiv, make_blocks
+from .rows import PLAIN, SPANS, Blocks, Rows, make_blocks
 
 LOG2E = 1.4426950408889634
 
@@ -89,31 +88,24 @@ class Map(NamedTuple):
 
 
 def choose_tiles(dot: torch.dtype, widest: int) -> Tiles:
-    """Tiles by the dtype of the products and the widest of D, V and F; measured on an H100 (docs/results.md)."""
+    """Tiles by the dtype of the products and the widest of D, V and F; measured on an H100 (docs/results.md).
+
+    Always four warps: with eight, Triton 3.6 gave wrong results for blocks of 64 rows (H100, TF32 and bfloat16).
+    """
     if dot == torch.bfloat16 and widest <= 128:
         forward, query, key = Launch(64, 64, 4, 1, 168), Launch(64, 64, 4, 2), Launch(64, 32, 4, 1)
         return Tiles(128, Launch(64, 64, 4, 4), forward, query, key)
     if dot == torch.bfloat16:
-        return Tiles(128, Launch(64, 64, 4, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2), Launch(64, 32, 8, 2))
-    if widest <= 128:
-        return Tiles(64, Launch(64, 64, 4, 2), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1), Launch(64, 32, 8, 1))
-    return Tiles(32, Launch(64, 64, 4, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1), Launch(32, 32, 8, 1))
+        return Tiles(128, Launch(64, 64, 4, 3), *[Launch(64, 32, 4, 1)] * 3)
+    return Tiles(64, Launch(64, 64, 4, 2), *[Launch(64, 32, 4, 1)] * 3)
 
 
-class Settings:
-    """Tiles and compile-time constants of calls of one kind, made once (`make_settings`)."""
+class Settings(NamedTuple):
+    """What calls of one kind share: tiles, the window rounded up to whole blocks, compile-time constants by name."""
 
-    def __init__(self, tiles: Tiles, reach: int, values: dict):
-        self.tiles, self.reach, self.values = tiles, reach, values
-        self._constants: dict[tuple, Constants] = {}
-
-    def constants(self, kernel, sizes: Launch, names: tuple[str, ...], *flags) -> Constants:
-        """The constants of one kernel: those of the call, and the given names and values."""
-        key = (kernel, flags)
-        if key not in self._constants:
-            values = {**self.values, **dict(zip(names, flags, strict=True))}
-            self._constants[key] = Constants(kernel, values, sizes.warps, sizes.stages, sizes.registers)
-        return self._constants[key]
+    tiles: Tiles
+    reach: int
+    values: dict[str, Any]
 
 
 @functools.lru_cache(maxsize=256)
@@ -159,7 +151,7 @@ def make_plan(call: Call, query, value, feature_q, feature_k, groups: int, shift
 
 
 def _block(size: int) -> int:
-    return max(16, triton.next_power_of_2(size))
+    return max(16, next_power_of_2(max(size, 1)))
 
 
 def strides(*tensors: Tensor | None) -> list[int]:
@@ -187,13 +179,12 @@ def run_sums(plan: Plan, call: Call, value, feature_k, first_kv, first_z):
         last_z = torch.empty(rows.batch, heads, width, dtype=torch.float32, device=value.device)
     block_f, block_v = sum_blocks(settings)
     launch(
-        settings.constants(
-            hybrid_linear_state_kernel, settings.tiles.sums, ("BF", "BV", "FINAL"), block_f, block_v, call.final
-        ),
+        hybrid_linear_state_kernel,
         (cdiv(width, block_f) * cdiv(value_dim, block_v), rows.number * heads),
         (feature_k, value, first_kv, first_z, sums, sums_z, last_kv, last_z, rows.start, rows.size, rows.past,
-         plan.queries.base),
-        (rows.length, plan.slots, call.window, *strides(feature_k, value)),
+         plan.queries.base, rows.length, plan.slots, call.window, *strides(feature_k, value)),
+        {**settings.values, "BF": block_f, "BV": block_v, "FINAL": call.final},
+        *settings.tiles.sums[2:],
     )  # fmt: skip
     return sums, sums_z, last_kv, last_z
 
@@ -207,8 +198,8 @@ def sum_blocks(settings: Settings) -> tuple[int, int]:
 class Saved(NamedTuple):
     """What the forward leaves for the backward, unused ones None.
 
-    Fields: output, softmax_output `(B, T, H, V)`; stats `(4, B, H, T)` float32, log-sum-exp, mass, denominator and (for
-    a level that is the maximum, else 3 planes) maximum; best `(B, H, T)` int32, the key that holds the maximum.
+    Fields: output, softmax_output `(B, T, H, V)`; stats `(3 or 4, B, H, T)` float32, log-sum-exp, mass, denominator
+    and, where the level is the maximum, that maximum; best `(B, H, T)` int32, the key that holds the maximum.
     """
 
     output: Tensor
@@ -233,12 +224,14 @@ def run_forward(plan: Plan, call: Call, x: Operands, feature_q, feature_k, sums,
     tensors = (sink_key, sink_value, x.query, x.key, x.value, feature_q, feature_k)
     sizes = settings.tiles.forward
     launch(
-        settings.constants(hybrid_linear_fwd_kernel, sizes, ("BQ", "BK", "SAVE"), sizes.block, sizes.inner, save),
+        hybrid_linear_fwd_kernel,
         (blocks.count * (settings.tiles.chunk // sizes.block), batch * heads),
         (x.query, x.key, x.value, feature_q, feature_k, sink_key, sink_value, sums, sums_z, x.weight, x.shift,
-         output, soft, stats, best, blocks.row, blocks.base, rows.start, rows.size, rows.past),
-        (rows.number, length, plan.slots, call.window, call.scaling * LOG2E, batch * heads * length,
+         output, soft, stats, best, blocks.row, blocks.base, rows.start, rows.size, rows.past,
+         rows.number, length, plan.slots, call.window, call.scaling * LOG2E, batch * heads * length,
          *strides(*tensors)),
+        {**settings.values, "BQ": sizes.block, "BK": sizes.inner, "SAVE": save},
+        *sizes[2:],
     )  # fmt: skip
     return output, Saved(output, soft, stats, best)
 

@@ -9,7 +9,8 @@ from .function import Call, HybridLinear, Operands, run
 from .rows import make_rows
 from .states import extend_keys, new_sinks, next_state
 
-WIDEST = 256
+# float16 and float32 are multiplied as float32: wider sums do not fit into shared memory.
+WIDEST = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}
 MOST_SINKS = 64
 
 
@@ -23,9 +24,10 @@ def unsupported(query, key, value, query_features, key_features, **options) -> s
     widths = {"head dimension": query.shape[-1], "value dimension": value.shape[-1]}
     if query_features is not None:
         widths["feature count"] = max(_width(query_features), _width(key_features))
+    widest = WIDEST[query.dtype]
     for name, width in widths.items():
-        if width > WIDEST:
-            return f"the Triton kernels hold a {name} of at most {WIDEST}, this call has {width}"
+        if width > widest:
+            return f"in {query.dtype} the Triton kernels hold a {name} of at most {widest}, this call has {width}"
     if options.get("sinks", 0) > MOST_SINKS:
         return f"the Triton kernels hold at most {MOST_SINKS} sinks, this call has {options['sinks']}"
     return None

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..launching import launch
+from ..launching import cdiv, launch
 from ..triton_support import product_precision
 from .backward import hybrid_linear_bwd_key_kernel, hybrid_linear_bwd_query_kernel, hybrid_linear_bwd_reverse_kernel
 from .function import (
@@ -22,7 +22,7 @@ from .function import (
     sum_blocks,
 )
 from .maps import map_backward
-from .rows import PACKED, PLAIN, SPANS, cdiv
+from .rows import PACKED, PLAIN, SPANS
 
 
 def run_backward(
@@ -95,17 +95,16 @@ def _query_side(call, plan, x, feature_k, sums, sums_z, saved, grad, inputs, fea
         part_value = new_buffer(kind, batch * heads, programs, call.sinks, shape["V"], like=terms)
     sinks = (x.key, x.value) if x.sink_key is None else (x.sink_key, x.sink_value)
     launch(
-        settings.constants(
-            hybrid_linear_bwd_query_kernel, sizes, ("BQ", "BK", "INPUTS", "FEATURES"), sizes.block, sizes.inner, inputs,
-            features,
-        ),
+        hybrid_linear_bwd_query_kernel,
         (programs, batch * heads),
         (x.query, x.key, x.value, feature_k, *sinks, sums, sums_z, x.weight, x.shift, saved.output,
          saved.softmax_output, grad, saved.stats, saved.best, grad_query,
          grad_feature, terms, part_weight, part_key, part_value, plan.queries.row, plan.queries.base, rows.start,
-         rows.size, rows.past),
-        (rows.number, length, plan.slots, call.window, call.scaling * LOG2E, call.scaling, batch * heads * length,
+         rows.size, rows.past,
+         rows.number, length, plan.slots, call.window, call.scaling * LOG2E, call.scaling, batch * heads * length,
          *strides(*sinks, x.query, x.key, x.value, feature_k, grad)),
+        {**shape, "BQ": sizes.block, "BK": sizes.inner, "INPUTS": inputs, "FEATURES": features},
+        *sizes[2:],
     )  # fmt: skip
     if part_weight is not None:
         found["weight"], found["shift"] = part_weight.view(batch, heads, programs, 2).sum((0, 2)).unbind(1)
@@ -132,11 +131,13 @@ def _reverse(call, plan, x, feature_q, grad, terms, found, grad_kv, grad_z):
     first_z = torch.empty(batch, heads, width, dtype=torch.float32, device=device) if past else None
     block_f, block_v = sum_blocks(settings)
     launch(
-        settings.constants(hybrid_linear_bwd_reverse_kernel, settings.tiles.sums, ("BF", "BV"), block_f, block_v),
+        hybrid_linear_bwd_reverse_kernel,
         (cdiv(width, block_f) * cdiv(value_dim, block_v), rows.number * heads),
-        (feature_q, grad, terms, sums, sums_z, first_kv, first_z, rows.start, rows.size, plan.queries.base),
-        (length, plan.slots, batch * heads * length, *strides(feature_q, grad)),
-    )
+        (feature_q, grad, terms, sums, sums_z, first_kv, first_z, rows.start, rows.size, plan.queries.base,
+         length, plan.slots, batch * heads * length, *strides(feature_q, grad)),
+        {**shape, "BF": block_f, "BV": block_v},
+        *settings.tiles.sums[2:],
+    )  # fmt: skip
     if past:
         for name, part, last in (("first_kv", first_kv, grad_kv), ("first_z", first_z, grad_z)):
             total = _per_group(part, shape["E"])
@@ -168,16 +169,15 @@ def _key_side(call, plan, x, feature_q, feature_k, saved, grad, terms, back, gra
     last = linear and grad_kv is not None
     blocks = plan.keys
     launch(
-        settings.constants(
-            hybrid_linear_bwd_key_kernel, sizes, ("BN", "BM", "LAST", "INPUTS", "FEATURES"), sizes.block, sizes.inner,
-            last, inputs, features,
-        ),
+        hybrid_linear_bwd_key_kernel,
         (blocks.count * (settings.tiles.chunk // sizes.block), batch * heads),
         (x.query, x.key, x.value, feature_q, feature_k, grad, terms, saved.stats, saved.best, *back,
          grad_kv if last else None, grad_z if last else None, grad_key, grad_value, grad_feature,
-         blocks.row, blocks.base, plan.queries.base, rows.start, rows.size, rows.past),
-        (rows.number, length, plan.slots, call.window, key_length, call.scaling * LOG2E, call.scaling,
+         blocks.row, blocks.base, plan.queries.base, rows.start, rows.size, rows.past,
+         rows.number, length, plan.slots, call.window, key_length, call.scaling * LOG2E, call.scaling,
          batch * heads * length, *strides(x.query, x.key, x.value, feature_q, feature_k, grad)),
+        {**shape, "BN": sizes.block, "BM": sizes.inner, "LAST": last, "INPUTS": inputs, "FEATURES": features},
+        *sizes[2:],
     )  # fmt: skip
     turned: list[Any] = [None if g is None else g.transpose(1, 2) for g in (grad_key, grad_value, grad_feature)]
     for place, groups in enumerate((shape["G"], shape["G"], shape["E"])):

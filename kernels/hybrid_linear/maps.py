@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import cdiv, launch, next_power_of_2
 from ..triton_support import product_precision
 from .map_tiles import (
     feature_tile,
@@ -277,8 +278,8 @@ def _shape(x: Tensor, maps) -> dict:
     """What both kernels need to know of x and the map at compile time."""
     dim, width = maps.weight.shape[1:]
     tile = WEIGHT_TILE // (4 if x.dtype == torch.float32 else 1)
-    block_f = max(16, triton.next_power_of_2(width))
-    block_d = max(16, min(triton.next_power_of_2(dim), tile // block_f))
+    block_f = max(16, next_power_of_2(width))
+    block_d = max(16, min(next_power_of_2(dim), tile // block_f))
     return {
         "D": dim,
         "WIDTH": width,
@@ -287,7 +288,7 @@ def _shape(x: Tensor, maps) -> dict:
         "MAGNITUDE": maps.magnitude is not None,
         "BLOCK_D": block_d,
         "BLOCK_F": block_f,
-        "PARTS": triton.cdiv(dim, block_d),
+        "PARTS": cdiv(dim, block_d),
         "PRECISION": product_precision(x.dtype)[1],
     }
 
@@ -304,12 +305,12 @@ def _launch(shape: dict, dtype: torch.dtype, stages: int) -> Launch:
     return Launch(64, 8 if large else 4, 2 if large else stages, 528)
 
 
-def _tiling(x: Tensor, heads: int, launch: Launch, parts: int = 1) -> tuple[int, int, int, int]:
+def _tiling(x: Tensor, heads: int, sizes: Launch, parts: int = 1) -> tuple[int, int, int, int]:
     """Tiles per batch row, tiles, tiles per program, and programs per head."""
-    row_tiles = triton.cdiv(x.shape[2], launch.rows)
+    row_tiles = cdiv(x.shape[2], sizes.rows)
     tiles = x.shape[0] * row_tiles
-    run = max(1, triton.cdiv(tiles, max(1, launch.programs // (heads * parts))))
-    return row_tiles, tiles, run, triton.cdiv(tiles, run)
+    run = max(1, cdiv(tiles, max(1, sizes.programs // (heads * parts))))
+    return row_tiles, tiles, run, cdiv(tiles, run)
 
 
 def _with_unit_stride(x: Tensor) -> Tensor:
@@ -324,7 +325,7 @@ def _pointers(maps, span) -> list[Tensor]:
     return [weight, bias, magnitude, start, length]
 
 
-def map_features(x: Tensor, maps, dtype: torch.dtype, span=None, launch: Launch | None = None) -> Tensor:
+def map_features(x: Tensor, maps, dtype: torch.dtype, span=None, sizes: Launch | None = None) -> Tensor:
     """Features of x, in the order of `features_of`: those of +u, then those of -u.
 
     Args:
@@ -334,7 +335,7 @@ def map_features(x: Tensor, maps, dtype: torch.dtype, span=None, launch: Launch 
         dtype: of the result; the arithmetic is in float32.
         span: None, or start `(B,)` and length `(B,)`, int32: the real tokens of a batch row are those from start on.
             The others are not read; their features are those of x = 0.
-        launch: how to run; None = chosen by shape.
+        sizes: how to run; None = chosen by shape.
 
     Returns:
         `(B, HM, T, F)`, contiguous.
@@ -344,25 +345,27 @@ def map_features(x: Tensor, maps, dtype: torch.dtype, span=None, launch: Launch 
     shape = _shape(x, maps)
     features = shape["WIDTH"] * (2 if maps.activation in PAIRED else 1)
     phi = torch.empty(x.shape[0], heads, x.shape[2], features, dtype=dtype, device=x.device)
-    launch = launch or _launch(shape, x.dtype, stages=3)
-    row_tiles, tiles, run, segments = _tiling(x, heads, launch)
+    sizes = sizes or _launch(shape, x.dtype, stages=3)
+    row_tiles, tiles, run, segments = _tiling(x, heads, sizes)
     if tiles:
-        feature_map_fwd_kernel[(heads, segments)](
-            x,
-            *_pointers(maps, span),
-            phi,
-            *x.stride()[:3],
-            x.shape[2],
-            heads,
-            heads // x.shape[1],
-            row_tiles,
-            tiles,
-            run,
-            **shape,
-            SPAN=span is not None,
-            ROWS=launch.rows,
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+        launch(
+            feature_map_fwd_kernel,
+            (heads, segments),
+            (
+                x,
+                *_pointers(maps, span),
+                phi,
+                *x.stride()[:3],
+                x.shape[2],
+                heads,
+                heads // x.shape[1],
+                row_tiles,
+                tiles,
+                run,
+            ),
+            {**shape, "SPAN": span is not None, "ROWS": sizes.rows},
+            sizes.warps,
+            sizes.stages,
         )
     return phi
 
@@ -374,12 +377,12 @@ def map_backward(
     grad_x: Tensor | None = None,
     span=None,
     need_weights: bool = True,
-    launch: Launch | None = None,
+    sizes: Launch | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `map_features`, given `grad_features` = dL/dphi `(B, HM, T, F)`, float32 or x's dtype.
 
     Args:
-        x, maps, span, launch: as for `map_features`; no gradient comes from or goes to tokens outside the span.
+        x, maps, span, sizes: as for `map_features`; no gradient comes from or goes to tokens outside the span.
         grad_x: `(B, HM, T, D)`, x's dtype or float32, last stride 1: dL/dx per map head is added to it in place.
         need_weights: whether to compute the map's gradients.
 
@@ -390,41 +393,47 @@ def map_backward(
     x, grad_features = _with_unit_stride(x), _with_unit_stride(grad_features)
     heads, dim, width = maps.weight.shape
     shape = _shape(x, maps)
-    launch = launch or _launch(shape, x.dtype, stages=2 if grad_x is None else 1)  # 2 spill beside grad_x
-    row_tiles, tiles, run, segments = _tiling(x, heads, launch, shape["PARTS"])
-    sizes = [heads * dim * width, heads * width * shape["BIAS"], heads * dim * shape["MAGNITUDE"]]
-    partial = torch.empty(segments, sum(sizes) if need_weights else 0, dtype=torch.float32, device=x.device)
+    sizes = sizes or _launch(shape, x.dtype, stages=2 if grad_x is None else 1)  # 2 spill beside grad_x
+    row_tiles, tiles, run, segments = _tiling(x, heads, sizes, shape["PARTS"])
+    places = [heads * dim * width, heads * width * shape["BIAS"], heads * dim * shape["MAGNITUDE"]]
+    partial = torch.empty(segments, sum(places) if need_weights else 0, dtype=torch.float32, device=x.device)
     if tiles and (need_weights or grad_x is not None):
-        feature_map_bwd_kernel[(heads, segments, shape["PARTS"])](
-            x,
-            *_pointers(maps, span),
-            grad_features,
-            x if grad_x is None else grad_x,
-            partial,
-            *x.stride()[:3],
-            *grad_features.stride()[:3],
-            *(x if grad_x is None else grad_x).stride()[:3],
-            x.shape[2],
-            heads,
-            heads // x.shape[1],
-            row_tiles,
-            tiles,
-            run,
-            sum(sizes),
-            sizes[0],
-            sizes[0] + sizes[1],
-            **shape,
-            SPAN=span is not None,
-            INPUT=grad_x is not None,
-            WEIGHTS=need_weights,
-            ROWS=launch.rows,
-            PRODUCT=_PRODUCT[product_precision(x.dtype)[0]],
-            num_warps=launch.warps,
-            num_stages=launch.stages,
+        launch(
+            feature_map_bwd_kernel,
+            (heads, segments, shape["PARTS"]),
+            (
+                x,
+                *_pointers(maps, span),
+                grad_features,
+                x if grad_x is None else grad_x,
+                partial,
+                *x.stride()[:3],
+                *grad_features.stride()[:3],
+                *(x if grad_x is None else grad_x).stride()[:3],
+                x.shape[2],
+                heads,
+                heads // x.shape[1],
+                row_tiles,
+                tiles,
+                run,
+                sum(places),
+                places[0],
+                places[0] + places[1],
+            ),
+            {
+                **shape,
+                "SPAN": span is not None,
+                "INPUT": grad_x is not None,
+                "WEIGHTS": need_weights,
+                "ROWS": sizes.rows,
+                "PRODUCT": _PRODUCT[product_precision(x.dtype)[0]],
+            },
+            sizes.warps,
+            sizes.stages,
         )
     if not need_weights:
         return None, None, None
-    weight, bias, magnitude = (partial[0] if segments == 1 else partial.sum(0)).split(sizes)
+    weight, bias, magnitude = (partial[0] if segments == 1 else partial.sum(0)).split(places)
     return (
         weight.view(heads, dim, width),
         bias.view(heads, width) if shape["BIAS"] else None,

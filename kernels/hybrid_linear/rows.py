@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..launching import cdiv
+
 PLAIN, SPANS, PACKED = 0, 1, 2
 
 
@@ -41,11 +43,6 @@ class Blocks(NamedTuple):
     count: int
     row: Tensor | None
     base: Tensor | None
-
-
-def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)
 
 
 def make_rows(query: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, past: Tensor | None) -> Rows:

@@ -61,7 +61,9 @@ def check(inputs, mix, state=None, definition="reference", **options):
     expected, _ = run(definition, torch.float64, inputs, mix, state, options)
     for place, (a, b) in enumerate(zip(ours, expected, strict=True)):
         error = ((a - b).norm() / b.norm()).item()
-        assert error <= (FORWARD if place < forward else BACKWARD)[dtype], (place, error)
+        bar = (FORWARD if place < forward else BACKWARD)[dtype]
+        # One number per head, the sum of signed terms over all tokens, is held to ten times the bar of the tensors.
+        assert error <= bar * (10 if b.dim() == 1 else 1), (place, error)
 
 
 @pytest.mark.parametrize(("causal", "side"), FORMS)
@@ -123,7 +125,8 @@ def test_decoding_gives_the_prefill_state(side):
     for n in range(500, 1000):
         output, state = cosine_attention(*(x[:, :, n : n + 1] for x in inputs), **call, initial_state=state)
         outputs.append(output)
-    assert (state.kv - expected_state.kv).norm() <= 1e-3 * expected_state.kv.norm()
+    # The prefill rounds each normalised key to bfloat16 (1.7e-3 of a key), decoding does not.
+    assert (state.kv - expected_state.kv).norm() <= 2e-3 * expected_state.kv.norm()
     assert torch.equal(state.count, expected_state.count)
     assert (torch.cat(outputs, 2) - expected).float().norm() <= 5e-3 * expected.float().norm()
 
