@@ -58,8 +58,17 @@ def launch(
         with torch.cuda.device(device):
             launch(kernel, grid, arguments, constants, warps, stages, registers)
         return
-    kinds = tuple([(x.dtype, x.data_ptr() & 15) if isinstance(x, Tensor) else x for x in arguments])
-    key = (id(kernel), warps, stages, registers, device, kinds, tuple(constants.values()))
+    kinds: list[Any] = []
+    values: list[Any] = []  # pointers as numbers, which the compiled launch takes without asking for them again
+    for x in arguments:
+        if isinstance(x, Tensor):
+            pointer = x.data_ptr()
+            kinds.append((x.dtype, pointer & 15))
+            values.append(pointer)
+        else:
+            kinds.append(x)
+            values.append(x)
+    key = (id(kernel), warps, stages, registers, device, tuple(kinds), tuple(constants.values()))
     known = _compiled.get(key)
     if known is None:
         chosen = {name: constants[name] for name in _constant_names(kernel)}
@@ -73,7 +82,7 @@ def launch(
     compiled, tail = known
     compiled.run(
         *(*grid, 1, 1)[:3], torch._C._cuda_getCurrentRawStream(device), compiled.function, compiled.packed_metadata,
-        None, None, None, *arguments, *tail,
+        None, None, None, *values, *tail,
     )  # fmt: skip
 
 

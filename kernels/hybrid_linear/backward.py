@@ -91,8 +91,16 @@ def hybrid_linear_bwd_query_kernel(
         tl.program_id(0) // (C // BQ), batch, table, base, number, start, size, length, KIND
     )
     begin = chunk * C + tl.program_id(0) % (C // BQ) * BQ
-    part = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    if begin >= count:
+    part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    sink_row = tl.arange(0, BS)
+    if begin >= count:  # a block beyond its row has no part in the sums
+        if LINEAR and W + S > 0:
+            tl.store(part_weight + 2 * part + tl.arange(0, 2), tl.zeros((2,), tl.float32))
+        if INPUTS and S > 0:
+            nothing = tl.zeros((BS, BD), tl.float32)
+            store_rows(part_sink_key + part * (S * D), D, sink_row, sink_row < S, nothing, D, BD)
+            nothing_v = tl.zeros((BS, BV), tl.float32)
+            store_rows(part_sink_value + part * (S * V), V, sink_row, sink_row < S, nothing_v, V, BV)
         return
     group = head // (H // G)
     lowest, seen = S + 0, 0
@@ -147,12 +155,10 @@ def hybrid_linear_bwd_query_kernel(
                 sink_ds += tl.where(shown & (winner[:, None] == (1 << 30) + sink_j[None, :]), grad_top[:, None], 0.0)
             sink_ds = (sink_ds * scaling).to(DOT)
             acc = tl.dot(sink_ds, sink_k, acc, input_precision=PRECISION)
-            sink_part = tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
-            row = tl.arange(0, BS)
             part_k = tl.dot(tl.trans(sink_ds), q, input_precision=PRECISION)
-            store_rows(part_sink_key + sink_part * (S * D), D, row, row < S, part_k, D, BD)
+            store_rows(part_sink_key + part * (S * D), D, sink_row, sink_row < S, part_k, D, BD)
             part_v = tl.dot(tl.trans((sink_p * share[:, None]).to(DOT)), grad, input_precision=PRECISION)
-            store_rows(part_sink_value + sink_part * (S * V), V, row, row < S, part_v, V, BV)
+            store_rows(part_sink_value + part * (S * V), V, sink_row, sink_row < S, part_v, V, BV)
         if W > 0:
             k_row = key + b64 * k_b + group * k_h + key_first * k_t.to(tl.int64)
             for j0 in range(tl.maximum(begin - (W + BK - 2) // BK * BK, KLOW), tl.minimum(begin + BQ, count), BK):

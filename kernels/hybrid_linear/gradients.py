@@ -22,7 +22,7 @@ from .function import (
     sum_blocks,
 )
 from .maps import map_backward
-from .rows import PACKED, PLAIN, SPANS
+from .rows import PACKED, PLAIN
 
 
 def run_backward(
@@ -43,7 +43,7 @@ def run_backward(
     features = plan.settings.values["LINEAR"] and bool(needs.feature_q or needs.feature_k or maps_need or through_maps)
     found: dict[str, Tensor | None] = {}
     terms, grad_query, grad_feature_q = _query_side(
-        call, plan, x, feature_k, sums, sums_z, saved, grad, inputs, features, found
+        call, plan, x, feature_k, sums, sums_z, saved, grad, inputs, features, needs.weight or needs.shift, found
     )
     if plan.settings.values["LINEAR"] and (inputs or features or needs.first_kv):
         back = _reverse(call, plan, x, feature_q, grad, terms, found, grad_kv, grad_z)
@@ -68,7 +68,7 @@ def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor) if gradient is None else gradient.to(tensor.dtype)
 
 
-def _query_side(call, plan, x, feature_k, sums, sums_z, saved, grad, inputs, features, found):
+def _query_side(call, plan, x, feature_k, sums, sums_z, saved, grad, inputs, features, mix, found):
     """Launch the query kernel: per-row terms, gradients of queries and their features; leaves the parts in `found`."""
     settings, rows, sizes = plan.settings, call.rows, plan.settings.tiles.query
     shape = settings.values
@@ -86,13 +86,11 @@ def _query_side(call, plan, x, feature_k, sums, sums_z, saved, grad, inputs, fea
         given = x.feature_q if call.activations[0] is None else None
         dtype = product_precision(x.query.dtype)[0] if given is None else given.dtype
         grad_feature = new_buffer(kind, batch, length, heads, shape["F"], like=x.query, dtype=dtype)
-    if settings.tiles.chunk != sizes.block:  # the last chunk may have blocks beyond the row, which write nothing
-        kind = SPANS
     if spans and plan.settings.values["LINEAR"]:
-        part_weight = new_buffer(kind, batch * heads, programs, 2, like=terms)
+        part_weight = terms.new_empty(batch * heads, programs, 2)
     if inputs and call.sinks:
-        part_key = new_buffer(kind, batch * heads, programs, call.sinks, dim, like=terms)
-        part_value = new_buffer(kind, batch * heads, programs, call.sinks, shape["V"], like=terms)
+        part_key = terms.new_empty(batch * heads, programs, call.sinks, dim)
+        part_value = terms.new_empty(batch * heads, programs, call.sinks, shape["V"])
     sinks = (x.key, x.value) if x.sink_key is None else (x.sink_key, x.sink_value)
     launch(
         hybrid_linear_bwd_query_kernel,
@@ -106,7 +104,7 @@ def _query_side(call, plan, x, feature_k, sums, sums_z, saved, grad, inputs, fea
         {**shape, "BQ": sizes.block, "BK": sizes.inner, "INPUTS": inputs, "FEATURES": features},
         *sizes[2:],
     )  # fmt: skip
-    if part_weight is not None:
+    if part_weight is not None and mix:
         found["weight"], found["shift"] = part_weight.view(batch, heads, programs, 2).sum((0, 2)).unbind(1)
     if part_key is not None:
         found["part_key"], found["part_value"] = part_key, part_value
