@@ -3,7 +3,7 @@
 With y = (m o + N) / den, N = phi_q . sum phi_k v, Z its normaliser part and den = m + Z:
 
     d phi_q = (dy . S^T) / den - (dy . y) z / den        S, z: the far keys' sums
-    dm      = (dy . o - dy . y) / den
+    dm      = dy . (o - y) / den                        o - y is saved: near 1 the mass leaves little of it
     ds_nj   = p_nj (a dy_n . v_j + b_n)                  a = m / den, b = dlse - a dy . o
 
 `query` writes the gradients of queries and their features, and per row a, b, 1 / den and d den; `reverse` leaves, for
@@ -21,7 +21,7 @@ from .rows import find_block, load_rows, row_span, store_rows
 
 @triton.jit
 def row_terms(
-    output, soft_output, place, stride, grad_row, grad_t, stats, plane, weight, shift, head, stat, index, grad_index,
+    output, difference, place, stride, grad_row, grad_t, stats, plane, weight, shift, head, stat, index, grad_index,
     real, V: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr, LINEAR: tl.constexpr, SHIFT: tl.constexpr,
     MAXIMUM: tl.constexpr,
 ):  # fmt: skip
@@ -46,10 +46,10 @@ def row_terms(
         share, offset = zero, zero
         if SPAN:
             m = tl.load(stats + plane + stat, mask=real, other=0.0)
-            soft = load_rows(soft_output + place, stride, index, real, V, BV)
-            grad_mean = tl.sum(grad.to(tl.float32) * soft.to(tl.float32), 1)
+            apart = load_rows(difference + place, stride, index, real, V, BV)
+            gap = tl.sum(grad.to(tl.float32) * apart.to(tl.float32), 1)  # dy . (o - y)
             share = m * inverse
-            grad_log_mass = share * grad_mean + m * grad_den
+            grad_log_mass = share * gap
             level = tl.load(stats + stat, mask=real, other=0.0)
             r, factor = level, zero
             tilt = zero + tl.log(tl.load(weight + head).to(tl.float32))
@@ -66,14 +66,14 @@ def row_terms(
                 grad_top = factor * grad_weight - grad_log_mass
             else:
                 grad_level = factor * grad_weight
-            offset = grad_level - share * grad_mean
+            offset = grad_level - share * (gap + delta)
     return grad, share, offset, inverse, grad_den, grad_top, grad_weight, grad_shift
 
 
 @triton.jit
 def hybrid_linear_bwd_query_kernel(
     query, key, value, feature_k, sink_key, sink_value, sums, sums_z, weight, shift,
-    output, softmax_output, grad_output, stats, best,
+    output, difference, grad_output, stats, best,
     grad_query, grad_feature, terms, part_weight, part_sink_key, part_sink_value,
     table, base, start, size, past,
     number, length, slots, key_offset, scale, scaling, plane, sk_b, sk_h, sk_t,
@@ -116,7 +116,7 @@ def hybrid_linear_bwd_query_kernel(
     key_first = key_offset if PAST else first
     v_row = value + b64 * v_b + group * v_h + key_first * v_t.to(tl.int64)
     grad, share, offset, inverse, grad_den, grad_top, grad_weight, grad_shift = row_terms(
-        output, softmax_output, place * V, H * V, grad_output + b64 * go_b + head * go_h, go_t,
+        output, difference, place * V, H * V, grad_output + b64 * go_b + head * go_h, go_t,
         stats, plane, weight, shift, head, stat, t, first + t, real, V, BV, W + S > 0, LINEAR, SHIFT,
         MAXIMUM,
     )  # fmt: skip

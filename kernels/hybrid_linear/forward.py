@@ -107,7 +107,7 @@ def track_best(best, top, s, code):
 @triton.jit
 def hybrid_linear_fwd_kernel(
     query, key, value, feature_q, feature_k, sink_key, sink_value, sums, sums_z, weight, shift,
-    output, softmax_output, stats, best,
+    output, difference, stats, best,
     table, base, start, size, past,
     number, length, slots, key_offset, scale, plane, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fq_b, fq_h, fq_t, fk_b, fk_h, fk_t,
@@ -117,7 +117,7 @@ def hybrid_linear_fwd_kernel(
     KIND: tl.constexpr, PAST: tl.constexpr, SINKS_OF_ROW: tl.constexpr, LINEAR: tl.constexpr, SHIFT: tl.constexpr,
     MAXIMUM: tl.constexpr, SAVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """output, softmax_output `(B, T, H, V)`; stats and best as in `function.Saved`."""
+    """output, difference `(B, T, H, V)`; stats and best as in `function.Saved`."""
     batch, head = tl.program_id(1) // H, tl.program_id(1) % H
     chunk, slot, first, count = find_block(
         tl.program_id(0) // (C // BQ), batch, table, base, number, start, size, length, KIND
@@ -177,9 +177,7 @@ def hybrid_linear_fwd_kernel(
         level = (top + tl.log2(tl.where(full, total, 1.0))) * LN2
         if SAVE:
             tl.store(stats + stat, level, mask=real)
-            if LINEAR:
-                place = ((b64 * length + first) * H + head) * V
-                store_rows(softmax_output + place, H * V, t, real, acc, V, BV)
+            soft = acc
         if LINEAR:
             r = top * LN2 if MAXIMUM else level
             tilt = tl.log(tl.load(weight + head).to(tl.float32))
@@ -204,6 +202,9 @@ def hybrid_linear_fwd_kernel(
         if SAVE:
             tl.store(stats + 2 * plane + stat, den, mask=real)
         acc = acc / tl.maximum(den, DENOMINATOR_FLOOR)[:, None]
+        if SAVE and W + S > 0:  # in float32: where the window has nearly all the mass, it is a small difference
+            place = ((b64 * length + first) * H + head) * V
+            store_rows(difference + place, H * V, t, real, soft - acc, V, BV)
     store_rows(output + ((b64 * length + first) * H + head) * V, H * V, t, real, acc, V, BV)
 
 

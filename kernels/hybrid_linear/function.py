@@ -198,12 +198,12 @@ def sum_blocks(settings: Settings) -> tuple[int, int]:
 class Saved(NamedTuple):
     """What the forward leaves for the backward, unused ones None.
 
-    Fields: output, softmax_output `(B, T, H, V)`; stats `(3 or 4, B, H, T)` float32, log-sum-exp, mass, denominator
+    Fields: output and difference `(B, T, H, V)`, the softmax branch's output less the whole; stats `(3 or 4, B, H, T)` float32, log-sum-exp, mass, denominator
     and, where the level is the maximum, that maximum; best `(B, H, T)` int32, the key that holds the maximum.
     """
 
     output: Tensor
-    softmax_output: Tensor | None
+    difference: Tensor | None
     stats: Tensor | None
     best: Tensor | None
 
@@ -231,7 +231,9 @@ def run_forward(plan: Plan, call: Call, x: Operands, feature_q, feature_k, sums,
          rows.number, length, plan.slots, call.window, call.scaling * LOG2E, batch * heads * length,
          *strides(*tensors)),
         {**settings.values, "BQ": sizes.block, "BK": sizes.inner, "SAVE": save},
-        *sizes[2:],
+        sizes.warps,
+        sizes.stages,
+        None if save else sizes.registers,  # two outputs at a time need them all
     )  # fmt: skip
     return output, Saved(output, soft, stats, best)
 
@@ -251,7 +253,7 @@ class HybridLinear(torch.autograd.Function):
     """Fused hybrid linear attention: `(output (B, H, T, V), kv or None, normalizer or None)`.
 
     Features are recomputed from the maps in the backward pass; saved are the inputs, the output, the softmax branch's
-    output, three floats per row and head, and the sums before each chunk.
+    difference from it, three floats per row and head, and the sums before each chunk.
     """
 
     @staticmethod

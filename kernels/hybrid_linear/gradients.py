@@ -96,7 +96,7 @@ def _query_side(call, plan, x, feature_k, sums, sums_z, saved, grad, inputs, fea
         hybrid_linear_bwd_query_kernel,
         (programs, batch * heads),
         (x.query, x.key, x.value, feature_k, *sinks, sums, sums_z, x.weight, x.shift, saved.output,
-         saved.softmax_output, grad, saved.stats, saved.best, grad_query,
+         saved.difference, grad, saved.stats, saved.best, grad_query,
          grad_feature, terms, part_weight, part_key, part_value, plan.queries.row, plan.queries.base, rows.start,
          rows.size, rows.past,
          rows.number, length, plan.slots, call.window, call.scaling * LOG2E, call.scaling, batch * heads * length,
