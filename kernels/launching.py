@@ -28,6 +28,16 @@ def next_power_of_2(size: int) -> int:
     return 1 << (size - 1).bit_length()
 
 
+def tile_side(size: int) -> int:
+    """The side of a tile that holds `size` and can be multiplied: a power of two, at least 16."""
+    return max(16, next_power_of_2(max(size, 1)))
+
+
+def triton_type(dtype: torch.dtype) -> Any:
+    """Triton's name of a dtype, as a compile-time argument."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
 LIMIT = 10000  # launches remembered
 _compiled: dict[tuple, Any] = {}
 

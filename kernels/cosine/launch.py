@@ -8,7 +8,7 @@ import triton
 from torch import Tensor
 
 from ..hybrid_linear.rows import PACKED, SPANS, Blocks, Rows, make_blocks
-from ..launching import cdiv, launch, next_power_of_2
+from ..launching import cdiv, launch, tile_side, triton_type
 from ..triton_support import product_precision
 from .passes import cosine_apply_kernel, cosine_project_kernel, cosine_sums_kernel
 
@@ -73,7 +73,7 @@ class Pass(NamedTuple):
 def choose_tiles(dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
     """Sizes for an H100: several programs on each multiprocessor where registers allow, hardly a spill elsewhere."""
     wide = max(dim, value_dim) > 128
-    columns = max(16, next_power_of_2(value_dim))
+    columns = tile_side(value_dim)
     if dtype == torch.bfloat16:
         tiles = WIDE if wide else NARROW
     else:
@@ -90,6 +90,7 @@ def _shared_memory(device: torch.device) -> int:
 
 
 def make_pass(rows: Rows, query: Tensor, value: Tensor, causal: bool) -> Pass:
+    """The chunks and tile sizes of a call."""
     tiles = choose_tiles(query.shape[3], value.shape[3], query.dtype)
     if _shared_memory(query.device) < AMPLE_SHARED_MEMORY:  # one chunk in flight
         tiles = tiles._replace(sums=tiles.sums._replace(stages=2))
@@ -117,11 +118,11 @@ def sum_side(
     factor = x.new_empty(rows.batch, heads * sharing.loop, rows.length, dtype=torch.float32)
     blocks, segments, total = cdiv(value_dim, tile.columns), 1, None
     if this.causal:
-        snapshots = x.new_empty(rows.batch, heads, this.chunks.count, dim, value_dim, dtype=kept)
+        snapshots = x.new_empty(rows.batch, heads, this.chunks.total, dim, value_dim, dtype=kept)
         if keep_total:
             total = x.new_empty(rows.batch, heads, dim, value_dim, dtype=torch.float32)
     else:
-        longest = this.chunks.count // rows.number if rows.kind == PACKED else this.chunks.count
+        longest = this.chunks.total // rows.number if rows.kind == PACKED else this.chunks.total
         segments = max(1, min(longest // 4, PROGRAMS // (blocks * heads * rows.number)))
         total = x.new_empty(rows.number, heads, segments, dim, value_dim, dtype=torch.float32)
         snapshots = total
@@ -131,14 +132,14 @@ def sum_side(
         (
             x, y, side.exponent, side.gain, initial, factor, snapshots, total,
             *x.stride()[:3], *y.stride()[:3],
-            rows.start, rows.size, rows.past, this.chunks.base, rows.length, this.chunks.count, segments,
+            rows.start, rows.size, rows.past, this.chunks.base, rows.length, this.chunks.total, segments,
         ),
         {
-            "DX": dim, "DY": value_dim, "BLOCK_X": _block(dim), "BLOCK_Y": tile.columns, "CHUNK": this.tiles.chunk,
+            "DX": dim, "DY": value_dim, "BLOCK_X": tile_side(dim), "BLOCK_Y": tile.columns, "CHUNK": this.tiles.chunk,
             "LOOP": sharing.loop, "X_DIVISOR": sharing.x, "KIND": rows.kind, "CAUSAL": this.causal,
             "REVERSE": reverse, "POWER": side.exponent is not None, "GAIN": side.gain is not None,
             "PAST": rows.past is not None, "INITIAL": initial is not None, "TOTAL": total is not None,
-            "DTYPE": _TYPES[multiply], "PRECISION": precision,
+            "DTYPE": triton_type(multiply), "PRECISION": precision,
         },
         tile.warps, tile.stages,
     )  # fmt: skip
@@ -157,19 +158,19 @@ def apply_sums(this: Pass, side: Side, other: Side, sums: Tensor, factor: Tensor
     parts = (this.tiles.chunk // tile.rows) * cdiv(value_dim, tile.columns)
     launch(
         cosine_apply_kernel,
-        (heads, this.chunks.count * parts, rows.batch),
+        (heads, this.chunks.total * parts, rows.batch),
         (
             side.x, other.x, other.y, factor, sums, out, side.exponent, side.gain,
             *side.x.stride()[:3], *other.x.stride()[:3], *other.y.stride()[:3], *out.stride()[:3],
             rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base, rows.number, rows.length,
-            this.chunks.count,
+            this.chunks.total,
         ),
         {
-            "DX": dim, "DY": value_dim, "BLOCK_X": _block(dim), "BLOCK_Y": tile.columns, "CHUNK": this.tiles.chunk,
+            "DX": dim, "DY": value_dim, "BLOCK_X": tile_side(dim), "BLOCK_Y": tile.columns, "CHUNK": this.tiles.chunk,
             "BLOCK_M": tile.rows, "BLOCK_N": tile.others, "LOOP": sharing.loop, "X_DIVISOR": sharing.x,
             "O_DIVISOR": sharing.other, "S_DIVISOR": sharing.sums, "KIND": rows.kind, "CAUSAL": this.causal,
             "AFTER": int(after), "POWER": side.exponent is not None, "GAIN": side.gain is not None,
-            "PAST": rows.past is not None, "DTYPE": _TYPES[multiply], "PRECISION": precision,
+            "PAST": rows.past is not None, "DTYPE": triton_type(multiply), "PRECISION": precision,
         },
         tile.warps, tile.stages,
     )  # fmt: skip
@@ -184,7 +185,7 @@ def project_sums(this: Pass, side: Side, other: Side, sums: Tensor, factor: Tens
     dim, value_dim = side.x.shape[3], side.y.shape[3]
     multiply, precision = product_precision(side.x.dtype)
     out = _empty(rows, like, heads, dim)
-    programs = this.chunks.count * (this.tiles.chunk // tile.rows)
+    programs = this.chunks.total * (this.tiles.chunk // tile.rows)
     partial = None
     if need_partial:
         # A program beyond its row's last token writes nothing.
@@ -197,15 +198,16 @@ def project_sums(this: Pass, side: Side, other: Side, sums: Tensor, factor: Tens
         (
             side.x, side.y, other.x, other.y, factor, sums, out, partial, side.exponent, side.gain,
             *side.x.stride()[:3], *side.y.stride()[:3], *other.x.stride()[:3], *other.y.stride()[:3],
-            *out.stride()[:3], rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base, rows.number, rows.length,
-            this.chunks.count,
+            *out.stride()[:3],
+            rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base, rows.number, rows.length,
+            this.chunks.total,
         ),
         {
-            "DX": dim, "DY": value_dim, "BLOCK_X": _block(dim), "BLOCK_Y": tile.columns, "CHUNK": this.tiles.chunk,
+            "DX": dim, "DY": value_dim, "BLOCK_X": tile_side(dim), "BLOCK_Y": tile.columns, "CHUNK": this.tiles.chunk,
             "BLOCK_M": tile.rows, "BLOCK_N": tile.others, "LOOP": sharing.loop, "X_DIVISOR": sharing.x,
             "O_DIVISOR": sharing.other, "S_DIVISOR": sharing.sums, "KIND": rows.kind, "CAUSAL": this.causal,
             "AFTER": int(after), "POWER": side.exponent is not None, "GAIN": side.gain is not None,
-            "PAST": rows.past is not None, "PARTIAL": need_partial, "DTYPE": _TYPES[multiply],
+            "PAST": rows.past is not None, "PARTIAL": need_partial, "DTYPE": triton_type(multiply),
             "PRECISION": precision,
         },
         tile.warps, tile.stages,
@@ -219,10 +221,3 @@ def _empty(rows: Rows, like: Tensor, heads: int, width: int) -> Tensor:
     if like.shape == shape:
         return torch.zeros_like(like) if rows.kind == SPANS else torch.empty_like(like)
     return like.new_zeros(shape) if rows.kind == SPANS else like.new_empty(shape)
-
-
-def _block(width: int) -> int:
-    return max(16, next_power_of_2(width))
-
-
-_TYPES = {torch.bfloat16: triton.language.bfloat16, torch.float32: triton.language.float32}

@@ -39,8 +39,8 @@ def decode_unsupported(query: Tensor, query_features, key_features) -> str | Non
     if query.shape[-1] > MAX_DIM:
         return f"the decode kernel takes head dimensions up to {MAX_DIM} and this one is {query.shape[-1]}"
     for features in (query_features, key_features):
-        if features is not None and _feature_count(features) > MAX_FEATURES:
-            return f"the decode kernel takes up to {MAX_FEATURES} features and these are {_feature_count(features)}"
+        if features is not None and feature_count(features) > MAX_FEATURES:
+            return f"the decode kernel takes up to {MAX_FEATURES} features and these are {feature_count(features)}"
     return None
 
 
@@ -124,7 +124,8 @@ def decode_step_(
     )
 
 
-def _feature_count(features) -> int:
+def feature_count(features) -> int:
+    """F of given features or of a map."""
     if isinstance(features, Tensor):
         return features.shape[-1]
     return features.weight.shape[-1] * (2 if ACTIVATIONS[features.activation] in SIGNED else 1)
@@ -138,7 +139,7 @@ def _launch(inputs, options, old: State, new: State, *, in_place: bool, log_weig
     groups, value_dim, state_heads = key.shape[1], value.shape[-1], old.kv.shape[1]
     query_given, query_map, query_activation = _split_features(query_features)
     key_given, key_map, key_activation = _split_features(key_features)
-    count = 0 if query_features is None else _feature_count(query_features)
+    count = 0 if query_features is None else feature_count(query_features)
     halves = 2 if {query_activation, key_activation} & set(SIGNED) else 1
     if mask is not None:
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else (mask != 0).view(torch.uint8)

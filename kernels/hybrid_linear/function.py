@@ -4,10 +4,9 @@ import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from ..launching import cdiv, launch, next_power_of_2
+from ..launching import cdiv, launch, tile_side, triton_type
 from ..triton_support import product_precision
 from .forward import hybrid_linear_fwd_kernel, hybrid_linear_state_kernel
 from .maps import map_features
@@ -90,7 +89,8 @@ class Map(NamedTuple):
 def choose_tiles(dot: torch.dtype, widest: int) -> Tiles:
     """Tiles by the dtype of the products and the widest of D, V and F; measured on an H100 (docs/results.md).
 
-    Always four warps: with eight, Triton 3.6 gave wrong results for blocks of 64 rows (H100, TF32 and bfloat16).
+    Always four warps: with eight and a product of 16 columns (the sinks' block) Triton 3.6 gave wrong results or
+    illegal accesses on an H100.
     """
     if dot == torch.bfloat16 and widest <= 128:
         forward, query, key = Launch(64, 64, 4, 1, 168), Launch(64, 64, 4, 2), Launch(64, 32, 4, 1)
@@ -120,20 +120,19 @@ def make_settings(
     values = {
         "H": heads, "G": groups, "E": feature_heads, "D": dim, "V": value_dim, "F": width,
         "W": window, "S": sinks, "WB": reach, "C": tiles.chunk,
-        "BD": _block(dim), "BV": _block(value_dim), "BF": _block(width), "BS": _block(sinks),
+        "BD": tile_side(dim), "BV": tile_side(value_dim), "BF": tile_side(width), "BS": tile_side(sinks),
         "SINKS_OF_ROW": not past, "SHIFT": shift, "MAXIMUM": maximum, "KIND": kind, "PAST": past, "LINEAR": linear,
-        "DOT": getattr(tl, str(dot).split(".")[1]), "PRECISION": precision,
+        "DOT": triton_type(dot), "PRECISION": precision,
     }  # fmt: skip
     return Settings(tiles, reach, values)
 
 
 class Plan(NamedTuple):
-    """Settings and blocks of one call, the same in forward and backward; slots, the chunks of all rows of a head."""
+    """Settings of one call and its chunks of queries and of keys (reach more tokens), for forward and backward."""
 
     settings: Settings
     queries: Blocks
     keys: Blocks
-    slots: int
 
 
 def make_plan(call: Call, query, value, feature_q, feature_k, groups: int, shift) -> Plan:
@@ -146,12 +145,7 @@ def make_plan(call: Call, query, value, feature_q, feature_k, groups: int, shift
         tiles, query.dtype, heads, groups, feature_heads, dim, value_dim, width, call.window, call.sinks, rows.kind,
         rows.past is not None, linear, shift is not None, call.maximum,
     )  # fmt: skip
-    queries = make_blocks(rows, tiles.chunk)
-    return Plan(settings, queries, make_blocks(rows, tiles.chunk, settings.reach), queries.count)
-
-
-def _block(size: int) -> int:
-    return max(16, next_power_of_2(max(size, 1)))
+    return Plan(settings, make_blocks(rows, tiles.chunk), make_blocks(rows, tiles.chunk, settings.reach))
 
 
 def strides(*tensors: Tensor | None) -> list[int]:
@@ -171,8 +165,8 @@ def run_sums(plan: Plan, call: Call, value, feature_k, first_kv, first_z):
     heads, width, value_dim = feature_k.shape[1], feature_k.shape[3], value.shape[3]
     batch = rows.batch * heads
     dot, _ = product_precision(value.dtype)
-    sums = torch.empty(batch, plan.slots, width, value_dim, dtype=dot, device=value.device)
-    sums_z = torch.empty(batch, plan.slots, width, dtype=torch.float32, device=value.device)
+    sums = torch.empty(batch, plan.queries.total, width, value_dim, dtype=dot, device=value.device)
+    sums_z = torch.empty(batch, plan.queries.total, width, dtype=torch.float32, device=value.device)
     last_kv = last_z = None
     if call.final:
         last_kv = torch.empty(rows.batch, heads, width, value_dim, dtype=torch.float32, device=value.device)
@@ -182,7 +176,7 @@ def run_sums(plan: Plan, call: Call, value, feature_k, first_kv, first_z):
         hybrid_linear_state_kernel,
         (cdiv(width, block_f) * cdiv(value_dim, block_v), rows.number * heads),
         (feature_k, value, first_kv, first_z, sums, sums_z, last_kv, last_z, rows.start, rows.size, rows.past,
-         plan.queries.base, rows.length, plan.slots, call.window, *strides(feature_k, value)),
+         plan.queries.base, rows.length, plan.queries.total, call.window, *strides(feature_k, value)),
         {**settings.values, "BF": block_f, "BV": block_v, "FINAL": call.final},
         *settings.tiles.sums[2:],
     )  # fmt: skip
@@ -198,8 +192,9 @@ def sum_blocks(settings: Settings) -> tuple[int, int]:
 class Saved(NamedTuple):
     """What the forward leaves for the backward, unused ones None.
 
-    Fields: output and difference `(B, T, H, V)`, the softmax branch's output less the whole; stats `(3 or 4, B, H, T)` float32, log-sum-exp, mass, denominator
-    and, where the level is the maximum, that maximum; best `(B, H, T)` int32, the key that holds the maximum.
+    Fields: output and difference `(B, T, H, V)`, the softmax branch's output less the whole; stats `(3 or 4, B, H, T)`
+    float32, log-sum-exp, mass, denominator and, where the level is the maximum, that maximum; best `(B, H, T)` int32,
+    the key that holds the maximum (place in the row, or 2^30 + number of a sink).
     """
 
     output: Tensor
@@ -215,7 +210,7 @@ def run_forward(plan: Plan, call: Call, x: Operands, feature_q, feature_k, sums,
     sink_key, sink_value = (x.key, x.value) if x.sink_key is None else (x.sink_key, x.sink_value)
     linear, spans = feature_q is not None, call.window + call.sinks > 0
     output = new_buffer(rows.kind, batch, length, heads, x.value.shape[3], like=x.query)
-    soft = torch.empty_like(output) if save and linear and spans else None
+    difference = torch.empty_like(output) if save and linear and spans else None
     stats = best = None
     if save:
         planes = 4 if call.maximum else 3
@@ -225,17 +220,17 @@ def run_forward(plan: Plan, call: Call, x: Operands, feature_q, feature_k, sums,
     sizes = settings.tiles.forward
     launch(
         hybrid_linear_fwd_kernel,
-        (blocks.count * (settings.tiles.chunk // sizes.block), batch * heads),
+        (blocks.total * (settings.tiles.chunk // sizes.block), batch * heads),
         (x.query, x.key, x.value, feature_q, feature_k, sink_key, sink_value, sums, sums_z, x.weight, x.shift,
-         output, soft, stats, best, blocks.row, blocks.base, rows.start, rows.size, rows.past,
-         rows.number, length, plan.slots, call.window, call.scaling * LOG2E, batch * heads * length,
+         output, difference, stats, best, blocks.row, blocks.base, rows.start, rows.size, rows.past,
+         rows.number, length, plan.queries.total, call.window, call.scaling * LOG2E, batch * heads * length,
          *strides(*tensors)),
         {**settings.values, "BQ": sizes.block, "BK": sizes.inner, "SAVE": save},
         sizes.warps,
         sizes.stages,
         None if save else sizes.registers,  # two outputs at a time need them all
     )  # fmt: skip
-    return output, Saved(output, soft, stats, best)
+    return output, Saved(output, difference, stats, best)
 
 
 def run(call: Call, x: Operands, save: bool):
@@ -267,16 +262,13 @@ class HybridLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output, grad_kv, grad_z):
-        from .gradients import run_backward
+        from .gradients import run_backward  # which imports from here
 
-        tensors = ctx.saved_tensors
-        count = len(Operands._fields)
+        operands = len(Operands._fields)
+        x, (sums, sums_z, *saved) = Operands(*ctx.saved_tensors[:operands]), ctx.saved_tensors[operands:]
         needs = Operands(*ctx.needs_input_grad[1:])
-        gradients = run_backward(
-            ctx.call, ctx.plan, Operands(*tensors[:count]), needs, *tensors[count : count + 2],
-            Saved(*tensors[count + 2 :]), grad_output, grad_kv, grad_z,
-        )  # fmt: skip
-        return None, *gradients
+        incoming = (grad_output, grad_kv, grad_z)
+        return None, *run_backward(ctx.call, ctx.plan, x, needs, sums, sums_z, Saved(*saved), *incoming)
 
 
 def maps_of(call: Call, x: Operands) -> tuple[Map | None, Map | None]:

@@ -2,9 +2,10 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ..triton_support import unavailable
-from .decode import decode_step
+from .decode import decode_step, feature_count
 from .function import Call, HybridLinear, Operands, run
 from .rows import make_rows
 from .states import extend_keys, new_sinks, next_state
@@ -23,7 +24,7 @@ def unsupported(query, key, value, query_features, key_features, **options) -> s
         return "the Triton kernels are causal; a bidirectional call runs the chunked path"
     widths = {"head dimension": query.shape[-1], "value dimension": value.shape[-1]}
     if query_features is not None:
-        widths["feature count"] = max(_width(query_features), _width(key_features))
+        widths["feature count"] = max(feature_count(query_features), feature_count(key_features))
     widest = WIDEST[query.dtype]
     for name, width in widths.items():
         if width > widest:
@@ -31,12 +32,6 @@ def unsupported(query, key, value, query_features, key_features, **options) -> s
     if options.get("sinks", 0) > MOST_SINKS:
         return f"the Triton kernels hold at most {MOST_SINKS} sinks, this call has {options['sinks']}"
     return None
-
-
-def _width(features) -> int:
-    if isinstance(features, Tensor):
-        return features.shape[-1]
-    return features.weight.shape[-1] * (2 if features.activation in ("softmax", "exp") else 1)
 
 
 def fused(
@@ -59,48 +54,26 @@ def fused(
     return_state=False,
 ):
     """Hybrid linear attention by Triton kernels; arguments and returns of `hybrid_linear_attention`."""
-    if query.shape[2] == 0:
-        padded = [torch.nn.functional.pad(x, (0, 0, 0, 1)) if isinstance(x, Tensor) else x for x in
-                  (query, key, value, query_features, key_features)]  # fmt: skip
-        mask = query.new_zeros(query.shape[0], 1, dtype=torch.bool)
-        output, state = fused(
-            *padded, window_weight=window_weight, window_shift=window_shift, window_reference=window_reference,
-            window=window, sinks=sinks, scaling=scaling, attention_mask=mask, initial_state=initial_state,
-            return_state=return_state,
-        )  # fmt: skip
+    options = {
+        "window_weight": window_weight, "window_shift": window_shift, "window_reference": window_reference,
+        "window": window, "sinks": sinks, "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
+        "attention_mask": attention_mask,
+    }  # fmt: skip
+    inputs = (query, key, value, query_features, key_features)
+    if query.shape[2] == 0:  # as one padded token
+        padded = [functional.pad(x, (0, 0, 0, 1)) if isinstance(x, Tensor) else x for x in inputs]
+        options["attention_mask"] = query.new_zeros(query.shape[0], 1, dtype=torch.bool)
+        output, state = fused(*padded, **options, initial_state=initial_state, return_state=return_state)
         return output[:, :, :0], state
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    train = torch.is_grad_enabled() and _needs_gradient(
-        query, key, value, query_features, key_features, window_weight, window_shift, initial_state
-    )
+    train = torch.is_grad_enabled() and _needs_gradient(*inputs, window_weight, window_shift, initial_state)
     if query.shape[2] == 1 and initial_state is not None and return_state and not train:
-        return decode_step(
-            query, key, value, query_features, key_features, window_weight=window_weight, window_shift=window_shift,
-            window_reference=window_reference, window=window, sinks=sinks, scaling=scaling,
-            attention_mask=attention_mask, state=initial_state,
-        )  # fmt: skip
+        return decode_step(*inputs, **options, state=initial_state)
     rows = make_rows(query, attention_mask, cu_seqlens, None if initial_state is None else initial_state.count)
     linear = query_features is not None
-    call = Call(
-        rows, window, sinks, scaling, window_reference == "max" and linear,
-        (getattr(query_features, "activation", None), getattr(key_features, "activation", None)),
-        return_state and linear,
-    )  # fmt: skip
-    keys = (key, value, key_features if isinstance(key_features, Tensor) else None)
-    sink_key = sink_value = None
-    if initial_state is not None:
-        sink_key, sink_value = new_sinks(rows, sinks, initial_state, key, value)
-        keys = extend_keys(rows, window, initial_state, *keys)
-    maps = [
-        x[:3] if x is not None and not isinstance(x, Tensor) else (None,) * 3 for x in (query_features, key_features)
-    ]
-    operands = Operands(
-        _dense(query), *(_dense(x) for x in keys[:2]), _dense(query_features), _dense(keys[2]), *maps[0], *maps[1],
-        window_weight if linear and window + sinks else None, window_shift if linear and window + sinks else None,
-        sink_key, sink_value,
-        initial_state.kv if linear and initial_state is not None else None,
-        initial_state.normalizer if linear and initial_state is not None else None,
-    )  # fmt: skip
+    activations = (getattr(query_features, "activation", None), getattr(key_features, "activation", None))
+    maximum, final = window_reference == "max" and linear, return_state and linear
+    call = Call(rows, window, sinks, options["scaling"], maximum, activations, final)
+    operands = _operands(call, inputs, window_weight, window_shift, initial_state)
     if train:
         output, last_kv, last_z = HybridLinear.apply(call, *operands)
     else:
@@ -108,6 +81,34 @@ def fused(
     if not return_state:
         return output, None
     return output, next_state(rows, window, sinks, initial_state, (query, key, value, key_features), last_kv, last_z)
+
+
+def _operands(call: Call, inputs, weight, shift, state) -> Operands:
+    """The tensors of a call as the kernels read them: dense, the state's ring before the keys."""
+    query, key, value, query_features, key_features = inputs
+    (feature_q, query_map), (feature_k, key_map) = _split(query_features), _split(key_features)
+    sink_key = sink_value = first_kv = first_z = None
+    if state is not None:
+        sink_key, sink_value = new_sinks(call.rows, call.sinks, state, key, value)
+        key, value, feature_k = extend_keys(call.rows, call.window, state, key, value, feature_k)
+    linear = query_features is not None
+    if linear and state is not None:
+        first_kv, first_z = state.kv, state.normalizer
+    if not linear or call.window + call.sinks == 0:
+        weight = shift = None
+    return Operands(
+        _dense(query), _dense(key), _dense(value), feature_q, feature_k, *query_map, *key_map, weight, shift,
+        sink_key, sink_value, first_kv, first_z,
+    )  # fmt: skip
+
+
+def _split(features) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None, Tensor | None]]:
+    """Features as a tensor, and a map's weight, bias and magnitude; None for what is not given."""
+    if features is None:
+        return None, (None, None, None)
+    if isinstance(features, Tensor):
+        return _dense(features), (None, None, None)
+    return None, (features.weight, features.bias, features.magnitude)
 
 
 def _needs_gradient(*values) -> bool:
@@ -120,8 +121,6 @@ def _needs_gradient(*values) -> bool:
     return False
 
 
-def _dense(x) -> Tensor | None:
-    """A tensor whose last dimension is contiguous, as the kernels read it; None for a map."""
-    if not isinstance(x, Tensor):
-        return None
+def _dense(x: Tensor) -> Tensor:
+    """A tensor whose last dimension is contiguous, as the kernels read it."""
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -1,6 +1,6 @@
-"""The backward pass: four launches at most, then the sums over query heads, sinks and window weights."""
+"""The backward pass: three kernels, those of the maps, then the sums over query heads, sinks and window weights."""
 
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,12 +22,38 @@ from .function import (
     sum_blocks,
 )
 from .maps import map_backward
-from .rows import PACKED, PLAIN
+from .rows import PACKED, PLAIN, Rows
+
+Found = dict[str, Tensor | None]  # gradients by the operands' names
+
+
+class Pass(NamedTuple):
+    """What the launches of one backward pass share.
+
+    Fields: feature_q, feature_k `(B, H | E, T, F)` or None; sums, sums_z, the forward's before each chunk;
+    grad `(B, H, T, V)`; grad_kv, grad_z, gradients of the last sums or None; inputs, features, whether gradients of
+    query, key and value, of the features, and of weight and shift are needed.
+    """
+
+    call: Call
+    plan: Plan
+    x: Operands
+    feature_q: Tensor | None
+    feature_k: Tensor | None
+    sums: Tensor | None
+    sums_z: Tensor | None
+    saved: Saved
+    grad: Tensor
+    grad_kv: Tensor | None
+    grad_z: Tensor | None
+    inputs: bool
+    features: bool
+    mix: bool
 
 
 def run_backward(
     call: Call, plan: Plan, x: Operands, needs: Operands, sums, sums_z, saved: Saved, grad, grad_kv, grad_z
-):
+) -> list[Tensor | None]:
     """Gradients in the order of `Operands`, None where not needed.
 
     Args:
@@ -36,29 +62,28 @@ def run_backward(
     """
     if grad.stride(3) != 1:
         grad = grad.contiguous()
-    feature_q, feature_k = make_features(call, x)
+    linear = plan.settings.values["LINEAR"]
     inputs = any((needs.query, needs.key, needs.value, needs.sink_key, needs.sink_value))
     maps_need = any((needs.q_weight, needs.q_bias, needs.q_magnitude, needs.k_weight, needs.k_bias, needs.k_magnitude))
     through_maps = inputs and any(name is not None for name in call.activations)
-    features = plan.settings.values["LINEAR"] and bool(needs.feature_q or needs.feature_k or maps_need or through_maps)
-    found: dict[str, Tensor | None] = {}
-    terms, grad_query, grad_feature_q = _query_side(
-        call, plan, x, feature_k, sums, sums_z, saved, grad, inputs, features, needs.weight or needs.shift, found
-    )
-    if plan.settings.values["LINEAR"] and (inputs or features or needs.first_kv):
-        back = _reverse(call, plan, x, feature_q, grad, terms, found, grad_kv, grad_z)
-    else:
-        back = (None, None)
+    features = linear and bool(needs.feature_q or needs.feature_k or maps_need or through_maps)
+    this = Pass(
+        call, plan, x, *make_features(call, x), sums, sums_z, saved, grad, grad_kv, grad_z,
+        inputs, features, mix=bool(needs.weight or needs.shift),
+    )  # fmt: skip
+    found: Found = {}
+    terms, grad_query, grad_feature_q, sink_parts = _query_side(this, found)
+    back: tuple[Tensor | None, Tensor | None] = (None, None)
+    if linear and (inputs or features or needs.first_kv):
+        back = _reverse(this, terms, found)
     if inputs or features:
-        grad_key, grad_value, grad_feature_k = _key_side(
-            call, plan, x, feature_q, feature_k, saved, grad, terms, back, grad_kv, grad_z, inputs, features
-        )
-        _through_maps(call, x, found, (grad_query, grad_key), (grad_feature_q, grad_feature_k), inputs)
-        if inputs:
-            _add_sinks(call, plan, x, found, grad_key, grad_value)
+        grad_key, grad_value, grad_feature_k = _key_side(this, terms, back)
+        _through_maps(this, found, (grad_query, grad_key), (grad_feature_q, grad_feature_k))
+        if inputs and call.sinks:
+            _add_sinks(this, found, sink_parts, (grad_key, grad_value))
         found |= {"query": grad_query, "key": grad_key, "value": grad_value}
     return [
-        _like(found.get(name), tensor) if need else None
+        _like(found.get(name), tensor) if need and tensor is not None else None
         for name, tensor, need in zip(x._fields, x, needs, strict=True)
     ]
 
@@ -68,76 +93,90 @@ def _like(gradient: Tensor | None, tensor: Tensor) -> Tensor:
     return torch.zeros_like(tensor) if gradient is None else gradient.to(tensor.dtype)
 
 
-def _query_side(call, plan, x, feature_k, sums, sums_z, saved, grad, inputs, features, mix, found):
-    """Launch the query kernel: per-row terms, gradients of queries and their features; leaves the parts in `found`."""
+def _feature_dtype(this: Pass, given: Tensor | None) -> torch.dtype:
+    """Dtype of a feature's gradient: that of the features, given or computed."""
+    return product_precision(this.x.query.dtype)[0] if given is None else given.dtype
+
+
+def _turn(gradient: Tensor | None) -> Tensor | None:
+    """`(B, T, H, .)`, as the kernels write, to `(B, H, T, .)`."""
+    return None if gradient is None else gradient.transpose(1, 2)
+
+
+def _query_side(this: Pass, found: Found):
+    """Launch the query kernel; the window's gradients are left in `found`.
+
+    Returns:
+        Terms `(4 or 5, B, H, T)` float32; gradients of queries and query features `(B, H, T, D | F)` or None; the
+        blocks' parts of the gradients of sink keys and values `(B H, programs, S, D | V)`, or twice None.
+    """
+    call, plan, x, saved = this.call, this.plan, this.x, this.saved
     settings, rows, sizes = plan.settings, call.rows, plan.settings.tiles.query
     shape = settings.values
     batch, heads, length, dim = x.query.shape
     spans = call.window + call.sinks > 0
-    programs = plan.queries.count * (settings.tiles.chunk // sizes.block)
-    device, kind = x.query.device, rows.kind
+    programs = plan.queries.total * (settings.tiles.chunk // sizes.block)
     planes = 5 if call.maximum else 4
-    terms = torch.empty(planes, batch, heads, length, dtype=torch.float32, device=device)
+    terms = torch.empty(planes, batch, heads, length, dtype=torch.float32, device=x.query.device)
     grad_query = grad_feature = part_weight = part_key = part_value = None
-    if inputs:
+    if this.inputs:
         make = new_buffer if spans else _zeros
-        grad_query = make(kind, batch, length, heads, dim, like=x.query)
-    if features:
-        given = x.feature_q if call.activations[0] is None else None
-        dtype = product_precision(x.query.dtype)[0] if given is None else given.dtype
-        grad_feature = new_buffer(kind, batch, length, heads, shape["F"], like=x.query, dtype=dtype)
-    if spans and plan.settings.values["LINEAR"]:
+        grad_query = make(rows.kind, batch, length, heads, dim, like=x.query)
+    if this.features:
+        dtype = _feature_dtype(this, x.feature_q)
+        grad_feature = new_buffer(rows.kind, batch, length, heads, shape["F"], like=x.query, dtype=dtype)
+    if spans and shape["LINEAR"]:
         part_weight = terms.new_empty(batch * heads, programs, 2)
-    if inputs and call.sinks:
+    if this.inputs and call.sinks:
         part_key = terms.new_empty(batch * heads, programs, call.sinks, dim)
         part_value = terms.new_empty(batch * heads, programs, call.sinks, shape["V"])
     sinks = (x.key, x.value) if x.sink_key is None else (x.sink_key, x.sink_value)
     launch(
         hybrid_linear_bwd_query_kernel,
         (programs, batch * heads),
-        (x.query, x.key, x.value, feature_k, *sinks, sums, sums_z, x.weight, x.shift, saved.output,
-         saved.difference, grad, saved.stats, saved.best, grad_query,
-         grad_feature, terms, part_weight, part_key, part_value, plan.queries.row, plan.queries.base, rows.start,
-         rows.size, rows.past,
-         rows.number, length, plan.slots, call.window, call.scaling * LOG2E, call.scaling, batch * heads * length,
-         *strides(*sinks, x.query, x.key, x.value, feature_k, grad)),
-        {**shape, "BQ": sizes.block, "BK": sizes.inner, "INPUTS": inputs, "FEATURES": features},
+        (x.query, x.key, x.value, this.feature_k, *sinks, this.sums, this.sums_z, x.weight, x.shift,
+         saved.output, saved.difference, this.grad, saved.stats, saved.best,
+         grad_query, grad_feature, terms, part_weight, part_key, part_value,
+         plan.queries.row, plan.queries.base, rows.start, rows.size, rows.past,
+         rows.number, length, plan.queries.total, call.window, call.scaling * LOG2E, call.scaling,
+         batch * heads * length, *strides(*sinks, x.query, x.key, x.value, this.feature_k, this.grad)),
+        {**shape, "BQ": sizes.block, "BK": sizes.inner, "INPUTS": this.inputs, "FEATURES": this.features},
         *sizes[2:],
     )  # fmt: skip
-    if part_weight is not None and mix:
+    if part_weight is not None and this.mix:
         found["weight"], found["shift"] = part_weight.view(batch, heads, programs, 2).sum((0, 2)).unbind(1)
-    if part_key is not None:
-        found["part_key"], found["part_value"] = part_key, part_value
-    turned = [None if g is None else g.transpose(1, 2) for g in (grad_query, grad_feature)]
-    return terms, *turned
+    return terms, _turn(grad_query), _turn(grad_feature), (part_key, part_value)
 
 
-def _zeros(kind, *size, like, dtype=None):
+def _zeros(kind, *size, like: Tensor, dtype=None) -> Tensor:
+    """In place of `new_buffer` where the kernels write nothing."""
     return torch.zeros(size, dtype=dtype or like.dtype, device=like.device)
 
 
-def _reverse(call, plan, x, feature_q, grad, terms, found, grad_kv, grad_z):
+def _reverse(this: Pass, terms: Tensor, found: Found) -> tuple[Tensor, Tensor]:
     """Launch the reverse walk: what the queries after each chunk send back, and the gradient of the state's sums."""
+    call, plan, x = this.call, this.plan, this.x
     settings, rows, shape = plan.settings, call.rows, plan.settings.values
     batch, heads, length, _ = x.query.shape
-    width, value_dim, past = shape["F"], shape["V"], rows.past is not None
+    width, value_dim, slots = shape["F"], shape["V"], plan.queries.total
     dot, _ = product_precision(x.query.dtype)
-    device = x.query.device
-    sums = torch.empty(batch * heads, plan.slots, width, value_dim, dtype=dot, device=device)
-    sums_z = torch.empty(batch * heads, plan.slots, width, dtype=torch.float32, device=device)
-    first_kv = torch.empty(batch, heads, width, value_dim, dtype=torch.float32, device=device) if past else None
-    first_z = torch.empty(batch, heads, width, dtype=torch.float32, device=device) if past else None
+    sums = terms.new_empty(batch * heads, slots, width, value_dim, dtype=dot)
+    sums_z = terms.new_empty(batch * heads, slots, width)
+    first_kv = first_z = None
+    if rows.past is not None:
+        first_kv = terms.new_empty(batch, heads, width, value_dim)
+        first_z = terms.new_empty(batch, heads, width)
     block_f, block_v = sum_blocks(settings)
     launch(
         hybrid_linear_bwd_reverse_kernel,
         (cdiv(width, block_f) * cdiv(value_dim, block_v), rows.number * heads),
-        (feature_q, grad, terms, sums, sums_z, first_kv, first_z, rows.start, rows.size, plan.queries.base,
-         length, plan.slots, batch * heads * length, *strides(feature_q, grad)),
+        (this.feature_q, this.grad, terms, sums, sums_z, first_kv, first_z, rows.start, rows.size, plan.queries.base,
+         length, slots, batch * heads * length, *strides(this.feature_q, this.grad)),
         {**shape, "BF": block_f, "BV": block_v},
         *settings.tiles.sums[2:],
     )  # fmt: skip
-    if past:
-        for name, part, last in (("first_kv", first_kv, grad_kv), ("first_z", first_z, grad_z)):
+    for name, part, last in (("first_kv", first_kv, this.grad_kv), ("first_z", first_z, this.grad_z)):
+        if part is not None:
             total = _per_group(part, shape["E"])
             found[name] = total if last is None else total + last
     return sums, sums_z
@@ -149,98 +188,87 @@ def _per_group(gradient: Tensor, groups: int) -> Tensor:
     return gradient if heads == groups else gradient.unflatten(1, (groups, heads // groups)).sum(2)
 
 
-def _key_side(call, plan, x, feature_q, feature_k, saved, grad, terms, back, grad_kv, grad_z, inputs, features):
+def _key_side(this: Pass, terms: Tensor, back: tuple[Tensor | None, Tensor | None]) -> list[Tensor | None]:
     """Launch the key kernel: gradients of keys, values `(B, G, T', .)` and key features `(B, E, T', F)`."""
-    settings, rows, sizes = plan.settings, call.rows, plan.settings.tiles.key
+    call, plan, x, saved = this.call, this.plan, this.x, this.saved
+    settings, rows, sizes, blocks = plan.settings, call.rows, plan.settings.tiles.key, plan.keys
     shape = settings.values
     batch, heads, length, dim = x.query.shape
     key_length = x.key.shape[2]
-    kind, linear = rows.kind, plan.settings.values["LINEAR"]
     grad_key = grad_value = grad_feature = None
-    if inputs:
-        grad_key = (new_buffer if call.window else _zeros)(kind, batch, key_length, heads, dim, like=x.key)
-        grad_value = new_buffer(kind, batch, key_length, heads, shape["V"], like=x.value)
-    if features:
-        given = x.feature_k if call.activations[1] is None else None
-        dtype = product_precision(x.query.dtype)[0] if given is None else given.dtype
-        grad_feature = new_buffer(kind, batch, key_length, heads, shape["F"], like=x.key, dtype=dtype)
-    last = linear and grad_kv is not None
-    blocks = plan.keys
+    if this.inputs:
+        grad_key = (new_buffer if call.window else _zeros)(rows.kind, batch, key_length, heads, dim, like=x.key)
+        grad_value = new_buffer(rows.kind, batch, key_length, heads, shape["V"], like=x.value)
+    if this.features:
+        dtype = _feature_dtype(this, x.feature_k)
+        grad_feature = new_buffer(rows.kind, batch, key_length, heads, shape["F"], like=x.key, dtype=dtype)
+    last = shape["LINEAR"] and this.grad_kv is not None
     launch(
         hybrid_linear_bwd_key_kernel,
-        (blocks.count * (settings.tiles.chunk // sizes.block), batch * heads),
-        (x.query, x.key, x.value, feature_q, feature_k, grad, terms, saved.stats, saved.best, *back,
-         grad_kv if last else None, grad_z if last else None, grad_key, grad_value, grad_feature,
+        (blocks.total * (settings.tiles.chunk // sizes.block), batch * heads),
+        (x.query, x.key, x.value, this.feature_q, this.feature_k, this.grad, terms, saved.stats, saved.best, *back,
+         this.grad_kv if last else None, this.grad_z if last else None, grad_key, grad_value, grad_feature,
          blocks.row, blocks.base, plan.queries.base, rows.start, rows.size, rows.past,
-         rows.number, length, plan.slots, call.window, key_length, call.scaling * LOG2E, call.scaling,
-         batch * heads * length, *strides(x.query, x.key, x.value, feature_q, feature_k, grad)),
-        {**shape, "BN": sizes.block, "BM": sizes.inner, "LAST": last, "INPUTS": inputs, "FEATURES": features},
+         rows.number, length, plan.queries.total, call.window, key_length, call.scaling * LOG2E, call.scaling,
+         batch * heads * length, *strides(x.query, x.key, x.value, this.feature_q, this.feature_k, this.grad)),
+        {**shape, "BN": sizes.block, "BM": sizes.inner, "LAST": last, "INPUTS": this.inputs,
+         "FEATURES": this.features},
         *sizes[2:],
     )  # fmt: skip
-    turned: list[Any] = [None if g is None else g.transpose(1, 2) for g in (grad_key, grad_value, grad_feature)]
-    for place, groups in enumerate((shape["G"], shape["G"], shape["E"])):
-        if turned[place] is not None:
-            turned[place] = _per_group(turned[place], groups)
-    return turned
+    gradients = zip((grad_key, grad_value, grad_feature), (shape["G"], shape["G"], shape["E"]), strict=True)
+    return [None if g is None else _per_group(g.transpose(1, 2), groups) for g, groups in gradients]
 
 
-def _through_maps(call, x, found, grad_inputs, grad_features, inputs):
+def _through_maps(this: Pass, found: Found, grad_inputs, grad_features) -> None:
     """Gradients of features or of their maps; a map's gradient of query or key is added to the one at hand."""
-    names = (("feature_q", "q"), ("feature_k", "k"))
-    for side, (map_, span, (name, letter)) in enumerate(zip(maps_of(call, x), map_spans(call), names, strict=True)):
-        if map_ is None or grad_features[side] is None:
-            found[name] = grad_features[side]
+    sides = zip(
+        "qk", maps_of(this.call, this.x), map_spans(this.call), (this.x.query, this.x.key), grad_inputs, grad_features,
+        strict=True,
+    )  # fmt: skip
+    for letter, map_, span, source, target, grad in sides:
+        if map_ is None or grad is None:
+            found[f"feature_{letter}"] = grad
             continue
-        source = x.query if side == 0 else x.key
-        target, heads = grad_inputs[side], grad_features[side].shape[1]
-        add = None
-        if inputs:
-            add = (
-                target
-                if target.shape[1] == heads
-                else _zeros(None, *source.shape[:1], heads, *source.shape[2:], like=source)
-            )
-        parts = map_backward(source, map_, grad_features[side], grad_x=add, span=span)
-        if add is not None and add is not target:
+        add, heads = target, grad.shape[1]
+        if target is not None and target.shape[1] != heads:  # the map has more heads than its input
+            add = source.new_zeros(source.shape[0], heads, *source.shape[2:])
+        parts = map_backward(source, map_, grad, grad_x=add, span=span)
+        if add is not target:
             target += _per_group(add, target.shape[1])
-        found |= {
-            f"{letter}_{part}": value for part, value in zip(("weight", "bias", "magnitude"), parts, strict=True)
-        }
+        found |= {f"{letter}_{name}": part for name, part in zip(("weight", "bias", "magnitude"), parts, strict=True)}
 
 
-def _add_sinks(call, plan, x, found, grad_key, grad_value):
+def _add_sinks(this: Pass, found: Found, parts, gradients) -> None:
     """Add up the blocks' parts of the sinks' gradients, and put them where the sinks came from."""
-    if not call.sinks:
-        return
-    rows, sinks = call.rows, call.sinks
-    for name, target in (("key", grad_key), ("value", grad_value)):
-        part = found.pop(f"part_{name}")
+    rows, sinks = this.call.rows, this.call.sinks
+    for name, part, target in zip(("sink_key", "sink_value"), parts, gradients, strict=True):
         batch, groups = target.shape[:2]
         part = part.unflatten(0, (batch, groups, -1)).sum(2)
         if rows.past is not None:
-            found[f"sink_{name}"] = part.sum(2)
+            found[name] = part.sum(2)
         elif rows.kind == PLAIN:
             there = min(sinks, target.shape[2])
             target[:, :, :there] += part.sum(2)[:, :, :there].to(target.dtype)
         else:
-            _scatter_sinks(rows, plan, part, target)
+            _scatter_sinks(rows, this.plan, part, target)
 
 
-def _scatter_sinks(rows, plan, part, target):
+def _scatter_sinks(rows: Rows, plan: Plan, part: Tensor, target: Tensor) -> None:
     """Sinks of padded or packed rows: part `(B, G, programs, S, .)`, each added at its row's first tokens."""
+    assert rows.start is not None
     place = torch.arange(part.shape[3], device=part.device)
+    batch = torch.arange(rows.number, device=part.device)[:, None]
     if rows.kind == PACKED:
-        repeat = plan.settings.tiles.chunk // plan.settings.tiles.query.block
-        owner = plan.queries.row.repeat_interleave(repeat)
-        chosen = (owner == torch.arange(rows.number, device=part.device)[:, None]).to(part.dtype)
+        assert plan.queries.row is not None
+        owner = plan.queries.row.repeat_interleave(plan.settings.tiles.chunk // plan.settings.tiles.query.block)
+        chosen = (owner == batch).to(part.dtype)
         total = torch.einsum("np,bgpsd->nbgsd", chosen, part)[:, 0]
         start, size = rows.start[:-1], rows.start[1:] - rows.start[:-1]
+        batch = torch.zeros_like(batch)
     else:
+        assert rows.size is not None
         total, start, size = part.sum(2), rows.start, rows.size
     inside = (place < size[:, None])[:, None, :, None]
     index = (start[:, None] + place).clamp(max=target.shape[2] - 1).long()
-    batch = (
-        torch.zeros_like(index) if rows.kind == PACKED else torch.arange(index.shape[0], device=index.device)[:, None]
-    )
     total = total.masked_fill(~inside, 0.0).movedim(1, 2).to(target.dtype)
     target.transpose(1, 2).index_put_((batch.expand_as(index), index), total, accumulate=True)

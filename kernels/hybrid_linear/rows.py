@@ -34,13 +34,13 @@ class Rows(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """How programs spread over the rows: `count` blocks of each row, or of all rows together when packed.
+    """How programs spread over the rows.
 
-    Fields: row `(count,)` int32, the row of each block, and base `(N,)` int32, the first block of each row; both None
-    unless packed.
+    Fields: total, the blocks of each row, or of all rows together when packed; row `(total,)` int32, the row of each
+    block, and base `(N,)` int32, the first block of each row, both None unless packed.
     """
 
-    count: int
+    total: int
     row: Tensor | None
     base: Tensor | None
 
@@ -65,9 +65,9 @@ def make_blocks(rows: Rows, block: int, extra: int = 0) -> Blocks:
     assert rows.start is not None
     sizes = (rows.start[1:] - rows.start[:-1] + (extra + block - 1)).div(block, rounding_mode="floor")
     ends = sizes.cumsum(0, dtype=torch.int32)
-    count = rows.length // block + rows.number * (1 + cdiv(extra, block))
-    places = torch.arange(count, device=ends.device, dtype=torch.int32)
-    return Blocks(count, torch.searchsorted(ends, places, right=True, out_int32=True), ends - sizes)
+    total = rows.length // block + rows.number * (1 + cdiv(extra, block))  # at least the sum, known without waiting
+    places = torch.arange(total, device=ends.device, dtype=torch.int32)
+    return Blocks(total, torch.searchsorted(ends, places, right=True, out_int32=True), ends - sizes)
 
 
 @triton.jit

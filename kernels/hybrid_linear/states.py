@@ -10,27 +10,27 @@ from .reference import State
 from .rows import SPANS, Rows
 
 
-def extend_keys(rows: Rows, window: int, state, *tensors: Tensor | None) -> list[Tensor | None]:
+def extend_keys(rows: Rows, window: int, state, key: Tensor, value: Tensor, features: Tensor | None):
     """Put the ring, oldest key first, before this call's keys; each row's real keys follow it directly.
 
     Args:
-        tensors: key, value and key features (or None) of this call, `(B, heads, T, .)`.
+        key, value, features: of this call, `(B, heads, T, .)`; features may be None.
 
     Returns:
-        The same with W + T places.
+        The same three with W + T places.
     """
-    rings = (state.window_key, state.window_value, state.window_features)
-    order = (rows.past[:, None] + torch.arange(window, device=rows.past.device)) % max(window, 1)
-    extended = []
-    for ring, new in zip(rings, tensors, strict=True):
-        if new is None:
-            extended.append(None)
-            continue
+    assert rows.past is not None
+    order = (rows.past[:, None] + torch.arange(window, device=key.device)) % max(window, 1)
+
+    def extend(ring: Tensor, new: Tensor) -> Tensor:
         if rows.kind == SPANS:
+            assert rows.start is not None
             place = (rows.start[:, None] + torch.arange(new.shape[2], device=new.device)).clamp(max=new.shape[2] - 1)
             new = _take(new, place.long())
-        extended.append(torch.cat([_take(ring, order).to(new.dtype), new], dim=2))
-    return extended
+        return torch.cat([_take(ring, order).to(new.dtype), new], dim=2)
+
+    extended = None if features is None else extend(state.window_features, features)
+    return extend(state.window_key, key), extend(state.window_value, value), extended
 
 
 def new_sinks(rows: Rows, sinks: int, state, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -93,6 +93,7 @@ def _take(x: Tensor, place: Tensor) -> Tensor:
 
 def _overwrite(old: Tensor, new: Tensor, position: Tensor, rows: Rows) -> Tensor:
     """Slots of `old` take this call's token at that position in the row, where there is one."""
+    assert rows.past is not None
     position = position.expand(old.shape[0], -1)
     local = position - rows.past[:, None]
     size = rows.length if rows.size is None else rows.size[:, None]
