@@ -120,19 +120,19 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     ):
         raise UserError("attention transfer has no converted layer to train: name fewer softmax_layers.")
     mixers = memory.Mechanism.of(shape, settings.attention, settings.softmax_layers).parameters
+    fused = memory.runs_fused(teacher, settings)
     stages = []
     if config.transfer is not None:
         steps = exact_plan(config.transfer, config.data.sequence_length, num_processes, "transfer")
-        forecast = memory.forecast_transfer(teacher, settings)
+        forecast = memory.forecast_transfer(teacher, settings, fused=fused)
         stages.append(StagePlan("attention transfer", config.transfer, steps, {"mechanism": mixers}, forecast))
     if config.finetune is not None:
         check_finetune(config, shape)
         steps = exact_plan(config.finetune, config.data.sequence_length, num_processes, "finetune")
         trained = {"LoRA": memory.adapter_parameters(shape, config)}
         trained |= {"mechanism": mixers} if config.finetune.train_mixers else {}
-        stages.append(
-            StagePlan("finetuning", config.finetune, steps, trained, memory.forecast_finetune(teacher, settings))
-        )
+        forecast = memory.forecast_finetune(teacher, settings, fused=fused)
+        stages.append(StagePlan("finetuning", config.finetune, steps, trained, forecast))
     return RunPlan(config, teacher, converted, num_processes, stages)
 
 
@@ -272,12 +272,15 @@ def check_environment(config: RunConfig) -> None:
 
 
 def check_triton() -> None:
-    """Refuse the fused backend where there is no fused kernel."""
+    """Refuse the fused backend where its kernels cannot run."""
+    import torch
+
+    from linearize.kernels.triton_support import unavailable
     from linearize.modeling.op_dispatch import find_kernel
     from linearize.modeling.op_hybrid_linear import CONTRACT
 
     kernel, reason = find_kernel("hybrid_linear", CONTRACT)
-    if kernel is not None and "fused" not in kernel.__all__:
-        reason = "this version has no fused Triton kernel"
+    if kernel is not None:
+        reason = unavailable(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")) or ""
     if reason:
         raise UserError(f"op_backend is triton, but {reason}: set op_backend to auto or chunked.")

@@ -77,7 +77,6 @@ def with_teacher(inputs, tmp_path, **changes):
         (["--report_to", "crayon"], "unknown tracker 'crayon'"),
         (["--finetune.lora_targets", "q_prj"], "no linear layer named q_prj"),
         (["--dtype", "float16"], "finetuning in float16"),
-        (["--op_backend", "triton"], "op_backend is triton, but"),
         (["--model_name_or_path", "missing/model.gguf"], "there is no file missing/model.gguf"),
         (["--overwrite", "--resume_from_checkpoint"], "choose one"),
         (["--seed", "many"], "seed is 'many'"),
@@ -88,6 +87,14 @@ def test_wrong_settings(call, config, tmp_path, monkeypatch, flags, says):
     code, sentence = call(*flags, settings=config)
     assert code == 2
     assert says in sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_triton_where_it_cannot_run(call, config, tmp_path, monkeypatch):
+    monkeypatch.setattr("linearize.kernels.triton_support.INTERPRETING", False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, sentence = call("--op_backend", "triton", settings=config)
+    assert code == 2 and "op_backend is triton, but Triton needs a GPU" in sentence
     assert not (tmp_path / "out").exists()
 
 
