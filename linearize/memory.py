@@ -13,10 +13,16 @@ The peak is what is held all the time and what a stage holds at its fullest mome
 A mechanism keeps tensors of a few sizes: H query and G key heads, D head dimension, F features, and chunks of C tokens
 that meet R = C + window + sinks keys one by one. How many of each is in `Kept`, fitted to peaks of the chunked path
 (27 shapes of 512 to 2048 tokens, every size varied alone) that it then gives within 6%. Sizes are per token.
+
+The fused kernels of a GPU keep far less, which `FusedBytes` counts tensor by tensor. Stage 1 was held against peaks on
+an H100 (Llama-3-8B and SmolLM2-135M shapes, bfloat16). Stage 2 is counted, not fitted: no peak of it has been measured
+on a GPU, so its sum takes every tensor as alive at once and a margin. (Triton's interpreter on a CPU, float32, tiny
+shapes: stage 1's activations at 1.00 to 1.07 times the profiler's peak, stage 2's at 1.2 to 1.5 times.)
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +30,14 @@ from linearize.modeling.op_hybrid_linear_chunked import CHUNK
 from linearize.settings import RunConfig
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+FUSED_BYTES = {"bfloat16": 2, "float16": 4, "float32": 4}
+"""Of the fused kernels' features and sums, in the type of their products (float16 is widened)."""
+FUSED_CHUNK = {"bfloat16": 128, "float16": 64, "float32": 64}
+"""Tokens between two of the sums that the fused kernels keep."""
+FUSED_QUERIES = 64
+"""Queries whose part of the sinks' gradients the fused kernels write at once."""
+MAP_PROGRAMS = 528
+"""Programs that each write a part of the gradients of the maps of one side, over all heads."""
 ADAM_STATES = 4
 """float32 copies of a trained parameter: weight, gradient, first and second moment."""
 
@@ -62,6 +76,14 @@ class Factors:
     """One byte; the row scales are negligible."""
     teacher_hidden: float = 2.0
     """Stage 1: tensors of the hidden size alive around the mechanism, in the model's type."""
+    fused_teacher_hidden: float = 3.0
+    """The same on the fused path: the embeddings' output, a layer's input and its norm."""
+    teacher_intermediate: float = 3.0
+    """Stage 1, fused: tensors of the MLP's width in the teacher's forward, where that is the fullest moment."""
+    cosine_loss: float = 6.1
+    """Stage 1, fused: float32 tensors H x D while the cosine loss and its backward run; the other losses hold few."""
+    fused_margin: float = 1.1
+    """Stage 2, fused: on what each layer's mechanism is counted to keep."""
     hidden: float = 3.5
     """Stage 2: tensors of the hidden size that a layer keeps, in the model's type."""
     hidden_in_float32: float = 3.7
@@ -132,6 +154,13 @@ class Mechanism:
     magnitude: bool
     parameters: int
     """Of all layers."""
+    key_maps: int
+    """Heads of the key features: H, or G where a group shares its map."""
+    map_parameters: int
+    """Of one head's map."""
+    sinks: int
+    maximum: bool
+    """Whether the window's level is its maximum."""
 
     @classmethod
     def of(cls, shape: Shape, attention: dict[str, Any], softmax_layers: list[int]) -> Mechanism:
@@ -156,6 +185,10 @@ class Mechanism:
             near=CHUNK + attention.get("window", 64) + attention.get("sinks", 4),
             magnitude=magnitude,
             parameters=layers * ((shape.heads + key_maps) * per_map + mix),
+            key_maps=key_maps,
+            map_parameters=per_map,
+            sinks=attention.get("sinks", 4),
+            maximum=attention.get("window_reference", "logsumexp") == "max",
         )
 
     def activations(self, shape: Shape, kept: Kept) -> float:
@@ -167,6 +200,49 @@ class Mechanism:
             + features * (kept.near_features * self.near + kept.sums * dim) / CHUNK
             + heads * (kept.heads * dim + kept.scores * self.near)
             + groups * dim * kept.near_values * self.near / CHUNK
+        )
+
+
+@dataclass(frozen=True)
+class FusedBytes:
+    """Bytes of one layer's mechanism on the fused path.
+
+    Per token, but for `maps`. The features are computed anew in the backward, so what stays from the forward is small.
+    """
+
+    inputs: float
+    """Query, key and value after the rotary embedding, and the sines and cosines of it."""
+    output: float
+    """One tensor H x D in the model's type: the output, its gradient, the teacher's output."""
+    kept: float
+    """From forward to backward, without the inputs: output, the softmax branch's difference from it, float32 rows, and
+    the sums before each chunk."""
+    backward: float
+    """While the backward runs: features and their gradients, float32 rows, and the sums after each chunk."""
+    input_gradients: float
+    """Stage 2: gradients of query, key and value per query head, those of keys and values summed over groups, and the
+    parts of the sinks' gradients."""
+    maps: int
+    """Parts of the gradients of one side's maps and both sides' sums of them, not per token."""
+
+    @classmethod
+    def of(cls, shape: Shape, mechanism: Mechanism, dtype: str, tokens: int) -> FusedBytes:
+        """Count the tensors of a call of `tokens` tokens in the model's `dtype`."""
+        size, wide, chunk = BYTES[dtype], FUSED_BYTES[dtype], FUSED_CHUNK[dtype]
+        heads, groups, dim, features = shape.heads, shape.key_heads, shape.head_dim, mechanism.features
+        output = size * heads * dim
+        sums = features * (wide * dim + 4) / chunk  # one head's kv, and its normalizer in float32
+        # Kept: log-sum-exp, mass, denominator; the maximum and its key. Backward: 4 terms, 5 with the maximum.
+        kept_rows, backward_rows = (5, 5) if mechanism.maximum else (3, 4)
+        shared = mechanism.key_maps if mechanism.key_maps < heads else 0  # sums over the heads that share a map
+        feature_heads = heads + mechanism.key_maps + 2 * heads + shared  # features, their gradients
+        return cls(
+            inputs=size * (heads + 2 * groups + 2) * dim,
+            output=output,
+            kept=2 * output + 4 * kept_rows * heads + mechanism.key_maps * sums,
+            backward=wide * features * feature_heads + 4 * backward_rows * heads + heads * sums,
+            input_gradients=3 * output + 2 * size * groups * dim + 8 * heads * mechanism.sinks * dim / FUSED_QUERIES,
+            maps=4 * mechanism.map_parameters * (min(MAP_PROGRAMS, heads * (tokens // 64 + 1)) + 2 * heads),
         )
 
 
@@ -197,21 +273,78 @@ def weight_bytes(shape: Shape, config: RunConfig) -> int:
     return (shape.linear_parameters + shape.other_parameters) * size
 
 
-def forecast_transfer(teacher: Any, config: RunConfig) -> Forecast:
-    """Peak of stage 1: one layer's graph of one arm at a time, inside a forward without gradient."""
+def runs_fused(teacher: Any, config: RunConfig) -> bool:
+    """Whether the mechanism will run the fused Triton kernels: a GPU that has them, and sizes that they take.
+
+    The kernels judge a call of one token, whose tensors have shapes and no memory.
+    """
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from linearize.modeling.feature_maps import FeatureMapWeights
+    from linearize.modeling.op_dispatch import BACKEND_VARIABLE, find_kernel
+    from linearize.modeling.op_hybrid_linear import CONTRACT
+
+    backend = config.op_backend if config.op_backend != "auto" else os.environ.get(BACKEND_VARIABLE, "auto")
+    if backend not in ("auto", "triton") or config.device == "cpu" or not torch.cuda.is_available():
+        return False
+    kernel, _ = find_kernel("hybrid_linear", CONTRACT)
+    if kernel is None or "fused" not in kernel.__all__:
+        return False
+    shape = Shape.of(teacher)
+    mechanism = Mechanism.of(shape, config.attention, config.softmax_layers)
+    with FakeTensorMode():
+        query, key = (
+            torch.empty(1, heads, 1, shape.head_dim, dtype=getattr(torch, config.dtype), device="cuda")
+            for heads in (shape.heads, shape.key_heads)
+        )
+        # As many features as the map gives, in one half: `relu` has F = f.
+        maps = FeatureMapWeights(torch.empty(shape.heads, shape.head_dim, mechanism.features), None, None, "relu")
+        try:
+            reason = kernel.unsupported(query, key, key, maps, maps, causal=True, sinks=mechanism.sinks)
+        except ImportError:  # Triton is there and does not load
+            return False
+    return reason is None
+
+
+def forecast_transfer(teacher: Any, config: RunConfig, *, fused: bool = False) -> Forecast:
+    """Peak of stage 1: one layer's graph of one arm at a time, inside a forward without gradient.
+
+    Args:
+        teacher: Its config.
+        config: Of the run.
+        fused: Whether the fused kernels will run (`runs_fused`), which hold less than the chunked path.
+    """
     assert config.transfer is not None
     shape = Shape.of(teacher)
     mechanism = Mechanism.of(shape, config.attention, config.softmax_layers)
     tokens = config.transfer.batch_size * config.data.sequence_length
-    hidden = FACTORS.teacher_hidden * BYTES[config.dtype] * shape.hidden
+    if fused:
+        activations = _fused_transfer(shape, mechanism, config, tokens)
+    else:
+        hidden = FACTORS.teacher_hidden * BYTES[config.dtype] * shape.hidden
+        activations = tokens * (mechanism.activations(shape, KEPT_IN_TRANSFER) + hidden)
     return Forecast(
         weights=weight_bytes(shape, config),
         mixers=ADAM_STATES * 4 * mechanism.parameters,
         adapters=0,
-        activations=int(tokens * (mechanism.activations(shape, KEPT_IN_TRANSFER) + hidden)),
+        activations=int(activations),
         logits=0,
         workspace=FACTORS.workspace,
     )
+
+
+def _fused_transfer(shape: Shape, mechanism: Mechanism, config: RunConfig, tokens: int) -> float:
+    """Bytes of stage 1's fullest moment: the end of the mixed arm's backward, its loss, or the teacher's MLP."""
+    assert config.transfer is not None
+    fused, size = FusedBytes.of(shape, mechanism, config.dtype, tokens), BYTES[config.dtype]
+    forward = fused.inputs + fused.kept + fused.output  # the last is the teacher's output
+    loss = forward + (
+        4 * FACTORS.cosine_loss * shape.heads * shape.head_dim if config.transfer.loss == "cosine" else 0
+    )
+    backward = forward + fused.output + fused.backward + fused.maps / tokens  # the second output is its gradient
+    mlp = size * FACTORS.teacher_intermediate * shape.intermediate
+    return tokens * (max(loss, backward, mlp) + size * FACTORS.fused_teacher_hidden * shape.hidden)
 
 
 def linear_layers(shape: Shape) -> dict[str, int]:
@@ -235,8 +368,11 @@ def adapter_parameters(shape: Shape, config: RunConfig) -> int:
     return shape.layers * config.finetune.lora_rank * sum(sides.get(name, 0) for name in config.finetune.lora_targets)
 
 
-def forecast_finetune(teacher: Any, config: RunConfig) -> Forecast:
-    """Peak of stage 2: all layers' activations, or one layer's and every layer's input with gradient checkpointing."""
+def forecast_finetune(teacher: Any, config: RunConfig, *, fused: bool = False) -> Forecast:
+    """Peak of stage 2: all layers' activations, or one layer's and every layer's input with gradient checkpointing.
+
+    With `fused` (as in `forecast_transfer`) the mechanism's part is counted from the kernels, not fitted.
+    """
     assert config.finetune is not None
     settings = config.finetune
     shape = Shape.of(teacher)
@@ -245,13 +381,16 @@ def forecast_finetune(teacher: Any, config: RunConfig) -> Forecast:
     size = BYTES[config.dtype]
     hidden = FACTORS.hidden * size + (4 * FACTORS.hidden_in_float32 if size < 4 else 0.0)
     dense = tokens * (hidden * shape.hidden + FACTORS.intermediate * size * shape.intermediate)
-    mixer = tokens * mechanism.activations(shape, KEPT_IN_FINETUNING)
+    if fused:
+        mixer, backward = _fused_finetuning(shape, mechanism, config.dtype, tokens)
+    else:
+        mixer, backward = tokens * mechanism.activations(shape, KEPT_IN_FINETUNING), 0.0
     copies = 2 if settings.kl_weight > 0 else 1
     logits = FACTORS.logits * copies * 4 * min(settings.logits_chunk, tokens) * shape.vocabulary
-    activations = shape.layers * dense + mechanism.layers * mixer
+    activations = shape.layers * dense + mechanism.layers * mixer + backward
     if settings.gradient_checkpointing:
         activations = shape.layers * size * tokens * shape.hidden
-        layer = FACTORS.recomputed_layer * (dense + mixer)
+        layer = FACTORS.recomputed_layer * (dense + mixer + backward)
         activations += max(layer - logits, 0.0)
     # Training along makes a copy of the mechanism: peft keeps the one from before.
     mixers = 1 + (ADAM_STATES if settings.train_mixers else 0)
@@ -263,6 +402,14 @@ def forecast_finetune(teacher: Any, config: RunConfig) -> Forecast:
         logits=int(logits),
         workspace=FACTORS.workspace,
     )
+
+
+def _fused_finetuning(shape: Shape, mechanism: Mechanism, dtype: str, tokens: int) -> tuple[float, float]:
+    """Bytes that each layer keeps from its forward to its backward, and those of the one layer whose backward runs."""
+    fused = FusedBytes.of(shape, mechanism, dtype, tokens)
+    kept = tokens * (fused.inputs + fused.kept)
+    workspace = tokens * (fused.output + fused.backward + fused.input_gradients) + fused.maps
+    return FACTORS.fused_margin * kept, workspace
 
 
 def format_bytes(count: float) -> str:

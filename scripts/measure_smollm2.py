@@ -23,7 +23,7 @@ from linearize.conversion import load_config
 from linearize.data import TokenBlocks, prepare_data
 from linearize.evaluation import perplexity
 from linearize.finetuning import finetune
-from linearize.memory import forecast_finetune, forecast_transfer
+from linearize.memory import forecast_finetune, forecast_transfer, runs_fused
 from linearize.quantization import quantization_config
 from linearize.settings import DataConfig, FinetuneConfig, RunConfig, TransferConfig
 from linearize.settings_io import resolve
@@ -141,7 +141,7 @@ def measure_memory(args: argparse.Namespace, train: TokenBlocks, validation: Tok
     for bits, batch, checkpointing in [(16, 1, False), (16, 8, False), (16, 8, True), (4, 8, False), (4, 8, True)]:
         options = {"quantization_config": quantization_config(load_in_4bit=True)} if bits == 4 else {}
         step = {"max_steps": 2, "batch_size": batch, "tokens_per_step": batch * LENGTH}
-        run = RunConfig(model_name_or_path=args.model, dtype="bfloat16", load_in_4bit=bits == 4)
+        run = RunConfig(model_name_or_path=args.model, dtype="bfloat16", load_in_4bit=bits == 4, device=args.device)
         run.data.sequence_length = LENGTH
         run.transfer = TransferConfig(**step)
         run.finetune = FinetuneConfig(**step, gradient_checkpointing=checkpointing)
@@ -152,7 +152,7 @@ def measure_memory(args: argparse.Namespace, train: TokenBlocks, validation: Tok
         for stage, (train_stage, config, forecast) in stages.items():
             model = student(args, **options)
             result = train_stage(model, train, config, output_dir=folder / stage, device=_stay(args))
-            expected, measured = forecast(teacher, run), result.peak_memory_bytes
+            expected, measured = forecast(teacher, run, fused=runs_fused(teacher, run)), result.peak_memory_bytes
             row = {"stage": stage, "bits": bits, "batch": batch, "checkpointing": checkpointing, "measured": measured}
             row |= {"forecast": expected.total, "parts": vars(expected)}
             row["ratio"] = expected.total / measured if measured else None

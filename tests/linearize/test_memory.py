@@ -1,14 +1,17 @@
 """The forecast of the memory against peaks that the profiler sees on the CPU, where the same tensors live as on a
 GPU."""
 
+import types
+
 import pytest
 import torch
 from tiny_models import make_student, make_teacher
 from torch.profiler import ProfilerActivity, profile
 
-from linearize import memory
+from linearize import memory, run_plan
 from linearize.adapters import add_adapters
 from linearize.finetuning_trainer import Objective
+from linearize.kernels import triton_support
 from linearize.losses import LossWeights
 from linearize.settings import FinetuneConfig
 from linearize.settings_io import resolve
@@ -67,6 +70,136 @@ def test_forecast_is_close_to_the_peak(name):
     measured = peak_bytes(lambda: objective(adapted, tokens, tokens, torch.tensor(512.0))[0].backward())
     forecast = memory.forecast_finetune(teacher.config, config)
     assert forecast.activations + forecast.logits == pytest.approx(measured, rel=0.15)
+
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}
+SMOLLM2 = {
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+}
+
+
+def stage_one(batch: int, length: int, **changes):
+    transfer = {"batch_size": batch, "tokens_per_step": batch * length}
+    return resolve({"data": {"sequence_length": length}, "transfer": transfer, **changes})
+
+
+@pytest.mark.parametrize(
+    "shape, batch, length, measured",
+    [(LLAMA_8B, 8, 1024, 17.32), (LLAMA_8B, 1, 8192, 17.33), (SMOLLM2, 8, 1024, 0.52)],
+)
+def test_forecast_of_the_fused_path_is_close_to_peaks_on_a_gpu(shape, batch, length, measured):
+    """Allocator peaks of stage 1 on an H100 in bfloat16, in 1e9 bytes; then without the weights and the optimiser."""
+    teacher = types.SimpleNamespace(**shape)
+    forecast = memory.forecast_transfer(teacher, stage_one(batch, length), fused=True)
+    assert 0.97 < forecast.total / (measured * 1e9) < 1.15
+    constant = forecast.weights + forecast.mixers
+    assert 0.97 < (forecast.total - constant) / (measured * 1e9 - constant) < 1.15
+
+
+def test_fused_kernels_hold_less_than_the_chunked_path():
+    teacher = types.SimpleNamespace(**LLAMA_8B)
+    config = stage_one(8, 1024)
+    assert memory.forecast_transfer(teacher, config).total == 19_882_405_068  # as before there was a fused path
+    assert (
+        memory.forecast_transfer(teacher, config, fused=True).activations
+        < memory.forecast_transfer(teacher, config).activations / 3
+    )
+    for checkpointing in (True, False):
+        config.finetune.batch_size, config.finetune.gradient_checkpointing = 8, checkpointing
+        fused = memory.forecast_finetune(teacher, config, fused=True)
+        assert fused.activations < memory.forecast_finetune(teacher, config).activations
+
+
+def test_what_else_can_be_the_fullest_moment_of_stage_one_on_the_fused_path():
+    config = stage_one(8, 1024)
+    usual = memory.forecast_transfer(types.SimpleNamespace(**LLAMA_8B), config, fused=True).activations
+    wide = types.SimpleNamespace(**{**LLAMA_8B, "intermediate_size": 10 * 4096})
+    assert memory.forecast_transfer(wide, config, fused=True).activations > usual
+    config.transfer.loss = "cosine"
+    assert memory.forecast_transfer(types.SimpleNamespace(**LLAMA_8B), config, fused=True).activations > usual
+
+
+def test_chunks_are_those_of_the_kernels():
+    from linearize.kernels.hybrid_linear.function import choose_tiles
+
+    for name, chunk in memory.FUSED_CHUNK.items():
+        product, _ = triton_support.product_precision(getattr(torch, name))
+        assert product.itemsize == memory.FUSED_BYTES[name]
+        for widest in (64, 128):
+            tiles = choose_tiles(product, widest)
+            assert (tiles.chunk, tiles.query.block) == (chunk, memory.FUSED_QUERIES)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A GPU of compute capability 9.0, as far as the questions before a run go."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(triton_support, "INTERPRETING", False)
+    monkeypatch.setattr(triton_support, "_capability", lambda index: (9, 0))
+    monkeypatch.delenv("LINEARIZE_OP_BACKEND", raising=False)
+
+
+@pytest.mark.parametrize(
+    "changes, fused",
+    [
+        ({}, True),
+        ({"op_backend": "triton", "dtype": "float32"}, True),
+        ({"load_in_4bit": True, "attention": {"feature_dim": 128}}, True),
+        ({"op_backend": "chunked"}, False),
+        ({"op_backend": "reference"}, False),
+        ({"device": "cpu"}, False),
+        ({"attention": {"sinks": 65}}, False),
+        ({"attention": {"feature_dim": 129}}, False),
+        ({"attention": {"feature_dim": 65}, "dtype": "float16"}, False),
+        ({"attention": {"feature_dim": 128, "feature_map": "relu"}, "dtype": "float16"}, True),
+    ],
+)
+def test_which_runs_are_fused(gpu, changes, fused):
+    assert memory.runs_fused(make_teacher().config, resolve(changes)) is fused
+
+
+def test_what_else_keeps_a_run_from_the_fused_kernels(gpu, monkeypatch):
+    teacher, config = make_teacher().config, resolve({})
+    monkeypatch.setenv("LINEARIZE_OP_BACKEND", "chunked")
+    assert not memory.runs_fused(teacher, config)
+    assert memory.runs_fused(teacher, resolve({"op_backend": "triton"}))
+    monkeypatch.delenv("LINEARIZE_OP_BACKEND")
+    monkeypatch.setattr(triton_support, "_capability", lambda index: (7, 5))
+    assert not memory.runs_fused(teacher, config)
+    monkeypatch.setattr(triton_support, "_capability", lambda index: (9, 0))
+    monkeypatch.setattr(triton_support, "_installed", lambda: False)
+    assert not memory.runs_fused(teacher, config)
+    monkeypatch.setattr(triton_support, "_installed", lambda: True)
+    assert memory.runs_fused(teacher, config)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert not memory.runs_fused(teacher, config)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_the_plan_forecasts_the_path_that_will_run(gpu, monkeypatch, fused):
+    teacher = make_teacher().config
+    config = resolve({"op_backend": "auto" if fused else "chunked", "data": {"sequence_length": 128}})
+    monkeypatch.setattr(run_plan, "read_teacher", lambda config: teacher)
+    monkeypatch.setattr(run_plan, "is_converted", lambda path: False)
+    transfer, finetune = run_plan.make_plan(config).stages
+    assert transfer.forecast == memory.forecast_transfer(teacher, config, fused=fused)
+    assert finetune.forecast == memory.forecast_finetune(teacher, config, fused=fused)
 
 
 @pytest.mark.parametrize(
