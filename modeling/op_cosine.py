@@ -10,12 +10,11 @@ query's side (a state per key head serves all its query heads), the gain, and th
 this project's.
 """
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .op_cosine_chunked import CosineState, run_cosine
 from .op_dispatch import choose_backend
+from .op_hybrid_linear_chunked import over_rows
 
 CONTRACT = 1
 
@@ -92,7 +91,7 @@ def cosine_attention(
         "return_state": return_state,
     }
     run = choose_backend("cosine", CONTRACT, backend, query.is_cuda, args, options)
-    output, state = (run or _chunked)(*args, **options)
+    output, state = run(*args, **options) if run else over_rows(run_cosine, args, options)
     return output, None if state is None else CosineState(*state)
 
 
@@ -129,28 +128,3 @@ def _check_state(state, query, key, value, scale_side, window, sinks):
     held = (state.window_key.shape[2], state.sink_key.shape[2])
     if held != (window, sinks):
         raise ValueError(f"initial_state was made with window and sinks {held}, not {(window, sinks)}")
-
-
-def _chunked(query, key, value, *, cu_seqlens=None, **options):
-    if query.shape[2] == 0:
-        return _without_tokens(query, key, value, **options)
-    if cu_seqlens is None:
-        output, state = run_cosine(query, key, value, **options)
-        return output.to(query.dtype), state
-    del options["initial_state"], options["return_state"]
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != query.shape[2]:
-        raise ValueError(
-            f"cu_seqlens must run from 0 to the {query.shape[2]} tokens, not from {bounds[0]} to {bounds[-1]}"
-        )
-    spans = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a < b]
-    rows = [run_cosine(*(x[:, :, span] for x in (query, key, value)), **options)[0] for span in spans]
-    return torch.cat(rows, dim=2).to(query.dtype), None
-
-
-def _without_tokens(query, key, value, **options):
-    """A call of no tokens, which is one of a single padded token: no output, and the state stays as it was."""
-    query, key, value = (functional.pad(x, (0, 0, 0, 1)) for x in (query, key, value))
-    options["attention_mask"] = query.new_zeros(query.shape[0], 1, dtype=torch.bool)
-    output, state = _chunked(query, key, value, **options)
-    return output[:, :, :0], state

@@ -10,13 +10,11 @@ the `logsumexp` level with a learned shift per head is this project's. Feature m
 arXiv 2402.04347) for `softmax` and `exp`, T2R (Kasai et al. 2021, arXiv 2103.13076) for `relu`.
 """
 
-import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .feature_maps import FeatureMapWeights
 from .op_dispatch import choose_backend
-from .op_hybrid_linear_chunked import HybridLinearState, run_rows
+from .op_hybrid_linear_chunked import HybridLinearState, over_rows, run_rows
 
 CONTRACT = 1
 
@@ -96,7 +94,7 @@ def hybrid_linear_attention(
         "return_state": return_state,
     }
     run = choose_backend("hybrid_linear", CONTRACT, backend, query.is_cuda, args, options)
-    output, state = (run or _chunked)(*args, **options)
+    output, state = run(*args, **options) if run else over_rows(_chunked, args, options)
     return output, None if state is None else HybridLinearState(*state)
 
 
@@ -122,33 +120,6 @@ def _check(query, key, query_features, key_features, window_weight, window_refer
         raise ValueError(f"window and sinks must be at least 0, not {window} and {sinks}")
 
 
-def _chunked(query, key, value, query_features, key_features, *, cu_seqlens=None, **options):
-    if query.shape[2] == 0:
-        return _without_tokens(query, key, value, query_features, key_features, **options)
-    if cu_seqlens is None:
-        branches, restore, state = run_rows(query, key, value, query_features, key_features, **options)
-        return restore(branches.join()).to(query.dtype), state
-    del options["initial_state"], options["return_state"]
-    bounds = cu_seqlens.tolist()
-    if bounds[0] != 0 or bounds[-1] != query.shape[2]:
-        raise ValueError(
-            f"cu_seqlens must run from 0 to the {query.shape[2]} tokens, not from {bounds[0]} to {bounds[-1]}"
-        )
-    rows = []
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
-        if start == end:  # an empty sequence has no output
-            continue
-        parts = [x[:, :, start:end] if isinstance(x, Tensor) else x for x in (query, key, value)]
-        features = [x[:, :, start:end] if isinstance(x, Tensor) else x for x in (query_features, key_features)]
-        branches, _, _ = run_rows(*parts, *features, **options)
-        rows.append(branches.join())
-    return torch.cat(rows, dim=2).to(query.dtype), None
-
-
-def _without_tokens(*tensors, **options):
-    """A call of no tokens, which is one of a single padded token: no output, and the state stays as it was."""
-    padded = [functional.pad(x, (0, 0, 0, 1)) if isinstance(x, Tensor) else x for x in tensors]
-    query = padded[0]
-    options["attention_mask"] = query.new_zeros(query.shape[0], 1, dtype=torch.bool)
-    output, state = _chunked(*padded, **options)
-    return output[:, :, :0], state
+def _chunked(query, key, value, query_features, key_features, **options):
+    branches, restore, state = run_rows(query, key, value, query_features, key_features, **options)
+    return restore(branches.join()), state

@@ -8,7 +8,7 @@ Cosine attention (`op_cosine_chunked.py`) runs on the same passes: its features 
 Legend as in `op_hybrid_linear.py`; n chunks, K keys near a chunk (sinks first), R = H / G.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -154,6 +154,40 @@ class Rows:
             return x
         x = x.gather(2, self.origin.expand_as(x))
         return x.masked_fill(~self.mask[:, None, :, None], 0.0)
+
+
+def over_rows(run: Callable, inputs: Sequence, options: dict):
+    """`run(*inputs, **options)`, which needs tokens and knows no packing, for any call.
+
+    Args:
+        run: returns output `(B, H, T, Dv)` and state.
+        inputs: query first; what is no tensor serves all sequences.
+        options: `cu_seqlens` and what `run` takes.
+
+    Returns:
+        Output in the query's dtype, and the state.
+    """
+    query, options = inputs[0], dict(options)
+    cu_seqlens = options.pop("cu_seqlens")
+
+    def change(function) -> list:
+        return [function(x) if isinstance(x, Tensor) else x for x in inputs]
+
+    if query.shape[2] == 0:  # as a single padded token: no output, and the state stays as it was
+        options["attention_mask"] = query.new_zeros(query.shape[0], 1, dtype=torch.bool)
+        output, state = run(*change(lambda x: functional.pad(x, (0, 0, 0, 1))), **options)
+        return output[:, :, :0].to(query.dtype), state
+    if cu_seqlens is None:
+        output, state = run(*inputs, **options)
+        return output.to(query.dtype), state
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != query.shape[2]:
+        raise ValueError(
+            f"cu_seqlens must run from 0 to the {query.shape[2]} tokens, not from {bounds[0]} to {bounds[-1]}"
+        )
+    spans = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a < b]
+    outputs = [run(*change(lambda x, span=span: x[:, :, span]), **options)[0] for span in spans]
+    return torch.cat(outputs, dim=2).to(query.dtype), None
 
 
 def run_rows(

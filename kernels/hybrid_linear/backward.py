@@ -30,15 +30,8 @@ def row_terms(
     y = load_rows(output + place, stride, index, real, V, BV)
     delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
     zero = tl.zeros_like(delta)
-    share, offset, inverse, grad_den, grad_top, grad_weight, grad_shift = (
-        zero + 1,
-        -delta,
-        zero,
-        zero,
-        zero,
-        zero,
-        zero,
-    )
+    share, offset = zero + 1, -delta
+    inverse, grad_den, grad_top, grad_weight, grad_shift = zero, zero, zero, zero, zero
     if LINEAR:
         den = tl.load(stats + 2 * plane + stat, mask=real, other=1.0)
         inverse = 1.0 / tl.maximum(den, DENOMINATOR_FLOOR)
@@ -76,8 +69,7 @@ def hybrid_linear_bwd_query_kernel(
     output, difference, grad_output, stats, best,
     grad_query, grad_feature, terms, part_weight, part_sink_key, part_sink_value,
     table, base, start, size, past,
-    number, length, slots, key_offset, scale, scaling, plane, sk_b, sk_h, sk_t,
-    sv_b, sv_h, sv_t,
+    number, length, slots, key_offset, scale, scaling, plane, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fk_b, fk_h, fk_t, go_b, go_h, go_t,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
     W: tl.constexpr, S: tl.constexpr, WB: tl.constexpr, C: tl.constexpr,

@@ -1,6 +1,6 @@
 """Forward kernels: the linear branch's sums before each chunk, then every block of queries in one pass.
 
-`state`: one program per (row, feature head, tile of the F x Dv sums) walks the row's keys once and leaves the sums
+`state`: one program per (row, feature head, tile of the F x V sums) walks the row's keys once and leaves the sums
 before each chunk of C queries; a key enters them when it is out of the window of all those queries, that is before
 `c C - W'`, W' = W rounded up to key blocks. `output`: one program per (block of queries, head) does the window and
 the sinks by online softmax, scales the result by its mass, adds phi_q times the sums and the far keys of its own chunk

@@ -194,7 +194,7 @@ class Saved(NamedTuple):
 
     Fields: output and difference `(B, T, H, V)`, the softmax branch's output less the whole; stats `(3 or 4, B, H, T)`
     float32, log-sum-exp, mass, denominator and, where the level is the maximum, that maximum; best `(B, H, T)` int32,
-    the key that holds the maximum (place in the row, or 2^30 + number of a sink).
+    the key that holds the maximum (counted as in `rows.py`, or 2^30 + number of a sink).
     """
 
     output: Tensor

@@ -102,17 +102,10 @@ def finish_tile(u, level, ACTIVATION: tl.constexpr, MAGNITUDE: tl.constexpr, WID
 
 @triton.jit
 def feature_tile(
-    x,
-    high,
-    low,
-    bias,
-    magnitude,
-    ACTIVATION: tl.constexpr,
-    BIAS: tl.constexpr,
-    MAGNITUDE: tl.constexpr,
-    WIDTH: tl.constexpr,
+    x, high, low, bias, magnitude,
+    ACTIVATION: tl.constexpr, BIAS: tl.constexpr, MAGNITUDE: tl.constexpr, WIDTH: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Features of a tile of tokens.
 
     Args:

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import cdiv, launch, next_power_of_2
+from ..launching import cdiv, launch, next_power_of_2, tile_side, triton_type
 from ..triton_support import product_precision
 from .map_tiles import (
     feature_tile,
@@ -26,11 +26,10 @@ from .map_tiles import (
 )
 
 PAIRED = ("softmax", "exp")  # activations with features for both signs of u: F = 2f
-_PRODUCT = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 WEIGHT_TILE = 16384  # elements of W that a program multiplies by at once; a larger map is cut along D
 
 
-class Launch(NamedTuple):
+class Sizes(NamedTuple):
     """How a kernel runs: tokens per tile, warps, pipeline stages, and about how many programs share the tiles."""
 
     rows: int
@@ -78,19 +77,10 @@ def _load_bias(bias, head, WIDTH: tl.constexpr, BLOCK_F: tl.constexpr, BIAS: tl.
 
 @triton.jit
 def _project_in_parts(
-    x,
-    real,
-    weight,
-    magnitude,
-    head,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    PARTS: tl.constexpr,
-    MAGNITUDE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    x, real, weight, magnitude, head,
+    D: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, PARTS: tl.constexpr,
+    MAGNITUDE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """`x W` and `x . magnitude` for a map too large to hold at once; x `[rows, 1]` points at the tokens."""
     u = tl.zeros([x.shape[0], BLOCK_F], tl.float32)
     level = tl.zeros([x.shape[0]], tl.float32)
@@ -106,34 +96,12 @@ def _project_in_parts(
 
 @triton.jit
 def feature_map_fwd_kernel(
-    x,
-    weight,
-    bias,
-    magnitude,
-    start,
-    length,
-    phi,
-    stride_batch,
-    stride_head,
-    stride_token,
-    tokens,
-    heads,
-    ratio,
-    row_tiles,
-    tiles,
-    run,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BIAS: tl.constexpr,
-    MAGNITUDE: tl.constexpr,
-    SPAN: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    PARTS: tl.constexpr,
+    x, weight, bias, magnitude, start, length, phi,
+    stride_batch, stride_head, stride_token, tokens, heads, ratio, row_tiles, tiles, run,
+    D: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, MAGNITUDE: tl.constexpr,
+    SPAN: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Program (h, s) writes map head h's features for tiles `[s run, (s + 1) run)` of the batch's tokens."""
     head = tl.program_id(0)
     first = tl.program_id(1) * run
@@ -165,48 +133,14 @@ def feature_map_fwd_kernel(
 
 @triton.jit
 def feature_map_bwd_kernel(
-    x,
-    weight,
-    bias,
-    magnitude,
-    start,
-    length,
-    grad_phi,
-    grad_x,
-    partial,
-    stride_batch,
-    stride_head,
-    stride_token,
-    grad_stride_batch,
-    grad_stride_head,
-    grad_stride_token,
-    out_stride_batch,
-    out_stride_head,
-    out_stride_token,
-    tokens,
-    heads,
-    ratio,
-    row_tiles,
-    tiles,
-    run,
-    partial_stride,
-    bias_place,
-    magnitude_place,
-    D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    BIAS: tl.constexpr,
-    MAGNITUDE: tl.constexpr,
-    SPAN: tl.constexpr,
-    INPUT: tl.constexpr,
-    WEIGHTS: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-    PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PRODUCT: tl.constexpr,
-):
+    x, weight, bias, magnitude, start, length, grad_phi, grad_x, partial,
+    stride_batch, stride_head, stride_token, grad_stride_batch, grad_stride_head, grad_stride_token,
+    out_stride_batch, out_stride_head, out_stride_token,
+    tokens, heads, ratio, row_tiles, tiles, run, partial_stride, bias_place, magnitude_place,
+    D: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, MAGNITUDE: tl.constexpr,
+    SPAN: tl.constexpr, INPUT: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_F: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
+):  # fmt: skip
     """Program (h, s, c): map head h, tiles `[s run, (s + 1) run)`, and the c-th block of D for what it writes.
 
     It adds dL/dx to grad_x (INPUT) and writes its sums of the map's gradients to row s of partial (WEIGHTS):
@@ -278,7 +212,7 @@ def _shape(x: Tensor, maps) -> dict:
     """What both kernels need to know of x and the map at compile time."""
     dim, width = maps.weight.shape[1:]
     tile = WEIGHT_TILE // (4 if x.dtype == torch.float32 else 1)
-    block_f = max(16, next_power_of_2(width))
+    block_f = tile_side(width)
     block_d = max(16, min(next_power_of_2(dim), tile // block_f))
     return {
         "D": dim,
@@ -293,19 +227,21 @@ def _shape(x: Tensor, maps) -> dict:
     }
 
 
-def _launch(shape: dict, dtype: torch.dtype, stages: int) -> Launch:
-    """64 rows: the least that Hopper's warpgroups multiply; fewer would put W into registers, where it spills.
+def _choose_sizes(shape: dict, dtype: torch.dtype, stages: int) -> Sizes:
+    """Sizes by shape, `stages` where there is room.
+
+    64 rows: the least that Hopper's warpgroups multiply; fewer would put W into registers, where it spills.
 
     float32, in three TF32 products, needs its room for the parts of both sides: nothing is loaded ahead, and the
     widest maps take the smallest tiles.
     """
     large = shape["BLOCK_F"] > 64 or shape["BLOCK_D"] * shape["BLOCK_F"] > 8192
     if dtype == torch.float32:
-        return Launch(16, 4, 1, 528) if shape["BLOCK_F"] > 128 else Launch(64, 8 if large else 4, 1, 528)
-    return Launch(64, 8 if large else 4, 2 if large else stages, 528)
+        return Sizes(16, 4, 1, 528) if shape["BLOCK_F"] > 128 else Sizes(64, 8 if large else 4, 1, 528)
+    return Sizes(64, 8 if large else 4, 2 if large else stages, 528)
 
 
-def _tiling(x: Tensor, heads: int, sizes: Launch, parts: int = 1) -> tuple[int, int, int, int]:
+def _tiling(x: Tensor, heads: int, sizes: Sizes, parts: int = 1) -> tuple[int, int, int, int]:
     """Tiles per batch row, tiles, tiles per program, and programs per head."""
     row_tiles = cdiv(x.shape[2], sizes.rows)
     tiles = x.shape[0] * row_tiles
@@ -325,7 +261,7 @@ def _pointers(maps, span) -> list[Tensor]:
     return [weight, bias, magnitude, start, length]
 
 
-def map_features(x: Tensor, maps, dtype: torch.dtype, span=None, sizes: Launch | None = None) -> Tensor:
+def map_features(x: Tensor, maps, dtype: torch.dtype, span=None, sizes: Sizes | None = None) -> Tensor:
     """Features of x, in the order of `features_of`: those of +u, then those of -u.
 
     Args:
@@ -345,28 +281,18 @@ def map_features(x: Tensor, maps, dtype: torch.dtype, span=None, sizes: Launch |
     shape = _shape(x, maps)
     features = shape["WIDTH"] * (2 if maps.activation in PAIRED else 1)
     phi = torch.empty(x.shape[0], heads, x.shape[2], features, dtype=dtype, device=x.device)
-    sizes = sizes or _launch(shape, x.dtype, stages=3)
+    sizes = sizes or _choose_sizes(shape, x.dtype, stages=3)
     row_tiles, tiles, run, segments = _tiling(x, heads, sizes)
     if tiles:
         launch(
             feature_map_fwd_kernel,
             (heads, segments),
-            (
-                x,
-                *_pointers(maps, span),
-                phi,
-                *x.stride()[:3],
-                x.shape[2],
-                heads,
-                heads // x.shape[1],
-                row_tiles,
-                tiles,
-                run,
-            ),
+            (x, *_pointers(maps, span), phi, *x.stride()[:3],
+             x.shape[2], heads, heads // x.shape[1], row_tiles, tiles, run),
             {**shape, "SPAN": span is not None, "ROWS": sizes.rows},
             sizes.warps,
             sizes.stages,
-        )
+        )  # fmt: skip
     return phi
 
 
@@ -377,7 +303,7 @@ def map_backward(
     grad_x: Tensor | None = None,
     span=None,
     need_weights: bool = True,
-    sizes: Launch | None = None,
+    sizes: Sizes | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `map_features`, given `grad_features` = dL/dphi `(B, HM, T, F)`, float32 or x's dtype.
 
@@ -393,44 +319,24 @@ def map_backward(
     x, grad_features = _with_unit_stride(x), _with_unit_stride(grad_features)
     heads, dim, width = maps.weight.shape
     shape = _shape(x, maps)
-    sizes = sizes or _launch(shape, x.dtype, stages=2 if grad_x is None else 1)  # 2 spill beside grad_x
+    sizes = sizes or _choose_sizes(shape, x.dtype, stages=2 if grad_x is None else 1)  # 2 spill beside grad_x
     row_tiles, tiles, run, segments = _tiling(x, heads, sizes, shape["PARTS"])
     places = [heads * dim * width, heads * width * shape["BIAS"], heads * dim * shape["MAGNITUDE"]]
     partial = torch.empty(segments, sum(places) if need_weights else 0, dtype=torch.float32, device=x.device)
     if tiles and (need_weights or grad_x is not None):
+        target = x if grad_x is None else grad_x  # x stands in for what is absent
         launch(
             feature_map_bwd_kernel,
             (heads, segments, shape["PARTS"]),
-            (
-                x,
-                *_pointers(maps, span),
-                grad_features,
-                x if grad_x is None else grad_x,
-                partial,
-                *x.stride()[:3],
-                *grad_features.stride()[:3],
-                *(x if grad_x is None else grad_x).stride()[:3],
-                x.shape[2],
-                heads,
-                heads // x.shape[1],
-                row_tiles,
-                tiles,
-                run,
-                sum(places),
-                places[0],
-                places[0] + places[1],
-            ),
-            {
-                **shape,
-                "SPAN": span is not None,
-                "INPUT": grad_x is not None,
-                "WEIGHTS": need_weights,
-                "ROWS": sizes.rows,
-                "PRODUCT": _PRODUCT[product_precision(x.dtype)[0]],
-            },
+            (x, *_pointers(maps, span), grad_features, target, partial,
+             *x.stride()[:3], *grad_features.stride()[:3], *target.stride()[:3],
+             x.shape[2], heads, heads // x.shape[1], row_tiles, tiles, run,
+             sum(places), places[0], places[0] + places[1]),
+            {**shape, "SPAN": span is not None, "INPUT": grad_x is not None, "WEIGHTS": need_weights,
+             "ROWS": sizes.rows, "PRODUCT": triton_type(product_precision(x.dtype)[0])},
             sizes.warps,
             sizes.stages,
-        )
+        )  # fmt: skip
     if not need_weights:
         return None, None, None
     weight, bias, magnitude = (partial[0] if segments == 1 else partial.sum(0)).split(places)

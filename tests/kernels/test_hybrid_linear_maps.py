@@ -74,7 +74,7 @@ def test_programs_share_the_tiles_of_all_rows():
     case = make(batch=3, length=40)
     reference = expected(*case)
     for programs in (4, 8, 100):
-        assert_close(found(*case, sizes=kernels.Launch(16, 4, 1, programs)), reference)
+        assert_close(found(*case, sizes=kernels.Sizes(16, 4, 1, programs)), reference)
 
 
 @pytest.mark.parametrize("activation", ["softmax", "elu"])
