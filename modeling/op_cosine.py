@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .op_cosine_chunked import CosineState, run_cosine
 from .op_dispatch import choose_backend
-from .op_hybrid_linear_chunked import over_rows
+from .op_hybrid_linear_chunked import check_rows, over_rows
 
 CONTRACT = 1
 
@@ -68,13 +68,7 @@ def cosine_attention(
     """
     _check_shapes(query, key, value, exponent, gain)
     _check_form(causal, scale_side, window, sinks)
-    stateful = initial_state is not None or return_state
-    if stateful and not causal:
-        raise ValueError("initial_state and return_state need causal=True: a bidirectional row has no running state")
-    if cu_seqlens is not None and (stateful or attention_mask is not None or query.shape[0] != 1):
-        raise ValueError(
-            "cu_seqlens needs batch size 1 and goes with no attention_mask, initial_state or return_state"
-        )
+    check_rows(query, causal, attention_mask, cu_seqlens, stateful=initial_state is not None or return_state)
     if initial_state is not None:
         _check_state(initial_state, query, key, value, scale_side, window, sinks)
     args = (query, key, value)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .feature_maps import FeatureMapWeights
 from .op_dispatch import choose_backend
-from .op_hybrid_linear_chunked import HybridLinearState, over_rows, run_rows
+from .op_hybrid_linear_chunked import HybridLinearState, check_rows, over_rows, run_rows
 
 CONTRACT = 1
 
@@ -72,13 +72,7 @@ def hybrid_linear_attention(
         ValueError: contradictory arguments, or a backend that cannot do the call.
     """
     _check(query, key, query_features, key_features, window_weight, window_reference, window, sinks)
-    stateful = initial_state is not None or return_state
-    if stateful and not causal:
-        raise ValueError("initial_state and return_state need causal=True: a bidirectional row has no running state")
-    if cu_seqlens is not None and (stateful or attention_mask is not None or query.shape[0] != 1):
-        raise ValueError(
-            "cu_seqlens needs batch size 1 and goes with no attention_mask, initial_state or return_state"
-        )
+    check_rows(query, causal, attention_mask, cu_seqlens, stateful=initial_state is not None or return_state)
     args = (query, key, value, query_features, key_features)
     options = {
         "window_weight": window_weight,

@@ -156,6 +156,16 @@ class Rows:
         return x.masked_fill(~self.mask[:, None, :, None], 0.0)
 
 
+def check_rows(query: Tensor, causal: bool, attention_mask, cu_seqlens, stateful: bool) -> None:
+    """Refuse arguments that contradict each other; stateful calls take or return a state."""
+    if stateful and not causal:
+        raise ValueError("initial_state and return_state need causal=True: a bidirectional row has no running state")
+    if cu_seqlens is not None and (stateful or attention_mask is not None or query.shape[0] != 1):
+        raise ValueError(
+            "cu_seqlens needs batch size 1 and goes with no attention_mask, initial_state or return_state"
+        )
+
+
 def over_rows(run: Callable, inputs: Sequence, options: dict):
     """`run(*inputs, **options)`, which needs tokens and knows no packing, for any call.
 

@@ -56,7 +56,7 @@ def _batches(args, largest: int) -> list[int]:
     return sorted({1, *(batch for batch in args.batches if batch < largest), largest})
 
 
-def _largest(args, clock: Clock, per_sequence: float) -> int:
+def _largest(clock: Clock, per_sequence: float) -> int:
     """How many sequences the free memory holds."""
     clock.clear()
     if not clock.gpu:
@@ -70,7 +70,7 @@ def _student_batch(args, model, clock: Clock) -> int:
     state = state_bytes(config.mixer(0), heads, groups, dim, args.context, model.dtype.itemsize)
     logits = 2 * model.dtype.itemsize * config.vocab_size
     activations = model.dtype.itemsize * (4 * config.intermediate_size + 12 * config.hidden_size)
-    largest = _largest(args, clock, config.num_hidden_layers * state + logits + activations)
+    largest = _largest(clock, config.num_hidden_layers * state + logits + activations)
     return largest // 8 * 8 or largest
 
 
@@ -78,7 +78,7 @@ def _teacher_batch(args, model, clock: Clock, kind: str) -> int:
     config = model.config
     layer = 2 * config.num_key_value_heads * args.context * config.head_dim * model.dtype.itemsize
     # The stock cache makes a new copy of a layer's keys and values with every token.
-    return _largest(args, clock, layer * (config.num_hidden_layers + (1.5 if kind == "eager" else 0.0)))
+    return _largest(clock, layer * (config.num_hidden_layers + (1.5 if kind == "eager" else 0.0)))
 
 
 def _fitting(clock: Clock, batch: int, work: Callable[[int], dict]) -> dict:

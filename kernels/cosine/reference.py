@@ -101,7 +101,6 @@ def reference(
     cu_seqlens=None,
     initial_state=None,
     return_state=False,
-    backend="reference",
 ):
     """Cosine attention by its definition; arguments and returns of `cosine_attention`."""
     wide = torch.float64 if query.dtype == torch.float64 else torch.float32

@@ -153,9 +153,9 @@ def strides(*tensors: Tensor | None) -> list[int]:
     return [step for x in tensors for step in ((0, 0, 0) if x is None else x.stride()[:3])]
 
 
-def new_buffer(kind: int, *shape, like: Tensor, dtype=None) -> Tensor:
-    """A buffer whose every element the kernels write in plain batches; elsewhere padding must read 0."""
-    make = torch.empty if kind == PLAIN else torch.zeros
+def new_buffer(*shape: int, whole: bool, like: Tensor, dtype=None) -> Tensor:
+    """A result's buffer; `whole` where the kernels write every element, else what they leave out must read 0."""
+    make = torch.empty if whole else torch.zeros
     return make(shape, dtype=dtype or like.dtype, device=like.device)
 
 
@@ -209,7 +209,7 @@ def run_forward(plan: Plan, call: Call, x: Operands, feature_q, feature_k, sums,
     batch, heads, length, _ = x.query.shape
     sink_key, sink_value = (x.key, x.value) if x.sink_key is None else (x.sink_key, x.sink_value)
     linear, spans = feature_q is not None, call.window + call.sinks > 0
-    output = new_buffer(rows.kind, batch, length, heads, x.value.shape[3], like=x.query)
+    output = new_buffer(batch, length, heads, x.value.shape[3], whole=rows.kind == PLAIN, like=x.query)
     difference = torch.empty_like(output) if save and linear and spans else None
     stats = best = None
     if save:

@@ -114,17 +114,16 @@ def _query_side(this: Pass, found: Found):
     settings, rows, sizes = plan.settings, call.rows, plan.settings.tiles.query
     shape = settings.values
     batch, heads, length, dim = x.query.shape
-    spans = call.window + call.sinks > 0
+    plain, spans = rows.kind == PLAIN, call.window + call.sinks > 0
     programs = plan.queries.total * (settings.tiles.chunk // sizes.block)
     planes = 5 if call.maximum else 4
     terms = torch.empty(planes, batch, heads, length, dtype=torch.float32, device=x.query.device)
     grad_query = grad_feature = part_weight = part_key = part_value = None
     if this.inputs:
-        make = new_buffer if spans else _zeros
-        grad_query = make(rows.kind, batch, length, heads, dim, like=x.query)
+        grad_query = new_buffer(batch, length, heads, dim, whole=plain and spans, like=x.query)
     if this.features:
         dtype = _feature_dtype(this, x.feature_q)
-        grad_feature = new_buffer(rows.kind, batch, length, heads, shape["F"], like=x.query, dtype=dtype)
+        grad_feature = new_buffer(batch, length, heads, shape["F"], whole=plain, like=x.query, dtype=dtype)
     if spans and shape["LINEAR"]:
         part_weight = terms.new_empty(batch * heads, programs, 2)
     if this.inputs and call.sinks:
@@ -146,11 +145,6 @@ def _query_side(this: Pass, found: Found):
     if part_weight is not None and this.mix:
         found["weight"], found["shift"] = part_weight.view(batch, heads, programs, 2).sum((0, 2)).unbind(1)
     return terms, _turn(grad_query), _turn(grad_feature), (part_key, part_value)
-
-
-def _zeros(kind, *size, like: Tensor, dtype=None) -> Tensor:
-    """In place of `new_buffer` where the kernels write nothing."""
-    return torch.zeros(size, dtype=dtype or like.dtype, device=like.device)
 
 
 def _reverse(this: Pass, terms: Tensor, found: Found) -> tuple[Tensor, Tensor]:
@@ -194,14 +188,14 @@ def _key_side(this: Pass, terms: Tensor, back: tuple[Tensor | None, Tensor | Non
     settings, rows, sizes, blocks = plan.settings, call.rows, plan.settings.tiles.key, plan.keys
     shape = settings.values
     batch, heads, length, dim = x.query.shape
-    key_length = x.key.shape[2]
+    key_length, plain = x.key.shape[2], rows.kind == PLAIN
     grad_key = grad_value = grad_feature = None
     if this.inputs:
-        grad_key = (new_buffer if call.window else _zeros)(rows.kind, batch, key_length, heads, dim, like=x.key)
-        grad_value = new_buffer(rows.kind, batch, key_length, heads, shape["V"], like=x.value)
+        grad_key = new_buffer(batch, key_length, heads, dim, whole=plain and call.window > 0, like=x.key)
+        grad_value = new_buffer(batch, key_length, heads, shape["V"], whole=plain, like=x.value)
     if this.features:
         dtype = _feature_dtype(this, x.feature_k)
-        grad_feature = new_buffer(rows.kind, batch, key_length, heads, shape["F"], like=x.key, dtype=dtype)
+        grad_feature = new_buffer(batch, key_length, heads, shape["F"], whole=plain, like=x.key, dtype=dtype)
     last = shape["LINEAR"] and this.grad_kv is not None
     launch(
         hybrid_linear_bwd_key_kernel,

@@ -31,7 +31,7 @@ def run_smoke(benchmark, folder, *arguments, names="SDPA,chunked,fla,Flex"):
     return benchmark.main([*base, *arguments])
 
 
-def test_writes_every_file_and_names_what_is_missing(benchmark, tmp_path, capsys):
+def test_writes_every_file_and_names_what_is_missing(benchmark, tmp_path):
     page = tmp_path / "docs" / "results_kernels.md"
     run_smoke(benchmark, tmp_path / "out", "--lengths", "64", "--page", str(page))
     results = json.loads((tmp_path / "out" / "results.json").read_text())
@@ -52,7 +52,7 @@ def test_writes_every_file_and_names_what_is_missing(benchmark, tmp_path, capsys
     assert (tmp_path / "out" / "kernels.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_report_alone_measures_nothing(benchmark, tmp_path, capsys, monkeypatch):
+def test_report_alone_measures_nothing(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark.report, "plot", lambda *_: None)
     run_smoke(benchmark, tmp_path, "--lengths", "64", names="SDPA flash")
     before = (tmp_path / "table.md").read_text()
@@ -74,7 +74,7 @@ def test_runs_are_joined(benchmark, tmp_path):
     assert joined["command"] == "run a\nrun b"
 
 
-def test_slow_peers_and_limits_are_reasons(benchmark, tmp_path, capsys, monkeypatch):
+def test_slow_peers_and_limits_are_reasons(benchmark, tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "SLOW_MS", 0.0)
     monkeypatch.setattr(benchmark.report, "plot", lambda *_: None)
     records = run_smoke(benchmark, tmp_path, names="SDPA flash")["records"]
