@@ -1,7 +1,7 @@
 """How the kernels are launched: tile sizes by width and dtype, grids, and the buffers between the passes."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -153,7 +153,6 @@ def apply_sums(this: Pass, side: Side, other: Side, sums: Tensor, factor: Tensor
     """y of this side from the sums of the other: `(B, heads, T, Dv)`, laid out as `like` where the shape is its."""
     rows, tile = this.rows, this.tiles.apply
     dim, value_dim = side.x.shape[3], other.y.shape[3]
-    multiply, precision = product_precision(side.x.dtype)
     out = _empty(rows, like, heads, value_dim)
     parts = (this.tiles.chunk // tile.rows) * cdiv(value_dim, tile.columns)
     launch(
@@ -165,13 +164,7 @@ def apply_sums(this: Pass, side: Side, other: Side, sums: Tensor, factor: Tensor
             rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base, rows.number, rows.length,
             this.chunks.total,
         ),
-        {
-            "DX": dim, "DY": value_dim, "BLOCK_X": tile_side(dim), "BLOCK_Y": tile.columns, "CHUNK": this.tiles.chunk,
-            "BLOCK_M": tile.rows, "BLOCK_N": tile.others, "LOOP": sharing.loop, "X_DIVISOR": sharing.x,
-            "O_DIVISOR": sharing.other, "S_DIVISOR": sharing.sums, "KIND": rows.kind, "CAUSAL": this.causal,
-            "AFTER": int(after), "POWER": side.exponent is not None, "GAIN": side.gain is not None,
-            "PAST": rows.past is not None, "DTYPE": triton_type(multiply), "PRECISION": precision,
-        },
+        _constants(this, tile, side, dim, value_dim, sharing, after),
         tile.warps, tile.stages,
     )  # fmt: skip
     return out
@@ -183,7 +176,6 @@ def project_sums(this: Pass, side: Side, other: Side, sums: Tensor, factor: Tens
     need, `(2, heads)`."""
     rows, tile = this.rows, this.tiles.project
     dim, value_dim = side.x.shape[3], side.y.shape[3]
-    multiply, precision = product_precision(side.x.dtype)
     out = _empty(rows, like, heads, dim)
     programs = this.chunks.total * (this.tiles.chunk // tile.rows)
     partial = None
@@ -202,17 +194,24 @@ def project_sums(this: Pass, side: Side, other: Side, sums: Tensor, factor: Tens
             rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base, rows.number, rows.length,
             this.chunks.total,
         ),
-        {
-            "DX": dim, "DY": value_dim, "BLOCK_X": tile_side(dim), "BLOCK_Y": tile.columns, "CHUNK": this.tiles.chunk,
-            "BLOCK_M": tile.rows, "BLOCK_N": tile.others, "LOOP": sharing.loop, "X_DIVISOR": sharing.x,
-            "O_DIVISOR": sharing.other, "S_DIVISOR": sharing.sums, "KIND": rows.kind, "CAUSAL": this.causal,
-            "AFTER": int(after), "POWER": side.exponent is not None, "GAIN": side.gain is not None,
-            "PAST": rows.past is not None, "PARTIAL": need_partial, "DTYPE": triton_type(multiply),
-            "PRECISION": precision,
-        },
+        {**_constants(this, tile, side, dim, value_dim, sharing, after), "PARTIAL": need_partial},
         tile.warps, tile.stages,
     )  # fmt: skip
     return out, None if partial is None else partial.sum((2, 3))
+
+
+def _constants(
+    this: Pass, tile: Tile, side: Side, dim: int, value_dim: int, sharing: Sharing, after: bool
+) -> dict[str, Any]:
+    """Compile-time arguments of the kernels that read the sums."""
+    multiply, precision = product_precision(side.x.dtype)
+    return {
+        "DX": dim, "DY": value_dim, "BLOCK_X": tile_side(dim), "BLOCK_Y": tile.columns, "CHUNK": this.tiles.chunk,
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.others, "LOOP": sharing.loop, "X_DIVISOR": sharing.x,
+        "O_DIVISOR": sharing.other, "S_DIVISOR": sharing.sums, "KIND": this.rows.kind, "CAUSAL": this.causal,
+        "AFTER": int(after), "POWER": side.exponent is not None, "GAIN": side.gain is not None,
+        "PAST": this.rows.past is not None, "DTYPE": triton_type(multiply), "PRECISION": precision,
+    }  # fmt: skip
 
 
 def _empty(rows: Rows, like: Tensor, heads: int, width: int) -> Tensor:
