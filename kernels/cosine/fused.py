@@ -28,6 +28,7 @@ def unsupported(query, key, value, *, window=0, sinks=0, **options) -> str | Non
     return None
 
 
+@torch.compiler.disable  # torch.compile would follow the launches down to the pointers
 def fused(
     query,
     key,

@@ -78,7 +78,7 @@ def hybrid_linear_bwd_query_kernel(
     MAXIMUM: tl.constexpr, INPUTS: tl.constexpr, FEATURES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """grad_query, grad_feature `(B, T, H, D | F)`; terms: planes of `(B, H, T)`, a, b, 1 / den, d den and d max."""
-    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
+    batch, head = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
     chunk, slot, first, count = find_block(
         tl.program_id(0) // (C // BQ), batch, table, base, number, start, size, length, KIND
     )
@@ -198,7 +198,7 @@ def hybrid_linear_bwd_reverse_kernel(
     """sums `(B H, slots, F, V)` and sums_z `(B H, slots, F)`: what the queries after each chunk send back."""
     tiles_v: tl.constexpr = (V + BV - 1) // BV
     tile_f, tile_v = tl.program_id(0) // tiles_v, tl.program_id(0) % tiles_v
-    row, head = tl.program_id(1) // H, tl.program_id(1) % H
+    row, head = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
     batch = row * 0 if KIND == 2 else row
     slot = tl.load(base + row) if KIND == 2 else 0
     first, count = row_span(row, start, size, length, KIND)
@@ -252,7 +252,7 @@ def hybrid_linear_bwd_key_kernel(
     INPUTS: tl.constexpr, FEATURES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients per query head: grad_key, grad_value, grad_feature `(B, T', H, D | V | F)`, T' with the ring."""
-    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
+    batch, head = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
     chunk, slot, first, count = find_block(
         tl.program_id(0) // (C // BN), batch, table, base, number, start, size, length, KIND
     )

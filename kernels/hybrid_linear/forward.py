@@ -35,7 +35,7 @@ def hybrid_linear_state_kernel(
     """sums `(B E, slots, F, V)` in DOT's dtype and sums_z `(B E, slots, F)`: what precedes each chunk."""
     tiles_v: tl.constexpr = (V + BV - 1) // BV
     tile_f, tile_v = tl.program_id(0) // tiles_v, tl.program_id(0) % tiles_v
-    row, head = tl.program_id(1) // E, tl.program_id(1) % E
+    row, head = tl.program_id(1) // E, (tl.program_id(1) % E).to(tl.int64)
     batch = row * 0 if KIND == 2 else row
     slot = tl.load(base + row) if KIND == 2 else 0
     first, count = row_span(row, start, size, length, KIND)
@@ -118,7 +118,7 @@ def hybrid_linear_fwd_kernel(
     MAXIMUM: tl.constexpr, SAVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """output, difference `(B, T, H, V)`; stats and best as in `function.Saved`."""
-    batch, head = tl.program_id(1) // H, tl.program_id(1) % H
+    batch, head = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
     chunk, slot, first, count = find_block(
         tl.program_id(0) // (C // BQ), batch, table, base, number, start, size, length, KIND
     )

@@ -264,8 +264,8 @@ class HybridLinear(torch.autograd.Function):
     def backward(ctx, grad_output, grad_kv, grad_z):
         from .gradients import run_backward  # which imports from here
 
-        operands = len(Operands._fields)
-        x, (sums, sums_z, *saved) = Operands(*ctx.saved_tensors[:operands]), ctx.saved_tensors[operands:]
+        tensors, count = ctx.saved_tensors, len(Operands._fields)  # once: checkpointing lets them be unpacked once only
+        x, (sums, sums_z, *saved) = Operands(*tensors[:count]), tensors[count:]
         needs = Operands(*ctx.needs_input_grad[1:])
         incoming = (grad_output, grad_kv, grad_z)
         return None, *run_backward(ctx.call, ctx.plan, x, needs, sums, sums_z, Saved(*saved), *incoming)

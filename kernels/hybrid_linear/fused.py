@@ -13,6 +13,7 @@ from .states import extend_keys, new_sinks, next_state
 # float16 and float32 are multiplied as float32: wider sums do not fit into shared memory.
 WIDEST = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}
 MOST_SINKS = 64
+MOST_ROWS = 65535  # programs along the second side of a CUDA grid
 
 
 def unsupported(query, key, value, query_features, key_features, **options) -> str | None:
@@ -29,11 +30,16 @@ def unsupported(query, key, value, query_features, key_features, **options) -> s
     for name, width in widths.items():
         if width > widest:
             return f"in {query.dtype} the Triton kernels hold a {name} of at most {widest}, this call has {width}"
+    cu_seqlens = options.get("cu_seqlens")
+    rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if rows * query.shape[1] > MOST_ROWS:
+        return f"the Triton kernels run {MOST_ROWS} rows times heads at most, this call has {rows} x {query.shape[1]}"
     if options.get("sinks", 0) > MOST_SINKS:
         return f"the Triton kernels hold at most {MOST_SINKS} sinks, this call has {options['sinks']}"
     return None
 
 
+@torch.compiler.disable  # torch.compile would follow the launches down to the pointers
 def fused(
     query,
     key,

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 import linearize.kernels.hybrid_linear.function as function
@@ -259,3 +260,28 @@ def test_tiles_divide_each_other(dot, widest):
     for launch in tiles[2:]:
         assert tiles.chunk % launch.block == 0
         assert all(launch.block % other.inner == 0 for other in tiles[2:])
+
+
+def test_gradient_checkpointing():
+    """The forward runs again in the backward pass, whose saved tensors may be unpacked once only."""
+    inputs, mix = make_inputs(as_weights=True, length=20)
+    leaves = list(leaves_of([*inputs, *mix.values()]))
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+    def run():
+        return hybrid_linear_attention(*inputs, **mix, window=5, sinks=2, backend="triton")[0]
+
+    expected = torch.autograd.grad(run().square().sum(), leaves)
+    found = torch.autograd.grad(torch.utils.checkpoint.checkpoint(run, use_reentrant=False).square().sum(), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_inside_a_compiled_function():
+    inputs, mix = make_inputs(length=20)
+
+    def run(query):
+        return 2 * hybrid_linear_attention(query, *inputs[1:], **mix, window=5, sinks=2, backend="triton")[0]
+
+    compiled = torch.compile(run, backend="eager")
+    assert torch.equal(compiled(inputs[0]), run(inputs[0]))
