@@ -264,7 +264,7 @@ class HybridLinear(torch.autograd.Function):
     def backward(ctx, grad_output, grad_kv, grad_z):
         from .gradients import run_backward  # which imports from here
 
-        tensors, count = ctx.saved_tensors, len(Operands._fields)  # once: checkpointing lets them be unpacked once only
+        tensors, count = ctx.saved_tensors, len(Operands._fields)  # checkpointing unpacks once
         x, (sums, sums_z, *saved) = Operands(*tensors[:count]), tensors[count:]
         needs = Operands(*ctx.needs_input_grad[1:])
         incoming = (grad_output, grad_kv, grad_z)
