@@ -39,8 +39,18 @@ def test_every_kernel_folder_has_its_op_and_tests(name):
     assert (ROOT / "tests" / "kernels" / f"test_{name}.py").is_file()
 
 
+@pytest.mark.parametrize("name", OPS)
+def test_every_fused_kernel_has_tests_a_derivation_and_a_benchmark(name):
+    if "fused" not in importlib.import_module(f"linearize.kernels.{name}").__all__:
+        return
+    assert (ROOT / "kernels" / name / "README.md").is_file()
+    assert (ROOT / "tests" / "kernels" / f"test_{name}_fused.py").is_file()
+    assert list((ROOT / "tests" / "gpu").glob(f"test_{name}*.py"))
+    assert name in (ROOT / "scripts" / "kernel_peers.py").read_text()
+
+
 def test_there_are_ops_to_check():
-    assert "hybrid_linear" in OPS
+    assert {"cosine", "hybrid_linear"} <= set(OPS)
 
 
 @pytest.mark.parametrize("name", BACKBONES)
