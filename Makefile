@@ -47,8 +47,10 @@ tests: install
 	@echo "== Tests on the CPU ($(WORKERS) processes)"
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not multi_gpu" --durations=15 $(PYTEST_ARGS)
 
-test-gpu: install checkpoint ## the tests that need a GPU
-	$(BIN)/python -m pytest -m "gpu or multi_gpu" $(PYTEST_ARGS)
+test-gpu: install checkpoint ## the tests that need a GPU; each file in its own process, which an illegal access would spoil
+	@status=0; for file in tests/gpu/test_*.py; do \
+		$(BIN)/python -m pytest -m "gpu or multi_gpu" $(PYTEST_ARGS) $$file || status=1; \
+	done; exit $$status
 
 build: install ## a wheel and a source archive in dist/
 	$(BIN)/python -m build
