@@ -5,13 +5,10 @@ import itertools
 import pytest
 import torch
 
-from linearize.modeling import CosineState, cosine_attention
-
-pytest.importorskip("triton")
-
 import linearize.kernels.cosine.launch as launch
 from linearize.kernels import cosine as kernel
 from linearize.kernels.triton_support import interpreting
+from linearize.modeling import CosineState, cosine_attention
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="a GPU is there: tests/gpu has these")
 

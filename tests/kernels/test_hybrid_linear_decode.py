@@ -6,15 +6,14 @@ import pytest
 import torch
 from tiny_models import make_student, make_teacher, perturb
 
+import linearize.kernels.hybrid_linear.decode as decode
 from linearize.kernels.hybrid_linear import reference
+from linearize.kernels.triton_support import interpreting
 from linearize.modeling import FeatureMapWeights, HybridLinearState
 from linearize.modeling.decoding import DecodingSession
 from linearize.modeling.op_hybrid_linear_decode import DecodeBuffers, new_buffers, read_buffers
 
-triton = pytest.importorskip("triton")
-import linearize.kernels.hybrid_linear.decode as decode  # noqa: E402
-
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="tests/gpu/test_decoding.py runs the kernel itself")
+pytestmark = pytest.mark.skipif(not interpreting(), reason="a GPU is there: tests/gpu has these")
 
 STEPS = 9
 CASES = {

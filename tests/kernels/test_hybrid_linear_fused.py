@@ -6,7 +6,10 @@ import torch.utils.checkpoint
 from torch import Tensor
 
 import linearize.kernels.hybrid_linear.function as function
+from linearize.kernels.triton_support import interpreting
 from linearize.modeling import FeatureMapWeights, HybridLinearState, hybrid_linear_attention
+
+pytestmark = pytest.mark.skipif(not interpreting(), reason="a GPU is there: tests/gpu has these")
 
 LENGTH, DIM, VALUE_DIM, WIDTH, WEIGHTS = 45, 8, 12, 6, 5
 CHOOSE_TILES = function.choose_tiles
