@@ -28,13 +28,17 @@ def find_kernel(op: str, contract: int) -> tuple[ModuleType | None, str]:
     except ModuleNotFoundError as error:
         if error.name in ("linearize", "linearize.kernels", f"linearize.kernels.{op}"):
             return None, "linearize, which brings the kernels, is not installed"
-        return None, f"the installed linearize is broken ({error})"
+        return None, _broken(error)
     except ImportError as error:
-        return None, f"the installed linearize is broken ({error})"
+        return None, _broken(error)
     if kernel.CONTRACT != contract:
         reason = f"the installed linearize keeps contract {kernel.CONTRACT} of {op}, this code keeps {contract}"
         return None, reason
     return kernel, ""
+
+
+def _broken(error: ImportError) -> str:
+    return f"the installed linearize is broken ({error})"
 
 
 @functools.cache
@@ -66,7 +70,10 @@ def choose_backend(op: str, contract: int, backend: str, on_gpu: bool, args: tup
     if backend == "reference" and kernel is not None:
         return kernel.reference
     if kernel is not None:
-        reason = kernel.unsupported(*args, **kwargs)
+        try:  # which loads the Triton kernels, on first use
+            reason = kernel.unsupported(*args, **kwargs)
+        except ImportError as error:
+            reason = _broken(error)
         if reason is None:
             return kernel.fused
     if backend != "auto":

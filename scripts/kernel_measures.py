@@ -37,22 +37,28 @@ def time_call(call: Callable[[], object], device: str) -> Times:
     return middle, low, high
 
 
-def time_graph(call: Callable[[], object]) -> Times:
-    """The same for the replay of a CUDA graph of the call."""
+def capture(call: Callable[[], object]) -> Callable[[], object]:
+    """A CUDA graph of a call; its replay, which returns what the captured call did."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(2):
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        kept = call()
-    try:
-        return time_call(graph.replay, "cuda")
-    finally:
-        del kept, graph
+        result = call()
+
+    def replay() -> object:
+        graph.replay()
+        return result
+
+    return replay
+
+
+def time_graph(call: Callable[[], object]) -> Times:
+    """The same for the replay of a CUDA graph of the call."""
+    return time_call(capture(call), "cuda")
 
 
 def inference(case: Case) -> Callable[[], Tensor]:

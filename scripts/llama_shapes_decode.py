@@ -6,6 +6,7 @@ from collections.abc import Callable
 from unittest import mock
 
 import torch
+from kernel_measures import capture
 from llama_shapes import Clock, Record, attempt, say, stock_twin
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
@@ -192,27 +193,8 @@ def _teacher_step(args, teacher, batch: int, kind: str, clock: Clock) -> dict:
         with mock.patch("transformers.models.llama.modeling_llama.create_causal_mask", return_value=None):
             return teacher(ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
 
-    run = _capture(step) if clock.gpu else step
+    run = capture(step) if clock.gpu else step
     return _timed(args, clock, run, batch, calls=4) | state
-
-
-def _capture(step: Callable[[], torch.Tensor]) -> Callable[[], object]:
-    """A CUDA graph of a step; returns its replay."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = step()
-
-    def replay():
-        graph.replay()
-        return logits
-
-    return replay
 
 
 def _timed(args, clock: Clock, run: Callable[[], object], batch: int, calls: int = 1) -> dict:

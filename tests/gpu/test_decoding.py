@@ -7,6 +7,7 @@ import torch
 from tiny_models import make_student, make_teacher, perturb
 from transformers import DynamicCache
 
+import linearize.kernels.hybrid_linear.decode as decode
 from linearize.kernels.hybrid_linear import reference
 from linearize.modeling import FeatureMapWeights, HybridLinearState
 from linearize.modeling.decoding import DecodingSession
@@ -75,7 +76,6 @@ def moved(maps, *where):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_steps_equal_the_definition(shape, dtype, tolerance):
     """Relative Frobenius error of all outputs, in place and from state to state; 16-bit outputs are rounded once."""
-    decode = pytest.importorskip("linearize.kernels.hybrid_linear.decode")
     inputs, maps, options, mask = draw_case(shape, dtype)
     wide = [x.double() for x in inputs]
     weights = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in options.items()}

@@ -351,10 +351,11 @@ class TestDispatch:
 
     @pytest.fixture(autouse=True)
     def fresh(self):
-        dispatch.find_kernel.cache_clear()
+        find = dispatch.find_kernel
+        find.cache_clear()
         dispatch.warn_once.cache_clear()
         yield
-        dispatch.find_kernel.cache_clear()
+        find.cache_clear()
         dispatch.warn_once.cache_clear()
 
     def choose(self, backend="auto", on_gpu=True):
@@ -380,6 +381,16 @@ class TestDispatch:
         assert self.choose() is None and self.choose() is None
         assert len(caplog.records) == 1 and "chunked" in caplog.text
         with pytest.raises(ValueError, match="linearize"):
+            self.choose("triton")
+
+    def test_kernels_that_do_not_load_run_chunked(self, monkeypatch, caplog):
+        """The Triton files are imported on first use, after the package itself."""
+        kernel = dispatch.importlib.import_module("linearize.kernels.hybrid_linear")
+        self.break_import(monkeypatch, ImportError("half a file"))
+        monkeypatch.setattr(kernel, "unsupported", lambda: dispatch.importlib.import_module("fused"))
+        monkeypatch.setattr(dispatch, "find_kernel", lambda op, contract: (kernel, ""))
+        assert self.choose() is None and "half a file" in caplog.text
+        with pytest.raises(ValueError, match="broken"):
             self.choose("triton")
 
     def test_another_contract_runs_chunked(self, monkeypatch, caplog):
