@@ -39,61 +39,71 @@ def triton_type(dtype: torch.dtype) -> Any:
 
 
 LIMIT = 10000  # launches remembered
+NO_CONSTANTS: dict[str, Any] = {}
 _compiled: dict[tuple, Any] = {}
 
 
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
-    arguments: Sequence[Any],
+    tensors: Sequence[Tensor | None],
+    numbers: tuple[int | float, ...],
     constants: dict[str, Any],
     warps: int,
     stages: int,
     registers: int | None = None,
+    shared: dict[str, Any] = NO_CONSTANTS,
 ) -> None:
     """Run a kernel.
 
     Args:
-        kernel: the function that `triton.jit` returned; its compile-time arguments are its last ones.
+        kernel: the function that `triton.jit` returned: tensors, then numbers, then compile-time arguments.
         grid: one to three numbers of programs.
-        arguments: tensors (the first one is not None), None and numbers, in the kernel's order.
+        tensors: the kernel's tensors in its order, the first one not None.
+        numbers: its numbers in its order.
         constants: the compile-time arguments by name, always in the same order; those of other names are ignored.
         warps, stages: warps of a program, stages of its pipelined loops. registers: the most of a thread, or None.
+        shared: more constants, which those above override, in a dictionary that never changes and is known by identity.
     """
     if interpreting():
-        kernel[grid](*arguments, **{name: constants[name] for name in _constant_names(kernel)})
+        kernel[grid](*tensors, *numbers, **_chosen(kernel, shared, constants))
         return
-    device = arguments[0].device.index
+    device = tensors[0].device.index  # type: ignore[union-attr]
     if device is not None and device != torch.cuda.current_device():
         with torch.cuda.device(device):
-            launch(kernel, grid, arguments, constants, warps, stages, registers)
+            launch(kernel, grid, tensors, numbers, constants, warps, stages, registers, shared)
         return
-    kinds: list[Any] = []
-    values: list[Any] = []  # pointers as numbers, which the compiled launch takes without asking for them again
-    for x in arguments:
-        if isinstance(x, Tensor):
-            pointer = x.data_ptr()
-            kinds.append((x.dtype, pointer & 15))
-            values.append(pointer)
-        else:
-            kinds.append(x)
-            values.append(x)
-    key = (id(kernel), warps, stages, registers, device, tuple(kinds), tuple(constants.values()))
+    # Pointers as numbers, which the compiled launch takes without asking for them again.
+    pointers = [None if x is None else x.data_ptr() for x in tensors]
+    together = 0
+    for pointer in pointers:
+        if pointer is not None:
+            together |= pointer
+    places = tuple([None if p is None else p & 15 for p in pointers]) if together & 15 else None
+    kinds = tuple([None if x is None else x.dtype for x in tensors])
+    own = tuple(constants.values())
+    key = (id(kernel), id(shared), warps, stages, registers, device, kinds, places, numbers, own)
     known = _compiled.get(key)
     if known is None:
-        chosen = {name: constants[name] for name in _constant_names(kernel)}
+        chosen = _chosen(kernel, shared, constants)
         options = {"num_warps": warps, "num_stages": stages}
         if registers is not None:
             options["maxnreg"] = registers
         if len(_compiled) >= LIMIT:
             _compiled.clear()
-        _compiled[key] = kernel[grid](*arguments, **chosen, **options), tuple(chosen.values())
+        compiled = kernel[grid](*tensors, *numbers, **chosen, **options)
+        _compiled[key] = compiled, (*numbers, *chosen.values()), shared  # kept, so that its identity stays its own
         return
-    compiled, tail = known
+    compiled, tail, _ = known
     compiled.run(
         *(*grid, 1, 1)[:3], torch._C._cuda_getCurrentRawStream(device), compiled.function, compiled.packed_metadata,
-        None, None, None, *values, *tail,
+        None, None, None, *pointers, *tail,
     )  # fmt: skip
+
+
+def _chosen(kernel: Any, shared: dict[str, Any], constants: dict[str, Any]) -> dict[str, Any]:
+    """A kernel's compile-time arguments, in its order."""
+    return {name: constants[name] if name in constants else shared[name] for name in _constant_names(kernel)}
 
 
 @functools.cache

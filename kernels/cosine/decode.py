@@ -71,8 +71,8 @@ def decode_step(query, key, value, *, exponent, gain, key_side, attention_mask, 
     launch(
         cosine_decode_kernel,
         (cdiv(value_dim, columns), groups, batch),
-        (query, key, value, exponent, gain, old, attention_mask, state.count, new, count, output,
-         *query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
+        (query, key, value, exponent, gain, old, attention_mask, state.count, new, count, output),
+        (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
          0 if attention_mask is None else attention_mask.stride(0)),
         {
             "DX": dim, "DY": value_dim, "BLOCK_X": max(16, next_power_of_2(dim)), "BLOCK_Y": columns,

@@ -131,9 +131,9 @@ def sum_side(
         (blocks * segments, heads, rows.number),
         (
             x, y, side.exponent, side.gain, initial, factor, snapshots, total,
-            *x.stride()[:3], *y.stride()[:3],
-            rows.start, rows.size, rows.past, this.chunks.base, rows.length, this.chunks.total, segments,
+            rows.start, rows.size, rows.past, this.chunks.base,
         ),
+        (*x.stride()[:3], *y.stride()[:3], rows.length, this.chunks.total, segments),
         {
             "DX": dim, "DY": value_dim, "BLOCK_X": tile_side(dim), "BLOCK_Y": tile.columns, "CHUNK": this.tiles.chunk,
             "LOOP": sharing.loop, "X_DIVISOR": sharing.x, "KIND": rows.kind, "CAUSAL": this.causal,
@@ -160,9 +160,11 @@ def apply_sums(this: Pass, side: Side, other: Side, sums: Tensor, factor: Tensor
         (heads, this.chunks.total * parts, rows.batch),
         (
             side.x, other.x, other.y, factor, sums, out, side.exponent, side.gain,
+            rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base,
+        ),
+        (
             *side.x.stride()[:3], *other.x.stride()[:3], *other.y.stride()[:3], *out.stride()[:3],
-            rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base, rows.number, rows.length,
-            this.chunks.total,
+            rows.number, rows.length, this.chunks.total,
         ),
         _constants(this, tile, side, dim, value_dim, sharing, after),
         tile.warps, tile.stages,
@@ -189,10 +191,11 @@ def project_sums(this: Pass, side: Side, other: Side, sums: Tensor, factor: Tens
         (heads, programs, rows.batch),
         (
             side.x, side.y, other.x, other.y, factor, sums, out, partial, side.exponent, side.gain,
+            rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base,
+        ),
+        (
             *side.x.stride()[:3], *side.y.stride()[:3], *other.x.stride()[:3], *other.y.stride()[:3],
-            *out.stride()[:3],
-            rows.start, rows.size, rows.past, this.chunks.row, this.chunks.base, rows.number, rows.length,
-            this.chunks.total,
+            *out.stride()[:3], rows.number, rows.length, this.chunks.total,
         ),
         {**_constants(this, tile, side, dim, value_dim, sharing, after), "PARTIAL": need_partial},
         tile.warps, tile.stages,

@@ -20,9 +20,8 @@ from .tiles import gain_of, inverse_norm, level_of, load_square, load_tile, loca
 
 @triton.jit
 def cosine_sums_kernel(
-    x, y, exponent, gain, initial, factor, snapshots, total,
-    x_batch, x_head, x_token, y_batch, y_head, y_token,
-    start, size, past, base, length, slots, segments,
+    x, y, exponent, gain, initial, factor, snapshots, total, start, size, past, base,
+    x_batch, x_head, x_token, y_batch, y_head, y_token, length, slots, segments,
     DX: tl.constexpr, DY: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, CHUNK: tl.constexpr,
     LOOP: tl.constexpr, X_DIVISOR: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, REVERSE: tl.constexpr,
     POWER: tl.constexpr, GAIN: tl.constexpr, PAST: tl.constexpr, INITIAL: tl.constexpr, TOTAL: tl.constexpr,
@@ -88,9 +87,9 @@ def cosine_sums_kernel(
 @triton.jit
 def cosine_apply_kernel(
     x, other_x, other_y, factor, snapshots, out, exponent, gain,
+    start, size, past, table, base,
     x_batch, x_head, x_token, ox_batch, ox_head, ox_token, oy_batch, oy_head, oy_token,
-    out_batch, out_head, out_token,
-    start, size, past, table, base, number, length, slots,
+    out_batch, out_head, out_token, number, length, slots,
     DX: tl.constexpr, DY: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr, X_DIVISOR: tl.constexpr,
     O_DIVISOR: tl.constexpr, S_DIVISOR: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, AFTER: tl.constexpr,
@@ -148,9 +147,9 @@ def cosine_apply_kernel(
 @triton.jit
 def cosine_project_kernel(
     x, y, other_x, other_y, factor, snapshots, out, partial, exponent, gain,
+    start, size, past, table, base,
     x_batch, x_head, x_token, y_batch, y_head, y_token, ox_batch, ox_head, ox_token, oy_batch, oy_head, oy_token,
-    out_batch, out_head, out_token,
-    start, size, past, table, base, number, length, slots,
+    out_batch, out_head, out_token, number, length, slots,
     DX: tl.constexpr, DY: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Y: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, LOOP: tl.constexpr, X_DIVISOR: tl.constexpr,
     O_DIVISOR: tl.constexpr, S_DIVISOR: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr, AFTER: tl.constexpr,

@@ -155,6 +155,8 @@ def _launch(inputs, options, old: State, new: State, *, in_place: bool, log_weig
         (
             *(query if x is None else x for x in (*tensors, *old, *new)),  # what is absent is never read
             output,
+        ),
+        (
             *(stride for x in (query, key, value, query_given, key_given) for stride in _strides(x)),
             0 if mask is None else mask.stride(0),
             old.normalizer.stride(0) if in_place else 0,

@@ -176,9 +176,11 @@ def run_sums(plan: Plan, call: Call, value, feature_k, first_kv, first_z):
         hybrid_linear_state_kernel,
         (cdiv(width, block_f) * cdiv(value_dim, block_v), rows.number * heads),
         (feature_k, value, first_kv, first_z, sums, sums_z, last_kv, last_z, rows.start, rows.size, rows.past,
-         plan.queries.base, rows.length, plan.queries.total, call.window, *strides(feature_k, value)),
-        {**settings.values, "BF": block_f, "BV": block_v, "FINAL": call.final},
+         plan.queries.base),
+        (rows.length, plan.queries.total, call.window, *strides(feature_k, value)),
+        {"BF": block_f, "BV": block_v, "FINAL": call.final},
         *settings.tiles.sums[2:],
+        shared=settings.values,
     )  # fmt: skip
     return sums, sums_z, last_kv, last_z
 
@@ -222,13 +224,14 @@ def run_forward(plan: Plan, call: Call, x: Operands, feature_q, feature_k, sums,
         hybrid_linear_fwd_kernel,
         (blocks.total * (settings.tiles.chunk // sizes.block), batch * heads),
         (x.query, x.key, x.value, feature_q, feature_k, sink_key, sink_value, sums, sums_z, x.weight, x.shift,
-         output, difference, stats, best, blocks.row, blocks.base, rows.start, rows.size, rows.past,
-         rows.number, length, plan.queries.total, call.window, call.scaling * LOG2E, batch * heads * length,
+         output, difference, stats, best, blocks.row, blocks.base, rows.start, rows.size, rows.past),
+        (rows.number, length, plan.queries.total, call.window, call.scaling * LOG2E, batch * heads * length,
          *strides(*tensors)),
-        {**settings.values, "BQ": sizes.block, "BK": sizes.inner, "SAVE": save},
+        {"BQ": sizes.block, "BK": sizes.inner, "SAVE": save},
         sizes.warps,
         sizes.stages,
         None if save else sizes.registers,  # two outputs at a time need them all
+        shared=settings.values,
     )  # fmt: skip
     return output, Saved(output, difference, stats, best)
 

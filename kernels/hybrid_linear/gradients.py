@@ -136,11 +136,12 @@ def _query_side(this: Pass, found: Found):
         (x.query, x.key, x.value, this.feature_k, *sinks, this.sums, this.sums_z, x.weight, x.shift,
          saved.output, saved.difference, this.grad, saved.stats, saved.best,
          grad_query, grad_feature, terms, part_weight, part_key, part_value,
-         plan.queries.row, plan.queries.base, rows.start, rows.size, rows.past,
-         rows.number, length, plan.queries.total, call.window, call.scaling * LOG2E, call.scaling,
+         plan.queries.row, plan.queries.base, rows.start, rows.size, rows.past),
+        (rows.number, length, plan.queries.total, call.window, call.scaling * LOG2E, call.scaling,
          batch * heads * length, *strides(*sinks, x.query, x.key, x.value, this.feature_k, this.grad)),
-        {**shape, "BQ": sizes.block, "BK": sizes.inner, "INPUTS": this.inputs, "FEATURES": this.features},
+        {"BQ": sizes.block, "BK": sizes.inner, "INPUTS": this.inputs, "FEATURES": this.features},
         *sizes[2:],
+        shared=shape,
     )  # fmt: skip
     if part_weight is not None and this.mix:
         found["weight"], found["shift"] = part_weight.view(batch, heads, programs, 2).sum((0, 2)).unbind(1)
@@ -164,10 +165,11 @@ def _reverse(this: Pass, terms: Tensor, found: Found) -> tuple[Tensor, Tensor]:
     launch(
         hybrid_linear_bwd_reverse_kernel,
         (cdiv(width, block_f) * cdiv(value_dim, block_v), rows.number * heads),
-        (this.feature_q, this.grad, terms, sums, sums_z, first_kv, first_z, rows.start, rows.size, plan.queries.base,
-         length, slots, batch * heads * length, *strides(this.feature_q, this.grad)),
-        {**shape, "BF": block_f, "BV": block_v},
+        (this.feature_q, this.grad, terms, sums, sums_z, first_kv, first_z, rows.start, rows.size, plan.queries.base),
+        (length, slots, batch * heads * length, *strides(this.feature_q, this.grad)),
+        {"BF": block_f, "BV": block_v},
         *settings.tiles.sums[2:],
+        shared=shape,
     )  # fmt: skip
     for name, part, last in (("first_kv", first_kv, this.grad_kv), ("first_z", first_z, this.grad_z)):
         if part is not None:
@@ -202,12 +204,12 @@ def _key_side(this: Pass, terms: Tensor, back: tuple[Tensor | None, Tensor | Non
         (blocks.total * (settings.tiles.chunk // sizes.block), batch * heads),
         (x.query, x.key, x.value, this.feature_q, this.feature_k, this.grad, terms, saved.stats, saved.best, *back,
          this.grad_kv if last else None, this.grad_z if last else None, grad_key, grad_value, grad_feature,
-         blocks.row, blocks.base, plan.queries.base, rows.start, rows.size, rows.past,
-         rows.number, length, plan.queries.total, call.window, key_length, call.scaling * LOG2E, call.scaling,
+         blocks.row, blocks.base, plan.queries.base, rows.start, rows.size, rows.past),
+        (rows.number, length, plan.queries.total, call.window, key_length, call.scaling * LOG2E, call.scaling,
          batch * heads * length, *strides(x.query, x.key, x.value, this.feature_q, this.feature_k, this.grad)),
-        {**shape, "BN": sizes.block, "BM": sizes.inner, "LAST": last, "INPUTS": this.inputs,
-         "FEATURES": this.features},
+        {"BN": sizes.block, "BM": sizes.inner, "LAST": last, "INPUTS": this.inputs, "FEATURES": this.features},
         *sizes[2:],
+        shared=shape,
     )  # fmt: skip
     gradients = zip((grad_key, grad_value, grad_feature), (shape["G"], shape["G"], shape["E"]), strict=True)
     return [None if g is None else _per_group(g.transpose(1, 2), groups) for g, groups in gradients]

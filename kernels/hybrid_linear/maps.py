@@ -287,8 +287,8 @@ def map_features(x: Tensor, maps, dtype: torch.dtype, span=None, sizes: Sizes | 
         launch(
             feature_map_fwd_kernel,
             (heads, segments),
-            (x, *_pointers(maps, span), phi, *x.stride()[:3],
-             x.shape[2], heads, heads // x.shape[1], row_tiles, tiles, run),
+            (x, *_pointers(maps, span), phi),
+            (*x.stride()[:3], x.shape[2], heads, heads // x.shape[1], row_tiles, tiles, run),
             {**shape, "SPAN": span is not None, "ROWS": sizes.rows},
             sizes.warps,
             sizes.stages,
@@ -328,8 +328,8 @@ def map_backward(
         launch(
             feature_map_bwd_kernel,
             (heads, segments, shape["PARTS"]),
-            (x, *_pointers(maps, span), grad_features, target, partial,
-             *x.stride()[:3], *grad_features.stride()[:3], *target.stride()[:3],
+            (x, *_pointers(maps, span), grad_features, target, partial),
+            (*x.stride()[:3], *grad_features.stride()[:3], *target.stride()[:3],
              x.shape[2], heads, heads // x.shape[1], row_tiles, tiles, run,
              sum(places), places[0], places[0] + places[1]),
             {**shape, "SPAN": span is not None, "INPUT": grad_x is not None, "WEIGHTS": need_weights,

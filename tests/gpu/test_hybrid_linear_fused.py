@@ -56,7 +56,8 @@ def run(backend, inputs, maps, mix, options, direction, wide):
     mix = {name: convert(x, dtype) for name, x in mix.items()}
     leaves = [x.requires_grad_() for x in leaves_of([*inputs, *maps, *mix.values()])]
     output, _ = hybrid_linear_attention(*inputs, *maps, **mix, **options, backend=backend)
-    return [output.detach(), *torch.autograd.grad((output * direction.to(output.dtype)).sum(), leaves)]
+    total = (output * direction.to(output.dtype)).sum()
+    return [output.detach(), *torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)]
 
 
 def relative(found, expected):
@@ -72,11 +73,12 @@ def compare(dtype, call, options, bars=None):
     errors = [relative(a, b) for a, b in zip(found, expected, strict=True)]
     assert errors[0] <= output_bar, errors
     for place, (ours, reference) in enumerate(zip(found[1:], expected[1:], strict=True)):
-        if reference.dim() > 1:
-            assert relative(ours, reference) <= gradient_bar, (place, errors)
-        else:  # one number per head: the sum over all tokens of terms that may cancel, or all be zero
-            scale = reference.norm().clamp_min(1e-2 * direction.double().norm())
-            assert (ours.double() - reference).norm() <= 10 * gradient_bar * scale, (place, errors)
+        # A single key has a softmax weight of 1, whatever its score: gradients may be zero but for rounding.
+        least, bar = 1e-4, gradient_bar
+        if reference.dim() == 1:  # one number per head: the sum over all tokens of terms that may cancel
+            least, bar = 1e-2, 10 * gradient_bar
+        scale = reference.norm().clamp_min(least * direction.double().norm())
+        assert (ours.double() - reference).norm() <= bar * scale, (place, errors)
 
 
 @pytest.mark.parametrize("level", ["logsumexp", "max"])
