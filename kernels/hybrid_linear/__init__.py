@@ -1,5 +1,6 @@
 """Kernels of `hybrid_linear_attention`: what this op offers, and the contract that it keeps."""
 
+import functools
 import importlib
 
 from .reference import reference
@@ -19,6 +20,7 @@ def fused(*args, **kwargs):
     return _load().fused(*args, **kwargs)
 
 
+@functools.cache
 def _load():
     module = importlib.import_module(".fused", __name__)
     globals()["fused"] = module.fused  # importing a submodule binds its name here
