@@ -63,12 +63,12 @@ def launch(
         numbers: its numbers in its order.
         constants: the compile-time arguments by name, always in the same order; those of other names are ignored.
         warps, stages: warps of a program, stages of its pipelined loops. registers: the most of a thread, or None.
-        shared: more constants, which those above override, in a dictionary that never changes and is known by identity.
+        shared: more constants, which those above override, in a dictionary that never changes, known by identity.
     """
     if interpreting():
         kernel[grid](*tensors, *numbers, **_chosen(kernel, shared, constants))
         return
-    device = tensors[0].device.index  # type: ignore[union-attr]
+    device: Any = tensors[0].device.index  # type: ignore[union-attr]
     if device is not None and device != torch.cuda.current_device():
         with torch.cuda.device(device):
             launch(kernel, grid, tensors, numbers, constants, warps, stages, registers, shared)

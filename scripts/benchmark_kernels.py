@@ -16,6 +16,7 @@ import gc
 import importlib.metadata
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -244,7 +245,7 @@ def one_line(error: Exception) -> str:
 def command_line(args: argparse.Namespace) -> str:
     """The command as it can be run anywhere: where this run kept its files is nobody's business."""
     parts = ["python scripts/benchmark_kernels.py", f"--preset {args.preset}"]
-    parts += [f"--only {','.join(args.only)}"] if args.only else []
+    parts += [f"--only {shlex.quote(','.join(args.only))}"] if args.only else []
     parts += [f"--lengths {','.join(map(str, args.lengths))}"] if args.lengths else []
     parts += [f"--seed {args.seed}"] if args.seed else []
     return " ".join([*parts, "--output out/kernels"])
@@ -271,7 +272,9 @@ def join_runs(folders: Iterable[Path]) -> dict:
     key = ("contender", "mode", "length", *report.BAR_SHAPE)
     rows = {(*(r[name] for name in key), "drift" in r): r for run in runs for r in run["records"]}
     commands = dict.fromkeys(command for run in runs for command in run["command"].split("\n"))
-    return runs[0] | {"command": "\n".join(commands), "records": list(rows.values())}
+    commits = dict.fromkeys(run["machine"]["commit"] for run in runs)
+    machine = runs[0]["machine"] | {"commit": ", ".join(commits)}
+    return {**runs[0], "machine": machine, "command": "\n".join(commands), "records": list(rows.values())}
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -68,10 +68,10 @@ def test_runs_are_joined(benchmark, tmp_path):
         path.parent.mkdir(exist_ok=True)
         old = json.loads(path.read_text())["records"] if path.exists() else []
         rows = [*old, record(benchmark.report, "SDPA flash", length, ms=ms)]
-        path.write_text(json.dumps({"command": f"run {name}", "records": rows}))
+        path.write_text(json.dumps({"command": f"run {name}", "machine": {"commit": name}, "records": rows}))
     joined = benchmark.join_runs([tmp_path / "a", tmp_path / "b"])
     assert [(r["length"], r["ms"]) for r in joined["records"]] == [(64, 2.0), (128, 1.0)]
-    assert joined["command"] == "run a\nrun b"
+    assert joined["command"] == "run a\nrun b" and joined["machine"]["commit"] == "a, b"
 
 
 def test_slow_peers_and_limits_are_reasons(benchmark, tmp_path, monkeypatch):
