@@ -5,11 +5,20 @@ default. A cell stores a voltage w; its deviation from the middle, u = w - offse
 pulse of width x, it gives a charge x P(u), P a cubic. The stored deviation leaks: u e^(-leak age), age in tokens.
 """
 
+import math
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 PUBLISHED_SLOPE = 19.3
 OUTPUT_GRIDS = ("symmetric", "published")
+DRAWS = ("key mismatch", "value mismatch", "key leak", "value leak", "key write", "value write", "read")
+
+# SplitMix64 (Steele, Lea and Flood 2014), in signed 64-bit arithmetic.
+GOLDEN = -7046029254386353131
+MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class GainCell:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
         if not _number("leak", self.leak) >= 0:
             raise ValueError(
-                f"leak is {self.leak} per token: a cell only loses charge, so the rate and its time constant are not negative"
+                f"leak is {self.leak} per token: cells only lose charge, so the rate and its time constant are at least 0"
             )
         if not isinstance(self.tile, int) or self.tile < 1:
             raise ValueError(f"tile is {self.tile!r}: it counts cells and must be at least 1")
@@ -158,3 +167,28 @@ class GainCellNoise:
     def replace(self, **changes: Any) -> "GainCellNoise":
         """The same noise with other values."""
         return replace(self, **changes)
+
+    def draw(self, kind: str, *counters: Tensor) -> Tensor:
+        """Standard normal numbers in float64, one for each broadcast tuple of integer counters.
+
+        Each is a hash of the seed, the kind (one of `DRAWS`) and its counters, turned normal by Box and Muller: the
+        same whatever the batch, the call, or the device.
+        """
+        first = torch.as_tensor(self.seed, dtype=torch.int64, device=counters[0].device)
+        word = _hash(_hash(first + GOLDEN) + DRAWS.index(kind) + GOLDEN)
+        for counter in counters:
+            word = _hash(word + GOLDEN + counter)
+        radius = (-2 * ((_shift(word, 32).double() + 1) / 2**32).log()).sqrt()
+        return radius * (2 * math.pi * (word & 0xFFFFFFFF).double() / 2**32).cos()
+
+
+def _shift(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift of 64-bit words."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _hash(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser."""
+    x = (x ^ _shift(x, 30)) * MULTIPLIERS[0]
+    x = (x ^ _shift(x, 27)) * MULTIPLIERS[1]
+    return x ^ _shift(x, 31)
