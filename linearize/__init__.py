@@ -10,6 +10,11 @@ from linearize.errors import UserError
 from linearize.modeling import (
     CosineState,
     FeatureMapWeights,
+    GainCell,
+    GainCellAttention,
+    GainCellAttentionConfig,
+    GainCellNoise,
+    GainCellState,
     HybridLinearState,
     LinearAttention,
     LinearAttentionConfig,
@@ -17,6 +22,7 @@ from linearize.modeling import (
     LinearizedLlamaForCausalLM,
     LinearizedLlamaModel,
     cosine_attention,
+    gain_cell_attention,
     hybrid_linear_attention,
 )
 
@@ -51,6 +57,11 @@ def __getattr__(name: str):
 __all__ = [
     "CosineState",
     "FeatureMapWeights",
+    "GainCell",
+    "GainCellAttention",
+    "GainCellAttentionConfig",
+    "GainCellNoise",
+    "GainCellState",
     "HybridLinearState",
     "LinearAttention",
     "LinearAttentionConfig",
@@ -62,6 +73,7 @@ __all__ = [
     "cosine_attention",
     "evaluate",
     "finetune",
+    "gain_cell_attention",
     "hybrid_linear_attention",
     "load_student",
     "load_tokenizer",

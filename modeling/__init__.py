@@ -5,9 +5,11 @@ from typing import Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
 from .attention_linear import LinearAttention, LinearAttentionConfig
 from .modeling_llama import LinearizedLlamaConfig, LinearizedLlamaForCausalLM, LinearizedLlamaModel
 from .op_cosine import CosineState, cosine_attention
+from .op_gain_cell import GainCell, GainCellNoise, GainCellState, gain_cell_attention
 from .op_hybrid_linear import FeatureMapWeights, HybridLinearState, hybrid_linear_attention
 from .registry import ATTENTIONS
 
@@ -47,6 +49,11 @@ __all__ = [
     "BACKBONES",
     "CosineState",
     "FeatureMapWeights",
+    "GainCell",
+    "GainCellAttention",
+    "GainCellAttentionConfig",
+    "GainCellNoise",
+    "GainCellState",
     "HybridLinearState",
     "LinearAttention",
     "LinearAttentionConfig",
@@ -54,5 +61,6 @@ __all__ = [
     "LinearizedLlamaForCausalLM",
     "LinearizedLlamaModel",
     "cosine_attention",
+    "gain_cell_attention",
     "hybrid_linear_attention",
 ]

@@ -123,6 +123,8 @@ class LinearAttention(nn.Module):
         num_heads: H. num_key_value_heads: G. head_dim: D. scaling: of the softmax scores.
     """
 
+    arms = ARMS
+
     def __init__(self, config, num_heads: int, num_key_value_heads: int, head_dim: int, scaling: float):
         super().__init__()
         self.window, self.sinks, self.reference = config.window, config.sinks, config.window_reference

@@ -10,6 +10,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
+from .attention_gain_cell import RangeScaler
 from .attention_linear import WindowMix
 from .decoding import CapturedDecoding, replace_forward
 from .feature_maps import FeatureMap
@@ -91,7 +92,7 @@ class MixerModelMixin(ModelBase):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (FeatureMap, WindowMix)):
+        if isinstance(module, (FeatureMap, RangeScaler, WindowMix)):
             module.reset_parameters()
 
     def mixer_attentions(self) -> list[MixerAttention]:
@@ -102,8 +103,15 @@ class MixerModelMixin(ModelBase):
         """Switch every converted layer: `mixed`, `teacher`, `softmax` or `linear`."""
         if arm not in ARMS:
             raise ValueError(f"unknown arm {arm!r}: use one of {', '.join(ARMS)}")
+        if arm not in (known := self.arms()):
+            raise ValueError(f"this model's attention has no arm {arm!r}: use one of {', '.join(known)}")
         for attention in self.mixer_attentions():
             attention.arm = arm
+
+    def arms(self) -> tuple[str, ...]:
+        """The arms that every converted layer has: the teacher's, the student's, and its branches alone."""
+        mixers: list[Any] = [attention.mixer for attention in self.mixer_attentions()]
+        return tuple(arm for arm in ARMS if arm == "teacher" or all(arm in mixer.arms for mixer in mixers))
 
     @contextlib.contextmanager
     def use_arm(self, arm: str) -> Iterator[None]:

@@ -117,6 +117,12 @@ class LinearStateLayer(StateLayer):
     _layer_type = "linearize_linear_2"
 
 
+class GainCellStateLayer(StateLayer):
+    """The ring of gain-cell attention."""
+
+    _layer_type = "linearize_gain_cell_1"
+
+
 class SoftmaxLayer(DynamicLayer):
     """The growing cache of a layer that stays softmax, with a `reset` that drops it.
 

@@ -72,7 +72,7 @@ class GainCell:
                 raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
         if not _number("leak", self.leak) >= 0:
             raise ValueError(
-                f"leak is {self.leak} per token: cells only lose charge, so the rate and its time constant are at least 0"
+                f"leak is {self.leak} per token: cells only lose charge, so rate and time constant are at least 0"
             )
         if not isinstance(self.tile, int) or self.tile < 1:
             raise ValueError(f"tile is {self.tile!r}: it counts cells and must be at least 1")

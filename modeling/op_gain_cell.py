@@ -3,8 +3,8 @@
 The public function and its checks; the state and the chunked PyTorch path are in `op_gain_cell_chunked.py`, the cell
 in `gain_cell.py`.
 
-Legend: B batch, H query heads, G key/value heads, T tokens, D head dim, W window, u = stored voltage - offset, P(u) the
-cell's polynomial, a = n - j the age of token j at token n. Tensors are `(B, H|G, T, D)`.
+Legend: B batch, H query heads, G key/value heads, T tokens, D head dim, W window, u = stored voltage - offset, P(u)
+the cell's polynomial, a = n - j the age of token j at token n. Tensors are `(B, H|G, T, D)`.
 
 Source: Leroux et al. 2025 (Nature Computational Science 5, 813; arXiv 2409.19315). The ring, the symmetric output
 grid, sub-arrays for D above the tile, and the noise are this project's.
@@ -40,19 +40,19 @@ def gain_cell_attention(
 ) -> tuple[Tensor, GainCellState | None]:
     """Attend with two arrays of gain cells per key head, which hold the last W tokens on a ring.
 
-    `S_nj = sum_d x_nd P(u_jd e^(-leak a))` with x the query's pulse, on its levels, and u the key's stored deviation, on
-    its own; `A_nj = clamp(S_nj / score_saturation, 0, 1)` for `0 <= a < W`, else 0. Each tile t of the ring (slot j % W,
-    tile slot // P) gives `y_t = sum_{j in t} A_nj P(v_j e^(-leak a)) / output_saturation`, saturated at -1 and 1 and
-    put on the output's levels; the output is the sum of the tiles, before the output scaler. D above the tile's width
-    takes several sub-arrays whose charges add up before the converter: the values do not change.
+    `S_nj = sum_d x_nd P(u_jd e^(-leak a))` with x the query's pulse, on its levels, and u the key's stored deviation,
+    on its own; `A_nj = clamp(S_nj / score_saturation, 0, 1)` for `0 <= a < W`, else 0. Each tile t of the ring (slot
+    j % W, tile slot // P) gives `y_t = sum_{j in t} A_nj P(v_j e^(-leak a)) / output_saturation`, saturated at -1 and
+    1 and put on the output's levels; the output is the sum of the tiles, before the output scaler. D above the tile's
+    width takes several sub-arrays whose charges add up before the converter: the values do not change.
 
     Args:
         query: `(B, H, T, D)`, after the range scaler, before clamp and levels.
         key, value: `(B, G, T, D)`, the same; never repeated.
         cell: the device and its converters.
         window: slots of the ring, a multiple of the cell's tile.
-        gradient: `exact`, of the cell's polynomial; `linear`, the published surrogate: both products as if the cell were
-            linear with the cell's slope, around the true scores and clamps. Levels pass gradients straight through.
+        gradient: `exact`, of the cell's polynomial; `linear`, the published surrogate: both products as if the cell
+            were linear with its slope, around the true scores and clamps. Levels pass gradients straight through.
         noise: deviations of cells and readouts, or None.
         attention_mask: `(B, T)` of this call's tokens, 1 = real; padding is contiguous, left or right.
         cu_seqlens: `(N + 1,)` int32, B = 1: N packed sequences, each a row of its own.

@@ -1,7 +1,7 @@
 """The chunked PyTorch path of gain-cell attention: memory linear in T for a fixed window, on CPU and GPU.
 
-Rows are brought to right padding. Behind the tokens that a state's ring holds, the call's keys are laid out on the grid
-of tiles: tile a holds the tokens a P to (a + 1) P, P cells a tile. On the ring, tiles a and a - M share their
+Rows are brought to right padding. Behind the tokens that a state's ring holds, the call's keys are laid out on the
+grid of tiles: tile a holds the tokens a P to (a + 1) P, P cells a tile. On the ring, tiles a and a - M share their
 cells, M = W / P; a query sees of them the newest of one and the oldest of the other, so the charges of every M-th tile
 are added before they saturate. Queries run in segments, whose scores are computed again in the backward pass.
 
@@ -24,9 +24,9 @@ SEGMENT = 256  # queries that meet their keys at once
 class GainCellState(NamedTuple):
     """What a sequence leaves in the cells; batch first.
 
-    Fields: key, value `(B, G, W, D)` float32 (float64 for float64 input), stored deviations from the offset after levels
-    and write noise, 0 where nothing is stored; written `(B, W)` int64, the token in each slot, -1 for none: slot =
-    token % W; count `(B,)` int64, the real tokens so far.
+    Fields: key, value `(B, G, W, D)` float32 (float64 for float64 input), stored deviations from the offset, after
+    levels and write noise, 0 where nothing is stored; written `(B, W)` int64, the token in each slot, -1 for none:
+    slot = token % W; count `(B,)` int64, the real tokens so far.
     """
 
     key: Tensor
@@ -66,10 +66,11 @@ class Cells(NamedTuple):
         def take(x: Tensor | None) -> Tensor | None:
             return None if x is None else functional.pad(x[:, :, start:stop], (0, 0, 0, missing))
 
-        key, value, _, *others = map(take, self._replace(token=None))
-        token = functional.pad(self.token[:, start:stop], (0, missing), value=-1)
+        key, value = take(self.key), take(self.value)
         assert key is not None and value is not None
-        return Cells(key, value, token, *others)
+        token = functional.pad(self.token[:, start:stop], (0, missing), value=-1)
+        devices = (self.key_gain, self.value_gain, self.key_leak, self.value_leak)
+        return Cells(key, value, token, *map(take, devices))
 
 
 class Substitute(torch.autograd.Function):
@@ -80,7 +81,7 @@ class Substitute(torch.autograd.Function):
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
         return None, grad
 
 
@@ -167,7 +168,7 @@ def _store(key, value, lengths, state, count, settings) -> tuple[Cells, GainCell
     newest = end - 1 - (end - 1 - slots) % window  # of each slot
     place, held = find(newest)
     ring = [gather(pool, place, held) for pool in pools]
-    new_state = GainCellState(*ring, torch.where(held, newest, -1), state.count + lengths)
+    new_state = GainCellState(ring[0], ring[1], torch.where(held, newest, -1), state.count + lengths)
     if count is None:  # nothing before the first token, which starts a tile
         there = torch.arange(length, device=device) < lengths[:, None]
         laid, tokens = (
@@ -179,12 +180,13 @@ def _store(key, value, lengths, state, count, settings) -> tuple[Cells, GainCell
         wanted = first + torch.arange(window + length + cell.tile - 1, device=device)
         place, held = find(wanted)
         laid, tokens = [gather(pool, place, held) for pool in pools], wanted.masked_fill(~held, -1)
-    return Cells(*laid, tokens, *_devices(tokens % window, groups, dim, settings, laid[0].dtype)), new_state
+    return Cells(laid[0], laid[1], tokens, *_devices(tokens % window, groups, dim, settings, laid[0].dtype)), new_state
 
 
 def _devices(slot: Tensor, groups: int, dim: int, settings: Settings, dtype: torch.dtype) -> list[Tensor | None]:
     """Gains and leaks of the cells in these slots `(B, E)`, or None where all are alike."""
-    noise, found = settings.noise, []
+    noise = settings.noise
+    found: list[Tensor | None] = []
     head, axis = torch.arange(groups, device=slot.device)[:, None, None], torch.arange(dim, device=slot.device)
     for kind, size in (("mismatch", noise and noise.mismatch), ("leak", noise and noise.leak_spread)):
         for name in ("key", "value"):

@@ -8,8 +8,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .attention_linear import LinearAttention, LinearAttentionConfig, state_bytes
-from .cache_layers import LinearStateLayer
+from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
+from .attention_gain_cell import state_bytes as gain_cell_state_bytes
+from .attention_linear import LinearAttention, LinearAttentionConfig
+from .attention_linear import state_bytes as linear_state_bytes
+from .cache_layers import GainCellStateLayer, LinearStateLayer
 
 
 @dataclass(frozen=True)
@@ -32,9 +35,17 @@ ATTENTIONS = {
         LinearAttention,
         LinearAttentionConfig,
         LinearStateLayer._layer_type,
-        state_bytes,
+        linear_state_bytes,
         "hybrid linear attention (Hedgehog feature maps with a softmax window)",
         "https://arxiv.org/abs/2410.10254",
+    ),
+    "gain_cell": Mechanism(
+        GainCellAttention,
+        GainCellAttentionConfig,
+        GainCellStateLayer._layer_type,
+        gain_cell_state_bytes,
+        "analog gain-cell attention (voltages on a ring of cells, a clamp instead of softmax)",
+        "https://arxiv.org/abs/2409.19315",
     ),
 }
 

@@ -27,7 +27,7 @@ class _Replace(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx, grad: Tensor):
         return None, grad
 
 
@@ -84,8 +84,9 @@ class _Array:
         return charge * self.gain, self.cell.slope * u * self.gain
 
 
-def _row(query, key, value, cell, window, gradient, noise, past):
-    """One row without padding: query (H, T, D), key and value (G, T, D), past its state without the batch dimension."""
+def _row(inputs, settings, past):
+    """One row without padding: query (H, T, D), key and value (G, T, D); past, its state without batch dimension."""
+    (query, key, value), (cell, window, gradient, noise) = inputs, settings
     heads, length, dim = query.shape
     ratio = heads // key.shape[0]
     keys = _Array("key", past.key, cell, noise)
@@ -148,7 +149,7 @@ def reference(
             bounds = cu_seqlens.tolist()
             empty = _empty(inputs[1][0], window)
             spans = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
-            outputs = [_row(*(x[0, :, span] for x in inputs), *settings, empty)[0] for span in spans]
+            outputs = [_row([x[0, :, span] for x in inputs], settings, empty)[0] for span in spans]
             return torch.cat(outputs, 1)[None].to(query.dtype), None
         outputs, states = [], []
         for row in range(query.shape[0]):
@@ -156,7 +157,7 @@ def reference(
             past = _empty(inputs[1][row], window)
             if initial_state is not None:
                 past = State(*(field[row] for field in initial_state))
-            found, state = _row(*(x[row][:, real] for x in inputs), *settings, past)
+            found, state = _row([x[row][:, real] for x in inputs], settings, past)
             output = torch.zeros_like(inputs[0][row])
             output[:, real] = found
             outputs.append(output)

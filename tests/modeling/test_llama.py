@@ -5,6 +5,7 @@ import torch
 from tiny_models import TINY, make_student, make_teacher, perturb
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig
 
+SMALL_CELL = {"tile": 4, "leak": 0.01, "score_saturation": 4.0, "output_saturation": 4.0}
 MODELS = {
     "hybrid": ({"linear": {"type": "linear", "window": 5, "sinks": 2}}, None),
     "published": (
@@ -37,6 +38,14 @@ MODELS = {
         {"near": {"type": "linear", "window": 3}, "far": {"type": "linear", "window": 9, "bias": True}},
         ["near", "far", "near"],
     ),
+    "gain-cell": ({"gain_cell": {"type": "gain_cell", "window": 12, "cell": SMALL_CELL}}, None),
+    "gain-cell-mixed": (
+        {
+            "gain_cell": {"type": "gain_cell", "window": 8, "cell": SMALL_CELL},
+            "linear": {"type": "linear", "window": 5, "sinks": 2},
+        },
+        ["gain_cell", "softmax", "linear"],
+    ),
 }
 
 
@@ -44,7 +53,7 @@ MODELS = {
 def model(request):
     student = make_student(make_teacher(), *MODELS[request.param])
     perturb(student)
-    return student
+    return student.double() if "gain-cell" in request.param else student  # levels turn rounding into whole steps
 
 
 @pytest.fixture
