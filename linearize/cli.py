@@ -230,7 +230,7 @@ def info(
         str | None, typer.Option("--hardware", help="gain-cell: estimate what the attention costs on this hardware.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option("--window", help="With --hardware: tokens that a layer holds. [default: 1024]")
+        int | None, typer.Option("--window", help="With --hardware: tokens that a layer holds (1024).")
     ] = None,
     cell: Annotated[
         str | None,
