@@ -220,16 +220,38 @@ def chat(
 @app.command()
 @command
 def info(
-    directory: Directory,
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="Directory of a converted model or of a run; with --hardware any Hub id or directory too."
+        ),
+    ],
+    hardware: Annotated[
+        str | None, typer.Option("--hardware", help="gain-cell: estimate what the attention costs on this hardware.")
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option("--window", help="With --hardware: tokens that a layer holds (1024).")
+    ] = None,
+    cell: Annotated[
+        str | None,
+        typer.Option("--cell", help="With --hardware: YAML file, silicon_cmos (the default) or silicon_cmos_linear."),
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
 ) -> None:
-    """Show layers, mechanisms, and the state's bytes against the teacher's KV cache."""
+    """Show layers, mechanisms, and the state's bytes against the teacher's KV cache; or what hardware would cost."""
     import json
 
-    from linearize.evaluation import info as describe
-    from linearize.hub import find_converted
+    if hardware is not None:
+        from linearize.commands import estimate_model
 
-    description = describe(find_converted(directory))
+        description: Any = estimate_model(model, hardware, window=window, cell=cell)
+    elif window is not None or cell is not None:
+        raise UserError("--window and --cell are of the hardware estimate: give --hardware gain-cell too.")
+    else:
+        from linearize.evaluation import info as describe
+        from linearize.hub import find_converted
+
+        description = describe(find_converted(model))
     if json_output:
         print(json.dumps(description.to_dict(), indent=2))
     else:

@@ -1,4 +1,4 @@
-"""What `linearize evaluate` and `linearize chat` do once their flags are read."""
+"""What `linearize evaluate`, `linearize chat` and `linearize info --hardware` do once their flags are read."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from linearize.errors import UserError
 from linearize.failures import stage
 from linearize.hub import find_converted, is_converted
 
+HARDWARE = ("gain-cell",)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
 
 
@@ -36,8 +37,7 @@ def load(source: str, dtype: str, device: str) -> tuple[Any, Any, bool]:
         raise UserError(f"--dtype is {dtype!r}, but it must be one of {', '.join(DTYPES)}.")
     place = choose_device(device)
     weights = dtype if dtype == "auto" else getattr(torch, dtype)
-    if Path(source).is_dir() and not is_converted(source) and is_converted(Path(source) / "final"):
-        source = str(Path(source) / "final")
+    source = _model_of(source)
     converted = hasattr(_config(source), "mixer_types")
     with stage("loading the model", "choose a smaller --dtype"):
         if converted:
@@ -46,6 +46,13 @@ def load(source: str, dtype: str, device: str) -> tuple[Any, Any, bool]:
             with explained(source):
                 model = AutoModelForCausalLM.from_pretrained(source, dtype=weights)
         return model.to(place).eval(), load_tokenizer(source), converted
+
+
+def _model_of(source: str) -> str:
+    """The converted model of a run directory; any other source as it is."""
+    if Path(source).is_dir() and not is_converted(source) and is_converted(Path(source) / "final"):
+        return str(Path(source) / "final")
+    return source
 
 
 def _config(source: str) -> Any:
@@ -169,3 +176,18 @@ def _answer(
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling)
     answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     messages.append({"role": "assistant", "content": answer})
+
+
+def estimate_model(source: str, hardware: str, *, window: int | None, cell: str | None) -> Any:
+    """The hardware report of a model, stock or converted."""
+    from linearize.gain_cells import load_cell
+    from linearize.hardware import hardware_report
+    from linearize.hardware.estimate import DEFAULT_WINDOW, gain_cell_layers
+
+    if hardware not in HARDWARE:
+        raise UserError(f"--hardware is {hardware!r}, but it must be one of {', '.join(HARDWARE)}.")
+    chosen = None if cell is None else load_cell(cell)
+    config = _config(_model_of(source))
+    if gain_cell_layers(config) and (window is not None or cell is not None):
+        raise UserError(f"The gain-cell layers of {source} have their own window and cell: omit --window and --cell.")
+    return hardware_report(source, config, DEFAULT_WINDOW if window is None else window, chosen)

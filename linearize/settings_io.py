@@ -36,8 +36,12 @@ def find_config(path_or_preset: str | PathLike[str]) -> Path:
 
 
 def read_values(path_or_preset: str | PathLike[str]) -> dict[str, Any]:
-    """The settings that a YAML file gives, unchecked."""
-    path = find_config(path_or_preset)
+    """The settings that a preset or a YAML file gives, unchecked."""
+    return read_mapping(find_config(path_or_preset))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """The names and values of a YAML file; none of an empty one."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -46,7 +46,7 @@ def layer_bytes(config: Any, layer_idx: int, tokens: int, dtype: torch.dtype | N
     mixer = config.mixer(layer_idx) if hasattr(config, "mixer_types") else None
     if mixer is None:
         return _key_value_bytes(config, tokens, dtype)
-    heads, key_value_heads, head_dim = _shape(config)
+    heads, key_value_heads, head_dim = attention_shape(config)
     count = mechanism(mixer.type).state_bytes
     return count(mixer, heads, key_value_heads, head_dim, tokens, _dtype_bytes(config, dtype))
 
@@ -61,11 +61,12 @@ def state_table(figures: Sequence[StateBytes]) -> Table:
 
 
 def _key_value_bytes(config: Any, tokens: int, dtype: torch.dtype | None) -> int:
-    _, key_value_heads, head_dim = _shape(config)
+    _, key_value_heads, head_dim = attention_shape(config)
     return 2 * tokens * key_value_heads * head_dim * _dtype_bytes(config, dtype)
 
 
-def _shape(config: Any) -> tuple[int, int, int]:
+def attention_shape(config: Any) -> tuple[int, int, int]:
+    """Query heads, key/value heads and head dimension of a model."""
     heads = config.num_attention_heads
     key_value_heads = getattr(config, "num_key_value_heads", None) or heads
     return heads, key_value_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
