@@ -147,8 +147,7 @@ def _layer(
     if window < 1 or window % cell.tile:
         raise UserError(f"The window is {window} tokens, but it must be a multiple of the cell's tile, {cell.tile}.")
     arrays = -(-head_dim // published["sub_array"][0]) * (window // cell.tile)
-    group = heads // key_value_heads
-    reasons = _differences(head_dim, window, cell, group)
+    reasons = _differences(head_dim, window, cell, heads // key_value_heads)
     beyond = bool(reasons)
     by_arrays, by_dimension = arrays / published["sub_arrays"], head_dim / published["head_dim"]
     scale = {"scores": by_arrays, "values": by_arrays, "digital": by_dimension, "dac": by_dimension}
@@ -164,7 +163,7 @@ def _layer(
         head_components_nj={name: Figure(value / 1000, beyond) for name, value in components.items()},
         head_energy_nj=Figure(head / 1000, beyond),
         energy_nj=Figure(heads * head / 1000, beyond),
-        latency_ns=Figure(data["latency_ns"] * group, beyond or not all_at_once),
+        latency_ns=Figure(data["latency_ns"], beyond or not all_at_once),
         head_arrays=Figure(arrays, beyond),
         layer_arrays=Figure(2 * key_value_heads * arrays, beyond),
         reasons=reasons,
