@@ -27,6 +27,8 @@ from linearize.evaluation.perplexity import token_losses
 
 MECHANISM = "gain_cell"
 SCALERS = ("query_scaler", "key_scaler", "value_scaler", "output_scaler")
+STALL = 4  # steps without a new best before the steps get shorter
+SHORTER = 0.7
 STATISTICS = "scaler_statistics.safetensors"
 
 
@@ -49,7 +51,7 @@ class AdaptationConfig:
     tolerance: float = 1e-3
     """Stop when every mean and deviation is this close to its target, in units of the target's deviation."""
     damping: float = 1.0
-    """Part of the way to the solution that a step goes; halved after a step that made things worse."""
+    """Part of the way to the solution that a step goes; lowered when steps make things worse."""
     patience: int = 12
     """Stop after this many steps in a row without a new best."""
     batch_size: int = 1
@@ -271,9 +273,10 @@ def adapt_scalers(
             report.layers = _by_layer(residuals)
         else:
             worse += 1
-            if not math.isfinite(residual) or residual > 2 * best:  # diverging: back to the best, with shorter steps
+            # Diverging, or caught between two levels of a quantiser: back to the best, with shorter steps.
+            if not math.isfinite(residual) or residual > 2 * best or worse % STALL == 0:
                 _restore(scalers, kept)
-                damping /= 2
+                damping *= SHORTER
                 found = _pass(model, blocks, config.batch_size)[1]
         if best <= config.tolerance or worse >= config.patience or iteration == config.iterations:
             break
