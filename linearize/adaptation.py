@@ -91,7 +91,8 @@ class _Sums:
     """Count, sum and sum of squares per head, reduced over processes when asked for."""
 
     def __init__(self) -> None:
-        self.count, self.sums = 0, None
+        self.count = 0
+        self.sums: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         """Take `(B, heads, T, D)`."""
@@ -120,7 +121,7 @@ def scalers_of(model: Any) -> dict[str, Any]:
     Raises:
         UserError: the model has no gain-cell layer.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for attention in unwrap(model).mixer_attentions() if hasattr(unwrap(model), "mixer_attentions") else ():
         if attention.config.mixer(attention.layer_idx).type == MECHANISM:
             found |= {f"{attention.layer_idx}.{name}": getattr(attention.mixer, name) for name in SCALERS}

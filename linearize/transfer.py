@@ -181,7 +181,7 @@ class _Transfer:
         self.losses = LayerLosses(model, config.loss, config.loss_scale)
         groups = mixer_parameters(model)
         self.parameters = {name: p for group in groups.values() for name, p in group.items()}
-        rates = {"maps": config.learning_rate, "window": config.window_learning_rate}
+        rates = {"maps": config.learning_rate, "scalers": config.learning_rate, "window": config.window_learning_rate}
         self.learning_rates = [rates[name] for name in groups]
         self.optimizer = torch.optim.AdamW(
             [{"params": list(group.values()), "lr": rates[name]} for name, group in groups.items()],
