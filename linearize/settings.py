@@ -30,13 +30,21 @@ class StepPlan:
     """Optimiser steps of the stage."""
 
 
-class _Stage:
-    """What both training stages share: turning token counts into steps."""
+class StageSettings:
+    """What the training stages share: fields that each declares with its own default, and turning token counts into
+    steps."""
 
     tokens: int
     max_steps: int | None
     batch_size: int
     tokens_per_step: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    logging_steps: int
+    save_steps: int
+    save_total_limit: int
 
     def plan(self, sequence_length: int, num_processes: int = 1) -> StepPlan:
         """The steps of this stage.
@@ -112,7 +120,7 @@ class DataConfig:
 
 
 @dataclass
-class TransferConfig(_Stage):
+class TransferConfig(StageSettings):
     """Stage 1, attention transfer: only the mechanism's own parameters train, to give each layer's softmax output."""
 
     tokens: int = 20_000_000
@@ -178,7 +186,7 @@ class TransferConfig(_Stage):
 
 
 @dataclass
-class FinetuneConfig(_Stage):
+class FinetuneConfig(StageSettings):
     """Stage 2: LoRA on the projections (and the feature maps along) with the language-modelling loss."""
 
     tokens: int = 20_000_000
