@@ -335,10 +335,10 @@ def pretrain(config: PretrainConfig | Mapping[str, Any] | str | PathLike[str]) -
 
 
 def _curve(log: Path, name: str) -> list[tuple[int, float]]:
-    """Step and value of each record of a log."""
+    """Step and value of each record of a log, one a step: a run that was resumed at its end measures again."""
     from linearize.training_log import read_log
 
-    return [(record["step"], record[name]) for record in read_log(log)]
+    return list({record["step"]: record[name] for record in read_log(log)}.items())
 
 
 def _save(directory: PretrainDirectory, model: Any, tokenizer: Any, report: PretrainReport) -> None:

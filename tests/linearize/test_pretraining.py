@@ -128,6 +128,14 @@ def test_resuming_continues_bit_for_bit(root, monkeypatch, capsys):
     assert again.report.perplexity == rest.report.perplexity
 
 
+def test_mixed_precision_trains_float32_weights(root, result):
+    mixed = pretrain(tiny(root, "bfloat16", training__precision="bfloat16"))
+    for (_, ours), (_, theirs) in zip(mixed.report.losses, result.report.losses, strict=True):
+        assert ours != theirs and ours == pytest.approx(theirs, rel=0.02)
+    weights = load_file(mixed.final / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
 def test_micro_batches_do_not_change_the_steps(root, result):
     other = pretrain(tiny(root, "accumulated", training__batch_size=1, training__max_steps=3))
     one = pretrain(tiny(root, "at_once", training__batch_size=8, training__max_steps=3))
