@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from linearize.finetuning import finetune
     from linearize.hub import push
     from linearize.pipeline import run
+    from linearize.pretraining import pretrain
     from linearize.transfer import transfer_attention
 
 __version__ = "0.1.0"
@@ -45,6 +46,7 @@ _PIPELINE = {
     "evaluate": "evaluation",
     "push": "hub",
     "run": "pipeline",
+    "pretrain": "pretraining",
 }
 
 
@@ -77,6 +79,7 @@ __all__ = [
     "hybrid_linear_attention",
     "load_student",
     "load_tokenizer",
+    "pretrain",
     "push",
     "run",
     "transfer_attention",

@@ -1,7 +1,8 @@
-"""The command line: `linearize convert | transfer | finetune | evaluate | chat | info | push | run`.
+"""The command line: `linearize convert | transfer | finetune | evaluate | chat | info | push | run | pretrain`.
 
-Every setting of `linearize/settings.py` is a flag of the commands that use it (`--transfer.tokens 1000000`). Bad input
-ends with one sentence and exit code 2, Ctrl-C with 130 (`linearize/failures.py`).
+Every setting of `linearize/settings.py` (of `linearize/pretraining.py` for `pretrain`) is a flag of the commands that
+use it (`--transfer.tokens 1000000`). Bad input ends with one sentence and exit code 2, Ctrl-C with 130
+(`linearize/failures.py`).
 """
 
 from __future__ import annotations
@@ -10,17 +11,17 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from linearize.errors import UserError
 from linearize.failures import guarded, stage
+from linearize.pretraining import PretrainConfig
+from linearize.settings import RunConfig
 from linearize.settings_flags import normalise, with_settings
-from linearize.settings_io import resolve
-
-if TYPE_CHECKING:
-    from linearize.settings import RunConfig
+from linearize.settings_io import Settings, resolve
+from linearize.settings_values import field_types
 
 app = typer.Typer(
     help="Convert softmax transformers to linear attention, and train, measure and publish them.",
@@ -310,20 +311,32 @@ def run(
     import linearize
     from linearize.pipeline import plan
 
-    settings = run_settings(preset or config, overrides, context.obj)
+    settings = run_settings(preset or config, overrides, context.obj, RunConfig)
     if dry_run:
         plan(settings).show()
     else:
         linearize.run(settings)
 
 
-def run_settings(config: str | None, overrides: dict[str, Any], default_config: str | None = None) -> RunConfig:
+@app.command()
+@command
+@with_settings(*field_types(PretrainConfig), settings=PretrainConfig)
+def pretrain(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
+    """Train a stock softmax model from scratch on text, as a YAML file and flags say (flags win)."""
+    import linearize
+
+    linearize.pretrain(run_settings(config, overrides, context.obj, PretrainConfig))
+
+
+def run_settings(
+    config: str | None, overrides: dict[str, Any], default_config: str | None, settings: type[Settings]
+) -> Settings:
     """The settings of a run; one that resumes needs to name its directory alone."""
     resume, output = overrides.get("resume_from_checkpoint"), overrides.get("output_dir")
     if config is None and resume and output and (Path(output) / "config.yaml").is_file():
         config = str(Path(output) / "config.yaml")
         overrides = {"overwrite": False, **overrides}
-    return resolve(config or default_config, overrides)
+    return resolve(config or default_config, overrides, settings=settings)
 
 
 def _check_output(output: str, overwrite: bool) -> None:
@@ -337,9 +350,10 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
 
     Args:
         argv: Arguments; default those of this process.
-        default_config: What `run` takes when neither a config nor a run to resume is named.
+        default_config: What `run` and `pretrain` take when neither a config nor a run to resume is named.
     """
-    arguments = normalise(sys.argv[1:] if argv is None else argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    arguments = normalise(words, PretrainConfig if words[:1] == ["pretrain"] else RunConfig)
     try:
         app(arguments, prog_name="linearize", obj=default_config)
     except SystemExit as end:
@@ -347,15 +361,16 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
     return 0
 
 
-def run_recipe(default_config: str, argv: Sequence[str] | None = None) -> int:
-    """`linearize run` for a recipe: the same flags, over a config of its own when none is named.
+def run_recipe(default_config: str, argv: Sequence[str] | None = None, *, name: str = "run") -> int:
+    """A command for a recipe: the same flags, over a config of its own when none is named.
 
     Args:
         default_config: Preset for a run that names neither a config nor a run to resume.
         argv: Flags; default those of this process.
+        name: The command, `run` or `pretrain`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return main(["run", *arguments], default_config=default_config)
+    return main([name, *arguments], default_config=default_config)
 
 
 if __name__ == "__main__":

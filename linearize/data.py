@@ -95,7 +95,7 @@ def prepare_data(config: "DataConfig", tokenizer: Any, *, seed: int = 0) -> tupl
     """
     del seed
     _check_length(config.sequence_length)
-    return _main_process_first(lambda: _prepare(config, tokenizer))
+    return main_process_first(lambda: _prepare(config, tokenizer))
 
 
 def load_text_blocks(
@@ -171,7 +171,7 @@ def _check_length(sequence_length: int) -> None:
 
 
 def _prepare(config: "DataConfig", tokenizer: Any) -> tuple[TokenBlocks, TokenBlocks]:
-    root = _cache_root(config.cache_dir)
+    root = cache_root(config.cache_dir)
     train_source, validation_source = _open_sources(config)
     identity = data_documents.tokenizer_identity(tokenizer)
     train_key, train_documents = _tokenized(root, train_source, config, tokenizer, identity)
@@ -193,7 +193,8 @@ def _prepare(config: "DataConfig", tokenizer: Any) -> tuple[TokenBlocks, TokenBl
     return _open_blocks(entry, "train", config), _open_blocks(entry, "validation", config)
 
 
-def _cache_root(cache_dir: str | None) -> Path:
+def cache_root(cache_dir: str | None) -> Path:
+    """Folder of the cache's entries."""
     if cache_dir is not None:
         return Path(cache_dir).expanduser()
     from huggingface_hub.constants import HF_HOME
@@ -201,14 +202,19 @@ def _cache_root(cache_dir: str | None) -> Path:
     return Path(HF_HOME) / "linearize" / "data"
 
 
-def _open_sources(config: "DataConfig") -> tuple[Source, Source | None]:
-    train = open_source(
+def open_training_source(config: "DataConfig") -> Source:
+    """The records to train on."""
+    return open_source(
         config.dataset,
         dataset_config=config.dataset_config,
         split=config.split,
         revision=config.revision,
         text_field=config.text_field,
     )
+
+
+def _open_sources(config: "DataConfig") -> tuple[Source, Source | None]:
+    train = open_training_source(config)
     if config.validation is None:
         return train, None
     from_hub = isinstance(config.dataset, str) and not is_local(config.dataset)
@@ -315,7 +321,7 @@ def _open_blocks(entry: Path, split: str, config: "DataConfig") -> TokenBlocks:
     return TokenBlocks(np.load(ids, mmap_mode="r"), np.load(labels, mmap_mode="r") if labels.exists() else None)
 
 
-def _main_process_first(work: Callable[[], Result]) -> Result:
+def main_process_first(work: Callable[[], Result]) -> Result:
     """Run `work` in the main process of a distributed run, then in the others, which find it cached.
 
     The main process's error is raised in all of them. They wait in a group of its own with a long limit: tokenising a

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from accelerate import PartialState
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
 from linearize.adapters import AdaptedModel, add_adapters, merge, merge_into_unquantized, save_adapter
 from linearize.checkpointing import (
@@ -35,14 +35,15 @@ from linearize.checkpointing import (
 )
 from linearize.errors import UserError
 from linearize.finetuning_trainer import FinetuningTrainer
-from linearize.training_log import TrainingLog, has_matplotlib, read_log, tracker_names
-from linearize.training_loop import Interrupt, PeakMemory, exact_plan
+from linearize.stage_trainer import stage_arguments
+from linearize.training_log import TrainingLog, has_matplotlib, read_log
+from linearize.training_loop import Interrupt, PeakMemory
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
     from linearize.data import TokenBlocks
-    from linearize.settings import FinetuneConfig, StepPlan
+    from linearize.settings import FinetuneConfig
 
 __all__ = ["FinetuneResult", "finetune", "merge", "merge_into_unquantized", "save_adapter"]
 
@@ -120,7 +121,19 @@ def finetune(
         raise UserError("finetuning in float16 would lose small gradients: set dtype to bfloat16 or float32.")
     output = Path(output_dir)
     checkpoint = checkpoint_to_resume(output / CHECKPOINTS, resume)
-    arguments, plan = _training_arguments(config, train.sequence_length, output, seed, report_to, device)
+    # Mixed precision stays off: the base computes in the dtype that it was loaded in, what trains in float32.
+    arguments, plan = stage_arguments(
+        config,
+        "finetune",
+        train.sequence_length,
+        output / CHECKPOINTS,
+        seed,
+        report_to,
+        device,
+        lr_scheduler_type=SCHEDULERS[config.schedule],
+        # A sequence within the window leaves the feature maps without a gradient.
+        ddp_find_unused_parameters=True,
+    )
     run = {
         "sequence_length": train.sequence_length,
         "tokens_per_step": plan.tokens_per_step,
@@ -155,55 +168,6 @@ def finetune(
     )
 
 
-def _training_arguments(
-    config: FinetuneConfig,
-    sequence_length: int,
-    output: Path,
-    seed: int,
-    report_to: str | Sequence[str],
-    device: str | None,
-) -> tuple[TrainingArguments, StepPlan]:
-    """The Trainer's arguments, and the steps that they amount to.
-
-    Mixed precision stays off: the base computes in the dtype that it was loaded in, adapters and mechanism in float32.
-    """
-    # The Trainer resets accelerate's state: an earlier stage's choice of the CPU must be handed on.
-    state = PartialState(cpu=device == "cpu")
-    on_cpu = state.device.type == "cpu"
-    plan = exact_plan(config, sequence_length, state.num_processes, "finetune")
-    arguments = TrainingArguments(
-        output_dir=str(output / CHECKPOINTS),
-        max_steps=plan.steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=plan.accumulation,
-        learning_rate=config.learning_rate,
-        lr_scheduler_type=SCHEDULERS[config.schedule],
-        warmup_steps=config.warmup_steps,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        logging_steps=config.logging_steps,
-        logging_nan_inf_filter=False,
-        save_strategy="steps",
-        save_steps=config.save_steps,
-        # The Trainer would delete old checkpoints before the new one is in its place: `_save_checkpoint` does it
-        # after.
-        save_total_limit=None,
-        seed=seed,
-        report_to=tracker_names(report_to) or "none",
-        remove_unused_columns=False,
-        label_names=["labels"],
-        use_cpu=on_cpu,
-        dataloader_pin_memory=not on_cpu,
-        # A sequence within the window leaves the feature maps without a gradient.
-        ddp_find_unused_parameters=True,
-        ddp_broadcast_buffers=False,
-    )
-    # One process drives one GPU: the Trainer would otherwise wrap the model in DataParallel on a machine with several.
-    if arguments.n_gpu > 1:
-        arguments._n_gpu = 1
-    return arguments, plan
-
-
 def _train(
     adapted: AdaptedModel,
     train: TokenBlocks,
@@ -216,7 +180,6 @@ def _train(
     """Runs the Trainer; the loss of each step."""
     base: Any = adapted.get_base_model()
     window = list(checkpoint.state["window"]) if checkpoint else []
-    use_cache = base.config.use_cache
     with Interrupt() as interrupt:
         trainer = FinetuningTrainer(
             adapted,
@@ -228,28 +191,15 @@ def _train(
             run=run,
             window=window,
         )
-        # The Trainer switches the cache off for good: that would be saved with the model and slow down its generation.
-        base.config.use_cache = use_cache
-        if run["steps"] == 0:
-            return []
         try:
             with base.use_arm(run["arm"]), gradient_checkpointing(base, config.gradient_checkpointing):
-                trainer.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
+                return trainer.run_stage(checkpoint)
         except torch.OutOfMemoryError as error:
             raise UserError(
                 f"the GPU ran out of memory in finetuning (batch_size {config.batch_size}, sequence_length "
                 f"{run['sequence_length']}): lower finetune.batch_size, finetune.logits_chunk or "
                 "data.sequence_length, set finetune.gradient_checkpointing, or load the base in 4 bit (load_in_4bit)."
             ) from error
-        finally:
-            # The Trainer leaves its bar open after an error, and what is printed next would run into it.
-            for callback in trainer.callback_handler.callbacks:
-                if (bar := getattr(callback, "training_bar", None)) is not None:
-                    bar.close()
-    if trainer.stopped:
-        raise KeyboardInterrupt
-    adapted.eval()
-    return trainer.step_losses
 
 
 @contextmanager

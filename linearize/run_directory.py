@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any, ClassVar
 
 from linearize.errors import UserError
 from linearize.hub import FINAL, read_record
-from linearize.settings import RunConfig
+from linearize.settings import RunSettings
 from linearize.settings_io import differences, resolve, write_config
 
 CONFIG = "config.yaml"
@@ -38,8 +39,11 @@ FREE_KEYS = ("logging_steps", "save_steps", "save_total_limit", "eval_steps")
 class RunDirectory:
     """The directory of one run."""
 
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
+    contents: ClassVar[tuple[str, ...]] = CONTENTS
+    """What a run writes there, and all that replacing it deletes."""
+
+    def __init__(self, config: RunSettings) -> None:
+        self.config: Any = config
         self.path = Path(config.output_dir)
         self.final = self.path / FINAL
 
@@ -50,7 +54,7 @@ class RunDirectory:
 
     def holds_run(self) -> bool:
         """Whether any part of a run lies there."""
-        return any((self.path / name).exists() for name in CONTENTS)
+        return any((self.path / name).exists() for name in self.contents)
 
     def check(self) -> None:
         """Refuse a directory that this run may not use; nothing is touched.
@@ -74,12 +78,15 @@ class RunDirectory:
     def _check_same_run(self) -> None:
         if not (self.path / CONFIG).is_file():
             return
-        changed = [name for name in differences(resolve(self.path / CONFIG), self.config) if not _may_change(name)]
+        changed = [name for name in differences(self._stored(), self.config) if not _may_change(name)]
         if changed:
             raise UserError(
                 f"{self.path} holds a run with other settings ({', '.join(changed)}): resume it with its own, "
                 f"{self.path / CONFIG}, or name another output_dir."
             )
+
+    def _stored(self) -> RunSettings:
+        return resolve(self.path / CONFIG, settings=type(self.config))
 
     def is_complete(self) -> bool:
         """Whether the run that lies there has ended: the repository is saved and, if asked for, measured."""
@@ -92,7 +99,7 @@ class RunDirectory:
     def prepare(self) -> None:
         """Make the directory, without the run that it held if that is to be replaced, and write the settings."""
         if self.config.overwrite:
-            for name in CONTENTS:
+            for name in self.contents:
                 target = self.path / name
                 if target.is_dir() and not target.is_symlink():
                     shutil.rmtree(target)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from linearize.settings_values import convert_fields, require
 
@@ -30,13 +30,21 @@ class StepPlan:
     """Optimiser steps of the stage."""
 
 
-class _Stage:
-    """What both training stages share: turning token counts into steps."""
+class StageSettings:
+    """What the training stages share: fields that each declares with its own default, and turning token counts into
+    steps."""
 
     tokens: int
     max_steps: int | None
     batch_size: int
     tokens_per_step: int
+    learning_rate: float
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    logging_steps: int
+    save_steps: int
+    save_total_limit: int
 
     def plan(self, sequence_length: int, num_processes: int = 1) -> StepPlan:
         """The steps of this stage.
@@ -112,7 +120,7 @@ class DataConfig:
 
 
 @dataclass
-class TransferConfig(_Stage):
+class TransferConfig(StageSettings):
     """Stage 1, attention transfer: only the mechanism's own parameters train, to give each layer's softmax output."""
 
     tokens: int = 20_000_000
@@ -178,7 +186,7 @@ class TransferConfig(_Stage):
 
 
 @dataclass
-class FinetuneConfig(_Stage):
+class FinetuneConfig(StageSettings):
     """Stage 2: LoRA on the projections (and the feature maps along) with the language-modelling loss."""
 
     tokens: int = 20_000_000
@@ -285,8 +293,27 @@ class EvaluationConfig:
         )
 
 
+class RunSettings:
+    """What the settings of every kind of run share: fields that each declares, and where its presets are."""
+
+    preset_folder: ClassVar[str] = "."
+    """Folder of the shipped presets, under `recipes/configs`."""
+    output_dir: str
+    overwrite: bool
+    resume_from_checkpoint: bool
+    seed: int
+
+    def _check_run(self) -> None:
+        require(bool(self.output_dir), "output_dir is empty: name the folder that the run is written to.")
+        require(self.seed >= 0, f"seed is {self.seed}, but it must not be negative.")
+        require(
+            not (self.overwrite and self.resume_from_checkpoint),
+            "overwrite and resume_from_checkpoint are both set: choose one of them.",
+        )
+
+
 @dataclass
-class RunConfig:
+class RunConfig(RunSettings):
     """One whole run: convert, transfer, finetune, evaluate, save."""
 
     model_name_or_path: str = "meta-llama/Meta-Llama-3-8B"
@@ -333,15 +360,10 @@ class RunConfig:
         convert_fields(self, "")
         self.attention.setdefault("type", "linear")
         require(bool(self.model_name_or_path), "model_name_or_path is empty: name the teacher.")
-        require(bool(self.output_dir), "output_dir is empty: name the folder that the run is written to.")
-        require(self.seed >= 0, f"seed is {self.seed}, but it must not be negative.")
+        self._check_run()
         require(
             not (self.load_in_4bit and self.load_in_8bit),
             "load_in_4bit and load_in_8bit are both set: choose one of them.",
-        )
-        require(
-            not (self.overwrite and self.resume_from_checkpoint),
-            "overwrite and resume_from_checkpoint are both set: choose one of them.",
         )
         require(
             self.push_to_hub is None or self.push_to_hub.count("/") <= 1,

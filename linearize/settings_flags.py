@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import typer
 
-from linearize.settings import RunConfig
+from linearize.settings import RunConfig, RunSettings
 from linearize.settings_io import flat_names
 from linearize.settings_values import FALSE, TRUE, field_types, options, section_type
 
@@ -96,17 +96,17 @@ def _parameter(name: str, annotation: Any, help_text: str, default: str, panel: 
     return inspect.Parameter(identifier, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
 
 
-def setting_parameters(names: Sequence[str]) -> list[inspect.Parameter]:
+def setting_parameters(names: Sequence[str], settings: type = RunConfig) -> list[inspect.Parameter]:
     """One typer parameter for each field of the named sections and top-level settings."""
     parameters = []
     for name in names:
-        annotation = field_types(RunConfig)[name]
+        annotation = field_types(settings)[name]
         section = section_type(annotation)
         if section is None or type(None) in options(
             annotation
         ):  # of a section only "none", which switches it off, is a value
             parameters.append(
-                _parameter(name, annotation, field_help(RunConfig)[name], shown_default(RunConfig, name), "run")
+                _parameter(name, annotation, field_help(settings)[name], shown_default(settings, name), "run")
             )
         if section is not None:
             parameters += [
@@ -120,7 +120,9 @@ def setting_parameters(names: Sequence[str]) -> list[inspect.Parameter]:
     return parameters
 
 
-def with_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def with_settings(
+    *names: str, settings: type[RunSettings] = RunConfig
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the flags of the named settings (a section's name brings all its fields).
 
     The command must take a keyword `overrides`: dotted name -> value for every flag that was given.
@@ -132,7 +134,7 @@ def with_settings(*names: str) -> Callable[[Callable[..., Any]], Callable[..., A
             for parameter in inspect.signature(command, eval_str=True).parameters.values()
             if parameter.name != "overrides"
         ]
-        flags = setting_parameters(names)
+        flags = setting_parameters(names, settings)
         identifiers = {parameter.name: parameter.name.replace("__dot__", ".") for parameter in flags}
 
         @functools.wraps(command)
@@ -159,10 +161,10 @@ def _value(name: str, value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def normalise(argv: Sequence[str]) -> list[str]:
+def normalise(argv: Sequence[str], settings: type[RunSettings] = RunConfig) -> list[str]:
     """Write `--overwrite true` and `--overwrite=false` as `--overwrite` and `--no_overwrite`: both styles are in
     common use."""
-    switches = {f"--{name}" for name, annotation in flat_names().items() if is_flag(annotation)}
+    switches = {f"--{name}" for name, annotation in flat_names(settings).items() if is_flag(annotation)}
     result: list[str] = []
     for word in argv:
         flag, _, value = word.partition("=")

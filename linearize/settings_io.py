@@ -6,38 +6,40 @@ import dataclasses
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import yaml
 
 from linearize.errors import UserError
-from linearize.settings import RunConfig
+from linearize.settings import RunConfig, RunSettings
 from linearize.settings_values import NOTHING, build, field_types, section_type
+
+Settings = TypeVar("Settings", bound=RunSettings)
 
 PRESETS = Path(__file__).parent / "configs"
 """The YAML files of `recipes/configs`, which the wheel carries under this name."""
 
 
-def preset_names() -> list[str]:
-    """Names of the shipped presets, which stand for their paths."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
+def preset_names(settings: type[RunSettings] = RunConfig) -> list[str]:
+    """Names of the shipped presets for these settings, which stand for their paths."""
+    return sorted(path.stem for path in (PRESETS / settings.preset_folder).glob("*.yaml"))
 
 
-def find_config(path_or_preset: str | PathLike[str]) -> Path:
+def find_config(path_or_preset: str | PathLike[str], settings: type[RunSettings] = RunConfig) -> Path:
     """The YAML file that a path or the bare name of a shipped preset stands for."""
     path = Path(path_or_preset)
     if path.is_file():
         return path
-    preset = PRESETS / f"{path_or_preset}.yaml"
+    preset = PRESETS / settings.preset_folder / f"{path_or_preset}.yaml"
     if preset.is_file():
         return preset
-    known = ", ".join(preset_names())
+    known = ", ".join(preset_names(settings))
     raise UserError(f"There is no config {str(path_or_preset)!r}: give the path of a YAML file or a preset ({known}).")
 
 
-def read_values(path_or_preset: str | PathLike[str]) -> dict[str, Any]:
+def read_values(path_or_preset: str | PathLike[str], settings: type[RunSettings] = RunConfig) -> dict[str, Any]:
     """The settings that a preset or a YAML file gives, unchecked."""
-    return read_mapping(find_config(path_or_preset))
+    return read_mapping(find_config(path_or_preset, settings))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -73,16 +75,37 @@ def merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
+@overload
 def resolve(
     config: RunConfig | Mapping[str, Any] | str | PathLike[str] | None, overrides: Mapping[str, Any] | None = None
-) -> RunConfig:
-    """Settings from a path, a preset's name, a mapping or settings, with `overrides` (dotted names) laid over them."""
-    if isinstance(config, RunConfig):
+) -> RunConfig: ...
+
+
+@overload
+def resolve(
+    config: Settings | Mapping[str, Any] | str | PathLike[str] | None,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    settings: type[Settings],
+) -> Settings: ...
+
+
+def resolve(
+    config: Any, overrides: Mapping[str, Any] | None = None, *, settings: type[RunSettings] = RunConfig
+) -> Any:
+    """Settings from a path, a preset's name, a mapping or settings, with `overrides` (dotted names) laid over them.
+
+    Args:
+        config: None for the defaults.
+        overrides: As the flags give them.
+        settings: The kind of settings to make.
+    """
+    if isinstance(config, RunSettings):
         config = to_values(config)
     values: Mapping[str, Any] = (
-        {} if config is None else config if isinstance(config, Mapping) else read_values(config)
+        {} if config is None else config if isinstance(config, Mapping) else read_values(config, settings)
     )
-    return build(RunConfig, merge(values, overrides or {}))
+    return build(settings, merge(values, overrides or {}))
 
 
 def to_values(settings: Any) -> dict[str, Any]:
@@ -90,7 +113,7 @@ def to_values(settings: Any) -> dict[str, Any]:
     return dataclasses.asdict(settings)
 
 
-def write_config(config: RunConfig, path: str | PathLike[str]) -> None:
+def write_config(config: RunSettings, path: str | PathLike[str]) -> None:
     """Write every setting, defaults included, so that a later default never changes what this run was."""
     from linearize.checkpointing import write_file
 
@@ -109,7 +132,7 @@ def flat_names(settings: type = RunConfig) -> dict[str, Any]:
     return names
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
+def differences(old: RunSettings, new: RunSettings) -> list[str]:
     """Dotted names of the settings whose values differ."""
     first, second = to_values(old), to_values(new)
     found = []

@@ -11,8 +11,9 @@ from transformers import LlamaForCausalLM
 from linearize import UserError
 from linearize.adapters import adaptable_layers, add_adapters, merge, save_adapter
 from linearize.finetuning import finetune, gradient_checkpointing
-from linearize.finetuning_trainer import Objective, RunSampler, parameter_groups, teacher_hidden_states
+from linearize.finetuning_trainer import Objective, parameter_groups, teacher_hidden_states
 from linearize.losses import LossWeights, supervised_tokens
+from linearize.stage_trainer import RunSampler
 
 
 @pytest.fixture(scope="module")

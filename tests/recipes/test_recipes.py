@@ -12,10 +12,15 @@ import yaml
 from fakehub import FakeHub
 from tiny_runs import BLOCK_PACKAGE, make_teacher_directory, tiny_config, without_package, write_text
 
-from linearize.settings_io import resolve
+from linearize.pretraining import PretrainConfig
+from linearize.settings import RunConfig
+from linearize.settings_io import flat_names, preset_names, resolve
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "linearize_llama3.py"
+PRETRAIN = ROOT / "recipes" / "pretrain.py"
+SETTINGS = {RECIPE: RunConfig, PRETRAIN: PretrainConfig}
+"""Recipe -> what its YAML files and flags set."""
 
 LOAD = """
 import json, sys
@@ -37,9 +42,15 @@ def environment(**changes):
     return {**os.environ, **fixed, **changes}
 
 
-def launch(*arguments, launcher=("accelerate", "launch", "--cpu", "--num_processes", "1"), timeout=300, **changes):
+def launch(
+    *arguments,
+    recipe=RECIPE,
+    launcher=("accelerate", "launch", "--cpu", "--num_processes", "1"),
+    timeout=300,
+    **changes,
+):
     """Run the recipe as its docstring says, from another directory."""
-    command = [str(Path(sys.executable).parent / launcher[0]), *launcher[1:], str(RECIPE), *map(str, arguments)]
+    command = [str(Path(sys.executable).parent / launcher[0]), *launcher[1:], str(recipe), *map(str, arguments)]
     return subprocess.run(
         command, env=environment(**changes), capture_output=True, text=True, timeout=timeout, stdin=subprocess.DEVNULL
     )
@@ -156,19 +167,52 @@ def test_two_processes_make_the_same_repository(workspace, tmp_path):
     assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
 
 
-def test_the_recipe_is_a_page_and_importable():
+@pytest.mark.slow
+def test_pretraining_by_one_process_and_by_two(workspace, tmp_path):
+    config = {
+        "device": "cpu",
+        "tokenizer": "train",
+        "vocab_size": 300,
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": 32},
+        "data": {"dataset": str(workspace / "text.jsonl"), "sequence_length": 16, "validation_documents": 6},
+        "training": {"max_steps": 6, "batch_size": 2, "tokens_per_step": 128, "warmup_steps": 1, "save_steps": 3},
+    }
+    config["data"]["cache_dir"] = str(tmp_path / "cache")
+    config["training"] |= {"eval_steps": 2, "logging_steps": 1}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    reports = []
+    for name, launcher in {
+        "one": ("accelerate", "launch", "--cpu", "--num_processes", "1"),
+        "two": ("torchrun", "--nproc_per_node", "2"),
+    }.items():
+        flags = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / name]
+        run = launch(*flags, recipe=PRETRAIN, launcher=launcher, ACCELERATE_USE_CPU="true")
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.count("Saved ") == 1
+        assert (tmp_path / name / "final" / "model.safetensors").is_file()
+        reports.append(json.loads((tmp_path / name / "report.json").read_text()))
+    one, two = reports
+    assert [step for step, _ in one["validation"]] == [2, 4, 6]
+    for name in ("losses", "validation"):
+        assert [value for _, value in two[name]] == pytest.approx([value for _, value in one[name]], rel=1e-4)
+
+
+@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
+def test_every_recipe_is_a_page_and_importable(path, capsys):
     import importlib.util
 
-    assert len(RECIPE.read_text().splitlines()) <= 150
-    spec = importlib.util.spec_from_file_location("recipe", RECIPE)
+    assert len(path.read_text().splitlines()) <= 150
+    spec = importlib.util.spec_from_file_location("recipe", path)
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
-    assert recipe.main(["--transfer.tokens", "many"]) == 2
-    assert resolve(recipe.DEFAULT_CONFIG).model_name_or_path == "meta-llama/Meta-Llama-3-8B"
+    assert recipe.main(["--data.sequence_length", "many"]) == 2
+    assert capsys.readouterr().err.count("data.sequence_length is 'many'") == 1
+    assert recipe.DEFAULT_CONFIG in preset_names(SETTINGS[path])
 
 
 def test_the_defaults_of_the_recipe_are_the_issue_s():
     config = resolve("llama3_8b_linear")
+    assert config.model_name_or_path == "meta-llama/Meta-Llama-3-8B"
     assert config.data.dataset == "yahma/alpaca-cleaned" and config.data.sequence_length == 1024
     assert config.transfer.tokens == config.finetune.tokens == 20_000_000
 
@@ -176,8 +220,10 @@ def test_the_defaults_of_the_recipe_are_the_issue_s():
 def test_every_yaml_is_valid():
     configs = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
     assert len(configs) >= 3
+    folders = {settings.preset_folder: settings for settings in SETTINGS.values()}
     for path in configs:
-        config = resolve(path)
+        folder = path.parent.relative_to(ROOT / "recipes" / "configs")
+        config = resolve(path, settings=folders[str(folder)])
         assert config.output_dir and path.read_text().startswith("#")
     launchers = sorted((ROOT / "recipes" / "accelerate").rglob("*.yaml"))
     assert launchers
@@ -186,12 +232,12 @@ def test_every_yaml_is_valid():
     assert (ROOT / "linearize" / "configs").resolve() == ROOT / "recipes" / "configs"
 
 
-def test_commands_in_the_docstring_name_files_and_flags_that_exist():
-    from linearize.settings_io import flat_names, preset_names
-
-    text = RECIPE.read_text().partition('"""')[2].partition('"""')[0]
+@pytest.mark.parametrize("recipe", SETTINGS, ids=lambda path: path.stem)
+def test_commands_in_the_docstring_name_files_and_flags_that_exist(recipe):
+    settings = SETTINGS[recipe]
+    text = recipe.read_text().partition('"""')[2].partition('"""')[0]
     for path in re.findall(r"recipes/\S+\.(?:py|yaml)", text):
         assert (ROOT / path).is_file(), path
-    known = {*flat_names(), "config", "dry_run", "help", "config_file", "num_processes"}
+    known = {*flat_names(settings), "config", "dry_run", "help", "config_file", "num_processes"}
     assert set(re.findall(r"--([\w.]+)", text)) <= known
-    assert set(re.findall(r"--config (\w+)(?!\.)\b", text)) - {"my"} <= set(preset_names())
+    assert set(re.findall(r"--config (\w+)(?!\.)\b", text)) - {"my"} <= set(preset_names(settings))

@@ -1,0 +1,253 @@
+"""Pretraining: a tiny GPT-2 from scratch on the demo text, what it leaves, how it goes on, and what it refuses."""
+
+import dataclasses
+import json
+import math
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import make_tokenizer, write_text
+from torch.utils.data import Subset
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import linearize
+from linearize import UserError
+from linearize.cli import main
+from linearize.data import load_text_blocks
+from linearize.evaluation import perplexity
+from linearize.pretraining import ModelConfig, PretrainConfig, PretrainingConfig, pretrain
+from linearize.pretraining_model import END_OF_TEXT, build_model, train_tokenizer
+from linearize.pretraining_trainer import PretrainingTrainer, decay_groups
+from linearize.settings_flags import field_help, setting_parameters
+from linearize.settings_io import flat_names, preset_names, resolve, write_config
+from linearize.training_log import read_log
+
+DEMO_TEXT = Path(linearize.__file__).parent / "demo_text"
+
+
+def tiny(root, name="out", **changes):
+    """Two layers, 32 wide, with a tokenizer of 400 entries; `changes` as dotted names with `__` for the dot."""
+    values = {
+        "output_dir": str(root / name),
+        "device": "cpu",
+        "tokenizer": "train",
+        "vocab_size": 400,
+        "tokenizer_characters": 200_000,
+        "model": {"n_layer": 2, "n_head": 2, "n_embd": 32},
+        "data": {
+            "dataset": str(DEMO_TEXT / "train.jsonl.gz"),
+            "validation": str(DEMO_TEXT / "validation.jsonl.gz"),
+            "sequence_length": 32,
+            "max_tokens": 40_000,
+            "cache_dir": str(root / "cache"),
+        },
+        "training": {
+            "max_steps": 12,
+            "batch_size": 4,
+            "tokens_per_step": 256,
+            "learning_rate": 2e-2,
+            "warmup_steps": 2,
+            "logging_steps": 1,
+            "save_steps": 5,
+            "eval_steps": 6,
+            "eval_tokens": 2048,
+        },
+    }
+    return resolve(values, {key.replace("__", "."): value for key, value in changes.items()}, settings=PretrainConfig)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("pretraining")
+
+
+@pytest.fixture(scope="module")
+def result(root):
+    return pretrain(tiny(root))
+
+
+def test_the_loss_falls_and_the_report_says_what_was_done(root, result):
+    report = result.report
+    losses = [loss for _, loss in report.losses]
+    assert losses[0] == pytest.approx(math.log(report.vocab_size), abs=0.3)  # random weights: uniform
+    assert losses[-1] < losses[0] - 0.3
+    assert (report.steps, report.tokens, report.vocab_size) == (12, 12 * 256, 400)
+    assert report.tokens_per_second == pytest.approx(report.tokens / report.seconds)
+    assert [step for step, _ in report.validation] == [6, 12]
+    assert report.validation[-1][1] == report.perplexity < report.validation[0][1]
+    stored = json.loads((root / "out" / "report.json").read_text())
+    assert stored == json.loads(json.dumps(dataclasses.asdict(report)))
+
+
+def test_final_is_an_ordinary_repository_with_the_reported_perplexity(root, result):
+    model = AutoModelForCausalLM.from_pretrained(result.final)
+    tokenizer = AutoTokenizer.from_pretrained(result.final)
+    assert type(model).__module__.startswith("transformers.") and model.config.use_cache
+    assert model.num_parameters() == result.report.parameters
+    assert tokenizer.eos_token == END_OF_TEXT and tokenizer.model_max_length == 32
+    blocks = load_text_blocks(DEMO_TEXT / "validation.jsonl.gz", tokenizer, 32)
+    measured = perplexity(model, Subset(blocks, range(2048 // 32)), arm=None)
+    assert measured.perplexity == pytest.approx(result.report.perplexity, rel=1e-5)
+    assert measured.tokens == result.report.perplexity_tokens
+
+
+def test_the_learning_rate_rises_and_ends_at_its_floor(root, result):
+    rates = [record["learning_rate"] for record in read_log(root / "out" / "logs" / "pretrain.jsonl")]
+    assert rates[0] < rates[1] < rates[2] == max(rates) == pytest.approx(2e-2)
+    assert rates[2:] == sorted(rates[2:], reverse=True)
+    assert 2e-3 < rates[-1] < 3e-3  # the step after it would have the floor
+
+
+def test_resuming_continues_bit_for_bit(root, monkeypatch, capsys):
+    """Dropout on; stopped by Ctrl-C between two lines of the log, from a checkpoint that is no measurement."""
+    changes = {"model__dropout": 0.1, "training__logging_steps": 3}
+    whole = pretrain(tiny(root, "whole", **changes))
+    losses, calls = PretrainingTrainer.losses, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 13:  # in step 7, of 2 micro-batches each
+            signal.raise_signal(signal.SIGINT)
+        return losses(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(PretrainingTrainer, "losses", interrupted)
+        pretrain(tiny(root, "parts", **changes))
+    assert (root / "parts" / "checkpoints" / "pretrain" / "step-7").is_dir()
+    assert not (root / "parts" / "final").exists()
+    rest = pretrain(tiny(root, "parts", resume_from_checkpoint=True, **changes))
+    ours, theirs = (load_file(run.final / "model.safetensors") for run in (rest, whole))
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert rest.report.losses == whole.report.losses and rest.report.validation == whole.report.validation
+    capsys.readouterr()
+    again = pretrain(tiny(root, "parts", resume_from_checkpoint=True, **changes))
+    assert "is complete" in capsys.readouterr().out
+    assert again.report.perplexity == rest.report.perplexity
+
+
+def test_mixed_precision_trains_float32_weights(root, result):
+    mixed = pretrain(tiny(root, "bfloat16", training__precision="bfloat16"))
+    for (_, ours), (_, theirs) in zip(mixed.report.losses, result.report.losses, strict=True):
+        assert ours != theirs and ours == pytest.approx(theirs, rel=0.02)
+    weights = load_file(mixed.final / "model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_micro_batches_do_not_change_the_steps(root, result):
+    other = pretrain(tiny(root, "accumulated", training__batch_size=1, training__max_steps=3))
+    one = pretrain(tiny(root, "at_once", training__batch_size=8, training__max_steps=3))
+    assert [loss for _, loss in other.report.losses] == pytest.approx(
+        [loss for _, loss in one.report.losses], rel=1e-4
+    )
+
+
+def test_weight_decay_is_for_matrices_alone():
+    config = tiny(Path("nowhere"))
+    model = build_model(config, make_tokenizer())
+    decayed, plain = decay_groups(model, 0.1)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(plain["params"]) == len(names)
+    assert {names[id(parameter)].rpartition(".")[2] for parameter in plain["params"]} == {"weight", "bias"}
+    assert all("bias" in names[id(p)] or "ln_" in names[id(p)] for p in plain["params"])
+    assert {"transformer.wte.weight", "transformer.wpe.weight", "transformer.h.0.attn.c_attn.weight"} <= {
+        names[id(parameter)] for parameter in decayed["params"]
+    }
+
+
+def test_a_trained_tokenizer_writes_anything_and_ends_texts():
+    tokenizer = train_tokenizer(iter(["the river ran past the red house"] * 20), 270)
+    text = "  The river:\tnaïve Ωmega\n\n🦊"
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer) == 270 and tokenizer.bos_token_id == tokenizer.eos_token_id == 0
+    assert tokenizer(f"a{END_OF_TEXT}")["input_ids"][-1] == 0
+
+
+def test_a_tokenizer_can_be_loaded(root, tmp_path):
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    changes = {"tokenizer": "load", "tokenizer_name_or_path": str(tmp_path / "tokenizer"), "training__max_steps": 1}
+    done = pretrain(
+        tiny(root, "loaded", data__validation=None, data__validation_documents=0, training__eval_steps=None, **changes)
+    )
+    assert done.report.vocab_size == len(tokenizer) and done.report.perplexity is None
+    assert AutoTokenizer.from_pretrained(done.final).eos_token == "</s>"
+
+
+BAD = {
+    "an unknown setting": ({"model": {"width": 3}}, "Unknown setting width"),
+    "heads": ({"model": {"n_embd": 30, "n_head": 4}}, "model.n_embd is 30"),
+    "tokens_per_step": ({"training": {"tokens_per_step": 100}}, "training.tokens_per_step is 100"),
+    "vocabulary": ({"vocab_size": 100}, "vocab_size is 100"),
+    "tokenizer": ({"tokenizer": "make"}, "one of load, train"),
+    "no such tokenizer": ({"tokenizer": "load", "tokenizer_name_or_path": "./nowhere"}, "nowhere"),
+    "no such data": ({"data": {"dataset": "nowhere.jsonl"}}, "nowhere.jsonl does not exist"),
+    "short text": ({"data": {"sequence_length": 4096, "max_tokens": 300}, "training": {"batch_size": 1}}, "tokens"),
+    "beta": ({"training": {"adam_beta2": 1.5}}, "training.adam_beta2 is 1.5"),
+    "no validation": ({"data": {"validation": "none", "validation_documents": 0}}, "training.eval_steps is set"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence(case, root, tmp_path, capsys):
+    changes, says = BAD[case]
+    write_config(tiny(root), tmp_path / "tiny.yaml")
+    flags = ["--output_dir", str(tmp_path / "out")]
+    for name, value in changes.items():
+        for key, inner in value.items() if isinstance(value, dict) else [("", value)]:
+            flags += [f"--{name}.{key}".rstrip("."), str(inner)]
+    if case == "an unknown setting":
+        (tmp_path / "tiny.yaml").write_text("model: {width: 3}\n")
+        flags = []
+    if case == "short text":
+        flags += ["--training.tokens_per_step", "4096"]
+    assert main(["pretrain", "--config", str(tmp_path / "tiny.yaml"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("linearize: ") == 1 and "Traceback" not in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_chat_records_train_no_tokenizer(root, tmp_path):
+    write_text(tmp_path / "text.jsonl")
+    (tmp_path / "chat.jsonl").write_text('{"messages": [{"role": "user", "content": "hello"}]}\n')
+    with pytest.raises(UserError, match="plain text"):
+        pretrain(tiny(root, "chat", data__dataset=str(tmp_path / "chat.jsonl")))
+
+
+def test_a_directory_that_holds_a_run_is_refused(root, result):
+    with pytest.raises(UserError, match="already holds a run"):
+        pretrain(tiny(root))
+    with pytest.raises(UserError, match="other settings .*model.n_layer"):
+        pretrain(tiny(root, resume_from_checkpoint=True, model__n_layer=3))
+
+
+def test_overwrite_replaces_the_run_and_nothing_else(root):
+    (root / "again").mkdir()
+    (root / "again" / "mine.txt").write_text("kept")
+    pretrain(tiny(root, "again", training__max_steps=2))
+    pretrain(tiny(root, "again", training__max_steps=1, overwrite=True))
+    assert json.loads((root / "again" / "report.json").read_text())["steps"] == 1
+    assert (root / "again" / "mine.txt").read_text() == "kept"
+
+
+def test_presets_are_valid_and_small_is_gpt2():
+    assert {"gpt2_small_pretrain", "gpt2_mini_pretrain"} <= set(preset_names(PretrainConfig))
+    for name in preset_names(PretrainConfig):
+        config = resolve(name, settings=PretrainConfig)
+        plan = config.training.plan(config.data.sequence_length)
+        assert plan.tokens_per_step == config.training.tokens_per_step
+    small = resolve("gpt2_small_pretrain", settings=PretrainConfig)
+    assert (small.model.n_layer, small.model.n_head, small.model.n_embd) == (12, 12, 768)
+    assert small.data.sequence_length == 1024
+
+
+def test_every_field_has_a_docstring_and_a_flag():
+    for settings in (PretrainConfig, PretrainingConfig, ModelConfig):
+        fields = {field.name for field in dataclasses.fields(settings)}
+        assert set(field_help(settings)) == fields
+    names = [field.name for field in dataclasses.fields(PretrainConfig)]
+    flags = {p.name.replace("__dot__", ".") for p in setting_parameters(names, PretrainConfig)}
+    assert set(flat_names(PretrainConfig)) - {"data", "model", "training"} <= flags
