@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .attention_linear import LinearAttention, LinearAttentionConfig
+from .modeling_gpt2 import LinearizedGPT2Config, LinearizedGPT2ForCausalLM, LinearizedGPT2Model
 from .modeling_llama import LinearizedLlamaConfig, LinearizedLlamaForCausalLM, LinearizedLlamaModel
 from .op_cosine import CosineState, cosine_attention
 from .op_hybrid_linear import FeatureMapWeights, HybridLinearState, hybrid_linear_attention
@@ -14,11 +15,15 @@ from .registry import ATTENTIONS
 
 @dataclass(frozen=True)
 class Backbone:
-    """The student of a stock `model_type`: its config and the class that each Auto class loads."""
+    """The student of a stock `model_type`: its config and the class that each Auto class loads.
+
+    lora_targets are the names of its attention's projections, which stage 2 adapts where nothing else is asked for.
+    """
 
     config: type[PreTrainedConfig]
     models: dict[Any, type[PreTrainedModel]]
     default: type[PreTrainedModel]
+    lora_targets: tuple[str, ...]
 
 
 BACKBONES = {
@@ -26,6 +31,13 @@ BACKBONES = {
         LinearizedLlamaConfig,
         {AutoModelForCausalLM: LinearizedLlamaForCausalLM},
         LinearizedLlamaForCausalLM,
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ),
+    "gpt2": Backbone(
+        LinearizedGPT2Config,
+        {AutoModelForCausalLM: LinearizedGPT2ForCausalLM},
+        LinearizedGPT2ForCausalLM,
+        ("c_attn", "c_proj"),
     ),
 }
 
@@ -50,6 +62,9 @@ __all__ = [
     "HybridLinearState",
     "LinearAttention",
     "LinearAttentionConfig",
+    "LinearizedGPT2Config",
+    "LinearizedGPT2ForCausalLM",
+    "LinearizedGPT2Model",
     "LinearizedLlamaConfig",
     "LinearizedLlamaForCausalLM",
     "LinearizedLlamaModel",
