@@ -42,6 +42,19 @@ BACKBONES = {
 }
 
 
+PREFIX = "linearized_"
+"""Of a student's `model_type`, before its teacher's."""
+
+
+def backbone_of(config: PreTrainedConfig) -> Backbone:
+    """The backbone of a teacher's or a student's config.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return BACKBONES[config.model_type.removeprefix(PREFIX)]
+
+
 def register() -> None:
     """Tell the Auto classes about the students, and students to take their code along when saved."""
     for backbone in BACKBONES.values():
@@ -57,6 +70,7 @@ register()
 __all__ = [
     "ATTENTIONS",
     "BACKBONES",
+    "PREFIX",
     "CosineState",
     "FeatureMapWeights",
     "HybridLinearState",
@@ -68,6 +82,7 @@ __all__ = [
     "LinearizedLlamaConfig",
     "LinearizedLlamaForCausalLM",
     "LinearizedLlamaModel",
+    "backbone_of",
     "cosine_attention",
     "hybrid_linear_attention",
 ]

@@ -211,7 +211,9 @@ def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_val
         padding_mask = attention_mask[:, -inputs_embeds.shape[1] :].bool()
         if padding_mask.device.type == "cpu" and bool(padding_mask.all()):
             padding_mask = None
-    softmax = [i for i, attention in enumerate(model.attention_modules()) if getattr(attention, "arm", "teacher") == "teacher"]
+    softmax = [
+        i for i, attention in enumerate(model.attention_modules()) if getattr(attention, "arm", "teacher") == "teacher"
+    ]
     if not softmax:
         return None, padding_mask
     causal_mask = create_causal_mask(

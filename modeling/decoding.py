@@ -249,7 +249,8 @@ class CapturedDecoding:
         extras = ("inputs_embeds", "token_type_ids", "labels", "output_hidden_states", "output_attentions")
         if cache is None or token_ids is None or torch.is_grad_enabled():
             return None
-        if token_ids.shape[1] != 1 or any(kwargs.get(name) not in (None, False) for name in extras):
+        given = [value for name in extras if (value := kwargs.get(name)) is not None and value is not False]
+        if token_ids.shape[1] != 1 or given:
             return None
         if (mask is not None and mask.dim() != 2) or kwargs.get("use_cache") is False:
             return None

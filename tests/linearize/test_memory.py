@@ -96,6 +96,7 @@ def test_forecast_of_the_fused_path_is_close_to_the_peak():
 
 
 LLAMA_8B = {
+    "model_type": "llama",
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
@@ -106,6 +107,7 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
 }
 SMOLLM2 = {
+    "model_type": "llama",
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 30,
