@@ -50,7 +50,9 @@ class LinearizedGPT2Attention(MixerAttention, GPT2Attention):
         self.attention_dropout = config.attn_pdrop
         self.add_mixer(config, config.num_attention_heads, config.num_attention_heads)
 
-    def forward(self, hidden_states, past_key_values=None, attention_mask=None, padding_mask=None, **kwargs):
+    def forward(  # type: ignore[override] # no cross-attention
+        self, hidden_states, past_key_values=None, attention_mask=None, padding_mask=None, **kwargs
+    ):
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         projected = self.c_attn(hidden_states).split(self.split_size, dim=2)
         query, key, value = (x.view(shape).transpose(1, 2) for x in projected)

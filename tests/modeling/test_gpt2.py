@@ -148,9 +148,7 @@ def test_dropout_is_stock():
         assert close(student(ids).logits, student(ids).logits) == (name == "attn_pdrop")
 
 
-TOO_LONG = (
-    "this model has 24 learned positions and was given {} tokens: shorten the text"
-)
+TOO_LONG = "this model has 24 learned positions and was given {} tokens: shorten the text"
 
 
 @torch.no_grad()
