@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from tiny_models import make_student, make_teacher
+from tiny_models import make_gpt2, make_student, make_teacher
 from torch.profiler import ProfilerActivity, profile
 
 from linearize import memory, run_plan
@@ -83,6 +83,12 @@ def test_forecast_is_close_to_the_peak(name):
     teacher = make_teacher(max_position_embeddings=1024, **changes)
     measured = stage_peaks(teacher, {"linear": {"type": "linear", **attention}}, 512, "chunked")
     assert stage_forecasts(teacher, attention, 512, fused=False) == pytest.approx(measured, rel=0.15)
+
+
+def test_forecast_of_a_gpt2_is_close_to_the_peak():
+    teacher = make_gpt2(n_embd=256, n_positions=512)
+    measured = stage_peaks(teacher, {"linear": {"type": "linear"}}, 512, "chunked")
+    assert stage_forecasts(teacher, {}, 512, fused=False) == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.skipif(not triton_support.interpreting(), reason="on the CPU the kernels run in Triton's interpreter")
