@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from linearize.checkpointing import atomic_directory
 from linearize.errors import UserError
+from linearize.modeling import PREFIX, backbone_of
 from linearize.quantization import freeze_base, is_quantized
 
 if TYPE_CHECKING:
@@ -64,6 +65,16 @@ def adaptable_layers(model: PreTrainedModel) -> list[str]:
     return list(names)
 
 
+def default_targets(model: PreTrainedModel) -> list[str]:
+    """The projections of the attention."""
+    return list(backbone_of(model.config).lora_targets)
+
+
+def transposes(model: nn.Module) -> bool:
+    """Whether the layers that take adapters keep their weight as (inputs, outputs), which peft must be told."""
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
 def check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
     """Refuses names of layers that the model does not have.
 
@@ -84,13 +95,14 @@ def add_adapters(model: PreTrainedModel, config: FinetuneConfig, *, train_mixers
 
     Args:
         model: The converted model; half-precision and quantised bases get float32 adapters.
-        config: Rank, alpha, dropout and target layers.
+        config: Rank, alpha, dropout and target layers; without any the attention's projections.
         train_mixers: Train a float32 copy of every mechanism along; it is saved with the adapter.
 
     Raises:
         UserError: A target layer that the model does not have.
     """
-    check_targets(model, config.lora_targets)
+    targets = config.lora_targets or default_targets(model)
+    check_targets(model, targets)
     freeze_base(model)
     has_mixers = any(name.split(".")[-1] == MIXER for name, _ in model.named_modules())
     alpha = config.lora_alpha
@@ -99,7 +111,8 @@ def add_adapters(model: PreTrainedModel, config: FinetuneConfig, *, train_mixers
         r=config.lora_rank,
         lora_alpha=int(alpha) if alpha == int(alpha) else alpha,  # type: ignore[arg-type]
         lora_dropout=config.lora_dropout,
-        target_modules=list(config.lora_targets),
+        target_modules=targets,
+        fan_in_fan_out=transposes(model),
         modules_to_save=[MIXER] if train_mixers and has_mixers else None,
         base_model_name_or_path=model.name_or_path or None,
     )
@@ -187,7 +200,7 @@ def merge_into_unquantized(
     Returns:
         The plain model on the CPU.
     """
-    from linearize.conversion import PREFIX, convert, load_config, load_student
+    from linearize.conversion import convert, load_config, load_student
 
     base: Any = model.get_base_model()
     source = os.fspath(model_name_or_path)
@@ -198,7 +211,9 @@ def merge_into_unquantized(
         full = convert(source, mixer_types=list(base.config.mixer_types), mixers=dict(base.config.mixers), **where)
     full.load_mixer_state_dict(_mixer_tensors(base))
     adapter = "default"
-    adapted = AdaptedModel(full, _copy_of(model.peft_config[adapter]))
+    lora = _copy_of(model.peft_config[adapter])
+    lora.fan_in_fan_out = transposes(full)  # a quantised Conv1D is stored as a linear layer
+    adapted = AdaptedModel(full, lora)
     outcome: Any = set_peft_model_state_dict(adapted, get_peft_model_state_dict(model, save_embedding_layers=False))
     if outcome.unexpected_keys:
         raise UserError(f"{source} is not what the adapter was trained on: it has no {outcome.unexpected_keys[0]}.")

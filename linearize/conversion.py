@@ -13,12 +13,11 @@ from transformers.utils import logging as transformers_logging
 
 from linearize.errors import UserError
 from linearize.load_errors import explained
-from linearize.modeling import BACKBONES
+from linearize.modeling import BACKBONES, PREFIX
 from linearize.quantization import keep_differentiable
 
 logger = logging.getLogger(__name__)
 
-PREFIX = "linearized_"
 NOT_CARRIED = (
     "model_type",
     "architectures",

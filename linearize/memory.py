@@ -26,6 +26,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from linearize.modeling import PREFIX, backbone_of
 from linearize.modeling.op_hybrid_linear_chunked import CHUNK
 from linearize.settings import RunConfig
 
@@ -90,6 +91,8 @@ class Factors:
     """Stage 2: those that a half-precision model keeps in float32 (norms, inputs of the adapters)."""
     intermediate: float = 3.4
     """Stage 2: tensors of the MLP's width that a layer keeps, in the model's type."""
+    gelu_intermediate: float = 5.5
+    """The same of GPT-2, whose MLP has no gate and an activation in many steps (3 shapes, within 2%)."""
     recomputed_layer: float = 1.1
     """Gradient checkpointing: one layer's forward and backward over what it keeps."""
     logits: float = 3.0
@@ -105,6 +108,8 @@ FACTORS = Factors()
 class Shape:
     """What the forecast needs of the teacher's config."""
 
+    architecture: str
+    """The teacher's `model_type`."""
     layers: int
     hidden: int
     intermediate: int
@@ -112,33 +117,46 @@ class Shape:
     key_heads: int
     head_dim: int
     vocabulary: int
+    positions: int
+    """Learned ones."""
     tied: bool
+    lora_targets: tuple[str, ...]
+    """The attention's projections."""
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        """Read a transformers Llama-like config."""
+        """Read the config of a teacher or a student."""
         heads = config.num_attention_heads
+        architecture = config.model_type.removeprefix(PREFIX)
+        gpt2 = architecture == "gpt2"
         return cls(
+            architecture=architecture,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            intermediate=config.intermediate_size,
+            intermediate=config.n_inner or 4 * config.hidden_size if gpt2 else config.intermediate_size,
             heads=heads,
             key_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
             vocabulary=config.vocab_size,
+            positions=config.max_position_embeddings if gpt2 else 0,
             tied=bool(config.tie_word_embeddings),
+            lora_targets=backbone_of(config).lora_targets,
         )
 
     @property
     def linear_parameters(self) -> int:
         """Weights of the layers' projections: what a quantised load quantises."""
-        attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.key_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        return self.layers * sum(a * b for sides in linear_layers(self).values() for a, b in sides)
 
     @property
     def other_parameters(self) -> int:
-        """Embeddings, head and norms."""
-        return self.vocabulary * self.hidden * (1 if self.tied else 2) + (2 * self.layers + 1) * self.hidden
+        """Embeddings, head, norms, and GPT-2's biases of norms and projections."""
+        embeddings = (self.vocabulary * (1 if self.tied else 2) + self.positions) * self.hidden
+        norms = (2 * self.layers + 1) * self.hidden
+        if self.architecture == "gpt2":
+            biases = sum(outputs for sides in linear_layers(self).values() for _, outputs in sides)
+            return embeddings + 2 * norms + self.layers * biases
+        return embeddings + norms
 
 
 @dataclass(frozen=True)
@@ -347,25 +365,32 @@ def _fused_transfer(shape: Shape, mechanism: Mechanism, config: RunConfig, token
     return tokens * (max(loss, backward, mlp) + size * FACTORS.fused_teacher_hidden * shape.hidden)
 
 
-def linear_layers(shape: Shape) -> dict[str, int]:
-    """The linear layers of one decoder layer that can take an adapter: input plus output width by name."""
+def linear_layers(shape: Shape) -> dict[str, list[tuple[int, int]]]:
+    """The linear layers of one decoder layer that can take an adapter: input and output width of those of a name."""
     query, keys = shape.heads * shape.head_dim, shape.key_heads * shape.head_dim
+    hidden, intermediate = shape.hidden, shape.intermediate
+    if shape.architecture == "gpt2":
+        return {
+            "c_attn": [(hidden, 3 * query)],
+            "c_proj": [(query, hidden), (intermediate, hidden)],
+            "c_fc": [(hidden, intermediate)],
+        }
     return {
-        "q_proj": shape.hidden + query,
-        "k_proj": shape.hidden + keys,
-        "v_proj": shape.hidden + keys,
-        "o_proj": query + shape.hidden,
-        "gate_proj": shape.hidden + shape.intermediate,
-        "up_proj": shape.hidden + shape.intermediate,
-        "down_proj": shape.intermediate + shape.hidden,
+        "q_proj": [(hidden, query)],
+        "k_proj": [(hidden, keys)],
+        "v_proj": [(hidden, keys)],
+        "o_proj": [(query, hidden)],
+        "gate_proj": [(hidden, intermediate)],
+        "up_proj": [(hidden, intermediate)],
+        "down_proj": [(intermediate, hidden)],
     }
 
 
 def adapter_parameters(shape: Shape, config: RunConfig) -> int:
     """LoRA parameters on the targets that the forecast knows."""
     assert config.finetune is not None
-    sides = linear_layers(shape)
-    return shape.layers * config.finetune.lora_rank * sum(sides.get(name, 0) for name in config.finetune.lora_targets)
+    layers, targets = linear_layers(shape), config.finetune.lora_targets or shape.lora_targets
+    return shape.layers * config.finetune.lora_rank * sum(a + b for name in targets for a, b in layers.get(name, []))
 
 
 def forecast_finetune(teacher: Any, config: RunConfig, *, fused: bool = False) -> Forecast:
@@ -380,7 +405,8 @@ def forecast_finetune(teacher: Any, config: RunConfig, *, fused: bool = False) -
     tokens = settings.batch_size * config.data.sequence_length
     size = BYTES[config.dtype]
     hidden = FACTORS.hidden * size + (4 * FACTORS.hidden_in_float32 if size < 4 else 0.0)
-    dense = tokens * (hidden * shape.hidden + FACTORS.intermediate * size * shape.intermediate)
+    wide = FACTORS.gelu_intermediate if shape.architecture == "gpt2" else FACTORS.intermediate
+    dense = tokens * (hidden * shape.hidden + wide * size * shape.intermediate)
     if fused:
         mixer, backward = _fused_finetuning(shape, mechanism, config.dtype, tokens)
     else:

@@ -224,7 +224,7 @@ def check_finetune(config: RunConfig, shape: memory.Shape) -> None:
     if config.dtype == "float16":
         raise UserError("finetuning in float16 would lose small gradients: set dtype to bfloat16 or float32.")
     known = memory.linear_layers(shape)
-    if unknown := [name for name in config.finetune.lora_targets if name not in known]:
+    if unknown := [name for name in config.finetune.lora_targets or () if name not in known]:
         raise UserError(
             f"finetune.lora_targets: the teacher has no linear layer named {', '.join(unknown)}; there are "
             f"{', '.join(known)}."

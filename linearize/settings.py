@@ -209,8 +209,8 @@ class FinetuneConfig(StageSettings):
     """LoRA's alpha: adapters are scaled by alpha / rank (16 in LoLCATs)."""
     lora_dropout: float = 0.0
     """Dropout in front of the adapters (0 in LoLCATs)."""
-    lora_targets: list[str] = field(default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"])
-    """Names of the linear layers that get an adapter."""
+    lora_targets: list[str] | None = None
+    """Names of the linear layers that get an adapter; none: the projections of the attention (q, k, v, o)."""
     ce_weight: float = 1.0
     """Weight of the cross-entropy with the text."""
     kl_weight: float = 0.0
@@ -254,7 +254,8 @@ class FinetuneConfig(StageSettings):
             f"finetune.lora_dropout is {self.lora_dropout}, but it must be at least 0 and below 1.",
         )
         require(
-            bool(self.lora_targets), "finetune.lora_targets is empty: name the layers to adapt, e.g. q_proj,v_proj."
+            self.lora_targets is None or bool(self.lora_targets),
+            "finetune.lora_targets is empty: name the layers to adapt, e.g. q_proj,v_proj.",
         )
 
 

@@ -85,7 +85,7 @@ def shard_frozen_base(model: Any, device: torch.device) -> None:
         return
     mesh = init_device_mesh(device.type, (get_world_size(),))
     mixers = {parameter for attention in model.mixer_attentions() for parameter in attention.mixer.parameters()}
-    for layer in model.base_model.layers:
+    for layer in model.decoder_layers():
         fully_shard(layer, mesh=mesh, ignored_params=mixers)
     fully_shard(model.base_model, mesh=mesh, ignored_params=mixers)
     for parameter in mixers:

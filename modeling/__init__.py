@@ -7,6 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
 from .attention_linear import LinearAttention, LinearAttentionConfig
+from .modeling_gpt2 import LinearizedGPT2Config, LinearizedGPT2ForCausalLM, LinearizedGPT2Model
 from .modeling_llama import LinearizedLlamaConfig, LinearizedLlamaForCausalLM, LinearizedLlamaModel
 from .op_cosine import CosineState, cosine_attention
 from .op_gain_cell import GainCell, GainCellNoise, GainCellState, gain_cell_attention
@@ -16,11 +17,15 @@ from .registry import ATTENTIONS
 
 @dataclass(frozen=True)
 class Backbone:
-    """The student of a stock `model_type`: its config and the class that each Auto class loads."""
+    """The student of a stock `model_type`: its config and the class that each Auto class loads.
+
+    lora_targets are the names of its attention's projections, which stage 2 adapts where nothing else is asked for.
+    """
 
     config: type[PreTrainedConfig]
     models: dict[Any, type[PreTrainedModel]]
     default: type[PreTrainedModel]
+    lora_targets: tuple[str, ...]
 
 
 BACKBONES = {
@@ -28,8 +33,28 @@ BACKBONES = {
         LinearizedLlamaConfig,
         {AutoModelForCausalLM: LinearizedLlamaForCausalLM},
         LinearizedLlamaForCausalLM,
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ),
+    "gpt2": Backbone(
+        LinearizedGPT2Config,
+        {AutoModelForCausalLM: LinearizedGPT2ForCausalLM},
+        LinearizedGPT2ForCausalLM,
+        ("c_attn", "c_proj"),
     ),
 }
+
+
+PREFIX = "linearized_"
+"""Of a student's `model_type`, before its teacher's."""
+
+
+def backbone_of(config: PreTrainedConfig) -> Backbone:
+    """The backbone of a teacher's or a student's config.
+
+    Raises:
+        KeyError: there is none.
+    """
+    return BACKBONES[config.model_type.removeprefix(PREFIX)]
 
 
 def register() -> None:
@@ -47,6 +72,7 @@ register()
 __all__ = [
     "ATTENTIONS",
     "BACKBONES",
+    "PREFIX",
     "CosineState",
     "FeatureMapWeights",
     "GainCell",
@@ -57,9 +83,13 @@ __all__ = [
     "HybridLinearState",
     "LinearAttention",
     "LinearAttentionConfig",
+    "LinearizedGPT2Config",
+    "LinearizedGPT2ForCausalLM",
+    "LinearizedGPT2Model",
     "LinearizedLlamaConfig",
     "LinearizedLlamaForCausalLM",
     "LinearizedLlamaModel",
+    "backbone_of",
     "cosine_attention",
     "gain_cell_attention",
     "hybrid_linear_attention",

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,8 +83,13 @@ class MixerAttention(AttentionBase):
 
 
 class MixerModelMixin(ModelBase):
-    """Goes before a stock PreTrainedModel class: initialisation, arms and backend of the mechanisms."""
+    """Goes before a stock PreTrainedModel class: initialisation, arms and backend of the mechanisms.
 
+    Attributes:
+        layers_path: of the list of layers in the base model. attention_path: of the attention in a layer.
+    """
+
+    layers_path, attention_path = "layers", "self_attn"
     _is_stateful = True
     _supports_flash_attn = _supports_flex_attn = False
     _can_compile_fullgraph = False
@@ -94,6 +100,31 @@ class MixerModelMixin(ModelBase):
         super()._init_weights(module)
         if isinstance(module, (FeatureMap, RangeScaler, WindowMix)):
             module.reset_parameters()
+
+    @property
+    def max_positions(self) -> int | None:
+        """How many positions are learned, which no token can go past; None where they are computed."""
+        return None
+
+    def check_positions(self, tokens: int) -> None:
+        """Refuse a sequence of `tokens` real tokens that the learned positions do not reach.
+
+        Raises:
+            ValueError: one sentence.
+        """
+        if self.max_positions is not None and tokens > self.max_positions:
+            raise ValueError(
+                f"this model has {self.max_positions} learned positions and was given {tokens} tokens: shorten the "
+                "text, or generate fewer new tokens"
+            )
+
+    def decoder_layers(self) -> list[nn.Module]:
+        """The layers in order, converted or not."""
+        return list(attrgetter(self.layers_path)(self.base_model))
+
+    def attention_modules(self) -> list[nn.Module]:
+        """The attention of every layer in order, converted or not."""
+        return [attrgetter(self.attention_path)(layer) for layer in self.decoder_layers()]
 
     def mixer_attentions(self) -> list[MixerAttention]:
         """The attention modules of the converted layers, in order."""
@@ -188,8 +219,9 @@ def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_val
         padding_mask = attention_mask[:, -inputs_embeds.shape[1] :].bool()
         if padding_mask.device.type == "cpu" and bool(padding_mask.all()):
             padding_mask = None
-    attentions = [layer.self_attn for layer in model.layers]
-    softmax = [i for i, attention in enumerate(attentions) if getattr(attention, "arm", "teacher") == "teacher"]
+    softmax = [
+        i for i, attention in enumerate(model.attention_modules()) if getattr(attention, "arm", "teacher") == "teacher"
+    ]
     if not softmax:
         return None, padding_mask
     causal_mask = create_causal_mask(
@@ -205,12 +237,12 @@ def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_val
 
 def new_cache(model) -> DynamicCache:
     """An empty cache for the current arm: in the teacher arm every layer's cache is the stock growing one."""
-    teacher = any(getattr(layer.self_attn, "arm", None) == "teacher" for layer in model.layers)
+    teacher = any(getattr(attention, "arm", None) == "teacher" for attention in model.attention_modules())
     return DynamicCache() if teacher else DynamicCache(config=model.config)
 
 
 def real_positions(attention_mask: Tensor | None, length: int, past: int, device) -> Tensor:
-    """Positions of this call's tokens, counted over real tokens: features follow RoPE, padding must not shift them."""
+    """Positions of this call's tokens, counted over real tokens: padding must not shift what follows positions."""
     if attention_mask is not None and attention_mask.shape[1] == past + length:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
     return (torch.arange(length, device=device) + past)[None]

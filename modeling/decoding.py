@@ -49,6 +49,7 @@ class DecodingSession:
         self.logits: Any = None
         self._lenders: list[weakref.ref] = []
         self._graph: Any = None
+        self._most = 0  # no row has more tokens: known without asking the device
         with torch.inference_mode(False), torch.no_grad():  # buffers that any mode may change later
             self.token_ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
             self.real = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
@@ -89,12 +90,25 @@ class DecodingSession:
 
     @torch.no_grad()
     def replay(self) -> None:
-        """Run a step on the tokens that are there."""
+        """Run a step on the tokens that are there.
+
+        Raises:
+            ValueError: a row has no learned position left.
+        """
+        self._check_positions()
         if self._graph is not None:
             self._graph.replay()
             return
         with compiled_elementwise(self.model) if self._compile else contextlib.nullcontext():
             self._run()
+
+    def _check_positions(self) -> None:
+        """Count a step; the device is asked only where padding may hide that there is a position left."""
+        self._most += 1
+        limit = self.model.max_positions
+        if limit is not None and self._most > limit:
+            self._most = int(self.count.max()) + 1
+            self.model.check_positions(self._most)
 
     def _run(self) -> None:
         output = self._forward(
@@ -136,6 +150,7 @@ class DecodingSession:
             self.count.copy_(count)
         else:
             self.count.fill_(count)
+        self._most = int(self.count.max())
         if fill is None:
             return
         generator = torch.Generator(self.count.device).manual_seed(fill)
@@ -170,6 +185,7 @@ class DecodingSession:
         """Take over the states of a cache's layers, whose rows are as many."""
         self.release()
         self.count.copy_(layers[0].state.count)
+        self._most = layers[0].seen
         for mine, layer in zip(self.layers, layers, strict=True):
             mine.buffers.load_(layer.state)
             layer.lend(self)  # which frees the state before the next one is copied
@@ -230,10 +246,11 @@ class CapturedDecoding:
     def _decoding_layers(self, kwargs) -> list | None:
         """The cache's layers when a session can do the call: one token per row, nothing but logits, no gradients."""
         token_ids, cache, mask = (kwargs.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
-        extras = ("inputs_embeds", "labels", "output_hidden_states", "output_attentions")
+        extras = ("inputs_embeds", "token_type_ids", "labels", "output_hidden_states", "output_attentions")
         if cache is None or token_ids is None or torch.is_grad_enabled():
             return None
-        if token_ids.shape[1] != 1 or any(kwargs.get(name) not in (None, False) for name in extras):
+        given = [value for name in extras if (value := kwargs.get(name)) is not None and value is not False]
+        if token_ids.shape[1] != 1 or given:
             return None
         if (mask is not None and mask.dim() != 2) or kwargs.get("use_cache") is False:
             return None

@@ -1,7 +1,7 @@
 """Tiny random models, made on the spot."""
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 TINY = {
     "vocab_size": 97,
@@ -18,26 +18,56 @@ TINY = {
 }
 
 
+TINY_GPT2 = {
+    "vocab_size": 97,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_positions": 256,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 def make_teacher(seed: int = 0, **changes) -> LlamaForCausalLM:
     """A random Llama whose attention is sharp enough for the branches to matter."""
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})).eval()
+    return sharpened(LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})))
+
+
+def make_gpt2(seed: int = 0, **changes) -> GPT2LMHeadModel:
+    """A random GPT-2 alike, with biases that matter."""
+    torch.manual_seed(seed)
+    model = sharpened(GPT2LMHeadModel(GPT2Config(**{**TINY_GPT2, **changes})))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(std=0.1)
+    return model
+
+
+def sharpened(model):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.normal_(std=0.15)
-    return model
+    return model.eval()
 
 
-def make_student(teacher: LlamaForCausalLM, mixers: dict | None = None, mixer_types: list[str] | None = None):
+def make_student(teacher: PreTrainedModel, mixers: dict | None = None, mixer_types: list[str] | None = None):
     """The student of a teacher in memory, with its weights."""
-    from linearize.modeling import LinearizedLlamaConfig, LinearizedLlamaForCausalLM
+    from linearize.modeling import backbone_of
 
+    backbone = backbone_of(teacher.config)
     fields = teacher.config.to_dict()
     for name in ("model_type", "architectures", "transformers_version", "dtype"):
         fields.pop(name, None)
-    config = LinearizedLlamaConfig(**fields, mixers=mixers, mixer_types=mixer_types)
-    student = LinearizedLlamaForCausalLM(config).eval()
+    config = backbone.config(**fields, mixers=mixers, mixer_types=mixer_types)
+    student = backbone.default(config).eval()
     student.load_state_dict(teacher.state_dict(), strict=False)
     return student
 

@@ -3,9 +3,11 @@
 import json
 import random
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from tiny_models import make_teacher
+from transformers import PreTrainedModel
 
 WORDS = "the river ran past a small red house where two old cats slept in warm winter light and nobody spoke".split()
 CHAT_TEMPLATE = (
@@ -37,10 +39,12 @@ def make_tokenizer(chat: bool = False):
     return fast
 
 
-def make_teacher_directory(path: Path, *, chat: bool = False, **changes) -> Path:
+def make_teacher_directory(
+    path: Path, *, chat: bool = False, make: Callable[..., PreTrainedModel] = make_teacher, **changes
+) -> Path:
     """A complete stock checkpoint: random weights, tokenizer, generation config."""
     tokenizer = make_tokenizer(chat)
-    teacher = make_teacher(**{"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, **changes})
+    teacher = make(**{"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, **changes})
     teacher.generation_config.max_length = 64
     teacher.save_pretrained(path)
     tokenizer.save_pretrained(path)

@@ -43,9 +43,14 @@ def continuation(
 def measure_speed(
     model: Any, *, arm: str | None = "mixed", prompt_tokens: int = 512, new_tokens: int = 16, repeats: int = 1
 ) -> Speed:
-    """Time a prefill and a greedy decode through the cache, after one short warm-up; the best of `repeats`."""
+    """Time a prefill and a greedy decode through the cache, after one short warm-up; the best of `repeats`.
+
+    The prompt is cut to the context of the model.
+    """
     arm = arm if is_student(model) else None
     with measuring(model, arm) as base:
+        context = getattr(base.config, "max_position_embeddings", None) or prompt_tokens + new_tokens
+        prompt_tokens = max(1, min(prompt_tokens, context - new_tokens))
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(base.config.vocab_size, (1, prompt_tokens), generator=generator).to(input_device(base))
         _timed_run(base, prompt[:, :8], 2)

@@ -132,7 +132,7 @@ def test_a_gpu_that_is_not_there(call, config, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "gpt2"}, "gpt2"),
+        ({"model_type": "opt"}, "opt model"),
         ({"model_type": "no_such_model"}, "no_such_model"),
         ({"num_key_value_heads": 3}, "do not divide"),
         ({}, "weights"),

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from tiny_models import make_student, make_teacher
+from tiny_models import make_gpt2, make_student, make_teacher
 from torch.profiler import ProfilerActivity, profile
 
 from linearize import memory, run_plan
@@ -85,6 +85,12 @@ def test_forecast_is_close_to_the_peak(name):
     assert stage_forecasts(teacher, attention, 512, fused=False) == pytest.approx(measured, rel=0.15)
 
 
+def test_forecast_of_a_gpt2_is_close_to_the_peak():
+    teacher = make_gpt2(n_embd=256, n_positions=512)
+    measured = stage_peaks(teacher, {"linear": {"type": "linear"}}, 512, "chunked")
+    assert stage_forecasts(teacher, {}, 512, fused=False) == pytest.approx(measured, rel=0.15)
+
+
 @pytest.mark.skipif(not triton_support.interpreting(), reason="on the CPU the kernels run in Triton's interpreter")
 def test_forecast_of_the_fused_path_is_close_to_the_peak():
     teacher = make_teacher(**{**LARGE, "num_attention_heads": 2, "num_key_value_heads": 1, "num_hidden_layers": 2})
@@ -96,6 +102,7 @@ def test_forecast_of_the_fused_path_is_close_to_the_peak():
 
 
 LLAMA_8B = {
+    "model_type": "llama",
     "hidden_size": 4096,
     "intermediate_size": 14336,
     "num_hidden_layers": 32,
@@ -106,6 +113,7 @@ LLAMA_8B = {
     "tie_word_embeddings": False,
 }
 SMOLLM2 = {
+    "model_type": "llama",
     "hidden_size": 576,
     "intermediate_size": 1536,
     "num_hidden_layers": 30,

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import make_student, make_teacher, perturb
+from tiny_models import make_gpt2, make_student, make_teacher, perturb
 
 LOAD = """
 import sys
@@ -35,10 +35,11 @@ for folder in sys.argv[1:]:
 @pytest.mark.slow
 @torch.no_grad()
 def test_loads_without_the_package(tmp_path):
-    layouts = {"all": None, "some": ["linear", "softmax", "linear"]}
+    some = ["linear", "softmax", "linear"]
+    layouts = {"all": (make_teacher, None), "some": (make_teacher, some), "gpt2": (make_gpt2, None)}
     expected = {}
-    for name, mixer_types in layouts.items():
-        student = make_student(make_teacher(), {"linear": {"type": "linear", "window": 5, "sinks": 2}}, mixer_types)
+    for name, (make, mixer_types) in layouts.items():
+        student = make_student(make(), {"linear": {"type": "linear", "window": 5, "sinks": 2}}, mixer_types)
         perturb(student)
         student.save_pretrained(tmp_path / name)
         ids = torch.arange(3, 43)[None]
@@ -52,5 +53,6 @@ def test_loads_without_the_package(tmp_path):
         assert loaded["tokens"] == expected[name][1]
         logits = torch.load(tmp_path / name / "logits.pt", weights_only=True)
         assert (logits - expected[name][0]).abs().max() <= 1e-5
-        assert (tmp_path / name / "again" / "modeling_llama.py").is_file()
+        backbone = "gpt2" if name == "gpt2" else "llama"
+        assert (tmp_path / name / "again" / f"modeling_{backbone}.py").is_file()
         assert not list((tmp_path / name).glob("*.bin"))
