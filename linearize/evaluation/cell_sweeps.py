@@ -54,11 +54,11 @@ class SweepReport:
                 figures = [point.perplexity, point.perplexity / self.own_perplexity]
                 own = "own" if point.own else ""
                 rows.append([f"{name} {point.label}", format_number(figures[0]), f"{figures[1]:.3f}", own])
-        title = f"Cells exchanged at run time, on {self.tokens:,} tokens; leak 1x is {self.leak_unit}"
+        title = f"Cells exchanged at run time, on {self.tokens:,} tokens"
         return Table(title, ["", "perplexity", "/ the checkpoint's own cells", ""], rows)
 
     def show(self, console: Any = None) -> None:
-        show_tables([self.table()], (), console)
+        show_tables([self.table()], [f"A leak of 1x is {self.leak_unit}."], console)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

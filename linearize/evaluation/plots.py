@@ -75,7 +75,9 @@ def plot_noise(report: "NoiseReport", path: str | os.PathLike[str]) -> None:
     axes.axhline(spread.mean, color="tab:blue", linewidth=1.2, label=f"mean {spread.mean:.5g}")
     if spread.deviation is not None and math.isfinite(spread.deviation):
         band = (spread.mean - spread.deviation, spread.mean + spread.deviation)
-        axes.axhspan(*band, color="tab:blue", alpha=0.15, linewidth=0, label=f"± {spread.deviation:.2g}")
+        axes.axhspan(
+            *band, color="tab:blue", alpha=0.15, linewidth=0, label=f"± one deviation, {spread.deviation:.2g}"
+        )
     noiseless = report.noiseless_perplexity
     axes.axhline(noiseless, color="black", linewidth=1.2, linestyle="--", label=f"without noise {noiseless:.5g}")
     axes.set(xlabel="seed of the trial", ylabel="held-out perplexity", title=f"noise {describe(report.noise)}")
@@ -86,7 +88,7 @@ def plot_noise(report: "NoiseReport", path: str | os.PathLike[str]) -> None:
 
 
 def plot_cell_sweeps(report: "SweepReport", path: str | os.PathLike[str]) -> None:
-    """Perplexity over leak rate and over weight levels, side by side; rings mark the checkpoint's own values."""
+    """Perplexity over leak rate and over weight levels, each panel on a scale of its own; rings mark the checkpoint's values."""
     figure, panels = _figure(height=3.6, panels=2)
     sweeps = ((f"leak rate, 1x = {report.leak_unit}", report.leak), ("weight levels", report.weight_levels))
     for axes, (name, points) in zip(panels, sweeps, strict=True):
@@ -107,11 +109,11 @@ def plot_cell_sweeps(report: "SweepReport", path: str | os.PathLike[str]) -> Non
 
 
 def _figure(height: float, panels: int = 1) -> tuple[Any, Any]:
-    """A figure with its axes; an array of them, with one vertical scale, where there are several."""
+    """A figure with its axes; an array of them where there are several."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.subplots(1, panels, sharey=True)
+    axes = figure.subplots(1, panels)
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
     return figure, axes
