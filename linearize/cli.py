@@ -1,4 +1,5 @@
-"""The command line: `linearize convert | transfer | finetune | evaluate | chat | info | push | run | pretrain`.
+"""The command line: `linearize convert | transfer | finetune | evaluate | chat | info | push | run | pretrain |
+export-vectors`.
 
 Every setting of `linearize/settings.py` (of `linearize/pretraining.py` for `pretrain`) is a flag of the commands that
 use it (`--transfer.tokens 1000000`). Bad input ends with one sentence and exit code 2, Ctrl-C with 130
@@ -165,13 +166,31 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option("--max_tokens", help="Tokens to score.")] = 65_536,
     batch_size: Annotated[int, typer.Option("--batch_size", help="Sequences scored together.")] = 1,
     controls: Annotated[
-        bool, typer.Option("--controls/--no_controls", help="Measure teacher, control and single arms too.")
+        bool,
+        typer.Option(
+            "--controls/--no_controls", help="Measure teacher, control and single arms too, where there are any."
+        ),
     ] = True,
     speed: Annotated[bool, typer.Option("--speed", help="Time prefill and decoding too.")] = False,
+    noise: Annotated[
+        str | None,
+        typer.Option(
+            "--noise", help="Deviations of gain cells, e.g. read=0.01,mismatch=0.05 (also write, leak_spread)."
+        ),
+    ] = None,
+    trials: Annotated[int, typer.Option("--trials", help="Draws of the noise.")] = 16,
+    cell_sweeps: Annotated[
+        bool, typer.Option("--cell_sweeps", help="Perplexity over the leak and the weight levels of gain cells.")
+    ] = False,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     output: Annotated[
-        str | None, typer.Option("--output", help="Folder for evaluation.json, evaluation.md, tasks.json and plots.")
+        str | None,
+        typer.Option(
+            "--output",
+            help="Folder for evaluation.json, evaluation.md, tasks.json and plots. Default none, but `evaluation` "
+            "with --noise or --cell_sweeps, which draw a plot.",
+        ),
     ] = None,
 ) -> None:
     """Measure a model: perplexity of its arms on any text, and tasks of the lm-eval harness."""
@@ -179,6 +198,8 @@ def evaluate(
 
     if not text and not tasks:
         raise UserError("Nothing to measure: give --text FILE, --tasks NAMES or both.")
+    if (noise is not None or cell_sweeps) and not text:
+        raise UserError("--noise and --cell_sweeps measure a perplexity: give --text FILE.")
     evaluate_model(
         directory,
         texts=text or [],
@@ -192,9 +213,43 @@ def evaluate(
         batch_size=batch_size,
         controls=controls,
         speed=speed,
+        noise=noise,
+        trials=trials,
+        cell_sweeps=cell_sweeps,
         dtype=dtype,
         device=device,
         output=output,
+    )
+
+
+@app.command("export-vectors")
+@command
+def export_vectors(
+    directory: Directory,
+    output: Annotated[str, typer.Argument(help="The .npz file to write.")],
+    layer: Annotated[int, typer.Option("--layer", help="Index of the layer, from 0.")] = 0,
+    head: Annotated[int, typer.Option("--head", help="Query head of the layer, from 0.")] = 0,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of the text.")] = 64,
+    text: Annotated[
+        str | None, typer.Option("--text", help="Text to run (.txt, .jsonl, .parquet); default some sentences.")
+    ] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> None:
+    """Write what one head of gain cells stores, reads and converts, as test vectors for circuit simulation."""
+    from linearize.commands import export_test_vectors
+
+    export_test_vectors(
+        directory,
+        output,
+        layer=layer,
+        head=head,
+        tokens=tokens,
+        text=text,
+        dtype=dtype,
+        device=device,
+        overwrite=overwrite,
     )
 
 

@@ -1,4 +1,4 @@
-"""What `linearize evaluate`, `linearize chat` and `linearize info --hardware` do once their flags are read."""
+"""What `linearize evaluate`, `chat`, `export-vectors` and `info --hardware` do once their flags are read."""
 
 from __future__ import annotations
 
@@ -75,22 +75,32 @@ def evaluate_model(
     batch_size: int,
     controls: bool,
     speed: bool,
+    noise: str | None,
+    trials: int,
+    cell_sweeps: bool,
     dtype: str,
     device: str,
     output: str | None,
 ) -> None:
     """Print the tables of the perplexities and of the tasks, and write them where `output` says."""
     from linearize.data import load_text_blocks
-    from linearize.evaluation import evaluate, run_tasks
+    from linearize.evaluation import evaluate, measure_noise, parse_noise, run_tasks, sweep_cells
+    from linearize.evaluation.arms import gain_cell_layers
     from linearize.hub import read_record
 
-    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("limit", limit)):
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("limit", limit), ("trials", trials)):
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}, but it must be at least 1.")
+    deviations = None if noise is None else parse_noise(noise)
+    if output is None and (noise is not None or cell_sweeps):
+        output = "evaluation"
     model, tokenizer, converted = load(source, dtype, device)
-    limit_of_model = getattr(model.config, "max_position_embeddings", None)
-    if texts and limit_of_model is not None and sequence_length > limit_of_model:
-        raise UserError(f"--sequence_length is {sequence_length}, but the model's context is {limit_of_model} tokens.")
+    if deviations is not None:
+        gain_cell_layers(model, "--noise")
+    if cell_sweeps:
+        gain_cell_layers(model, "--cell_sweeps")
+    if texts:
+        _check_context(model, "sequence_length", sequence_length)
     with stage("evaluation", f"lower --batch_size (now {batch_size}) or --sequence_length (now {sequence_length})"):
         if texts:
             blocks = load_text_blocks(list(texts), tokenizer, sequence_length, max_tokens, text_field=text_field)
@@ -103,6 +113,14 @@ def evaluate_model(
             report.show()
             if output:
                 report.save(output)
+            extra: list[Any] = []
+            if deviations is not None:
+                extra.append(measure_noise(model, blocks, deviations, trials=trials, batch_size=batch_size))
+            if cell_sweeps:
+                extra.append(sweep_cells(model, blocks, batch_size=batch_size))
+            for found in extra:
+                found.show()
+                print(f"Saved {', '.join(map(str, found.save(output)))}")
         if tasks:
             path_of_scores = Path(output) / "tasks.json" if output else None
             arm = "mixed" if converted else None
@@ -116,6 +134,44 @@ def evaluate_model(
                 output_path=path_of_scores,
                 arm=arm,
             ).show()
+
+
+def _check_context(model: Any, flag: str, tokens: int) -> None:
+    """Refuse sequences that are longer than the model's context, where it has one."""
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and tokens > context:
+        raise UserError(f"--{flag} is {tokens}, but the model's context is {context} tokens.")
+
+
+def export_test_vectors(
+    source: str,
+    output: str,
+    *,
+    layer: int,
+    head: int,
+    tokens: int,
+    text: str | None,
+    dtype: str,
+    device: str,
+    overwrite: bool,
+) -> None:
+    """Follow one head of gain cells on the first tokens of a text, and write the vectors."""
+    from linearize.data import load_text_blocks
+    from linearize.evaluation import export_vectors, save_vectors
+    from linearize.evaluation.vectors import TEXT, check_vectors_path
+
+    if tokens < 2:
+        raise UserError(f"--tokens is {tokens}, but it must be at least 2.")
+    check_vectors_path(output, overwrite)
+    model, tokenizer, _ = load(source, dtype, device)
+    _check_context(model, "tokens", tokens)
+    if text is not None:
+        input_ids = load_text_blocks(text, tokenizer, tokens, tokens)[0]["input_ids"]
+    else:
+        sample = TEXT * (1 + tokens // 32)  # even a tokenizer of whole words fills 32 tokens with it
+        input_ids = tokenizer(sample, return_tensors="pt")["input_ids"][0, :tokens]
+    save_vectors(output, export_vectors(model, input_ids, layer=layer, head=head), overwrite=overwrite)
+    print(f"Saved {output}: head {head} of layer {layer} on {tokens} tokens")
 
 
 def _original(model: Any, teacher: str) -> Any:

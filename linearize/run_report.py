@@ -11,6 +11,7 @@ from typing import Any
 
 from torch.utils.data import Subset
 
+from linearize.evaluation.arms import has_branches
 from linearize.evaluation.report import (
     LINEAR_ARM,
     OWN_WEIGHTS,
@@ -71,14 +72,14 @@ class RunReport:
             base_is_teacher: False for a model that was finetuned before: its own weights are then the reference, and
                 there is no control.
         """
-        self.report.reach = window_reach(model.config)
+        self.report.reach = window_reach(model)
         self.report.reference = TEACHER if base_is_teacher else OWN_WEIGHTS
         if self.config.controls:
             if is_quantized(model) and QUANTIZED not in self.report.notes:
                 self.report.notes.append(QUANTIZED)
             self.measure(self.report.reference, model, "teacher")
-            if base_is_teacher:
-                self.report.control = control_name(model.config)
+            if base_is_teacher and has_branches(model):
+                self.report.control = control_name(model)
                 self.measure(self.report.control, model, "softmax")
             self.measure(CONVERTED, model, "mixed")
 
@@ -88,12 +89,12 @@ class RunReport:
             self.measure(TRANSFERRED, model, "mixed")
 
     def finish(self, model: Any) -> Report:
-        """Measure the finished student, its arms and the linear branch's share."""
+        """Measure the finished student, and where it has branches their arms and the linear branch's share."""
         from linearize.evaluation import linear_share, state_bytes
 
         report = self.report
         self.measure(STUDENT, model, "mixed")
-        if self.config.controls:
+        if self.config.controls and has_branches(model):
             self.measure(SOFTMAX_ARM, model, "softmax")
             self.measure(LINEAR_ARM, model, "linear")
             rows = [report.row(name) for name in (report.reference, STUDENT, SOFTMAX_ARM)]

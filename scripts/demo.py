@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> Report:
 
     headline("Convert every layer; nothing is trained")
     model = linearize.convert(teacher, linearize.LinearAttentionConfig(window=64, sinks=4), dtype=torch.float32)
-    report.reach, report.control = window_reach(model.config), control_name(model.config)
+    report.reach, report.control = window_reach(model), control_name(model)
     report.state = state_bytes(model.config)
     measure(TEACHER, model, "teacher")
     measure(report.control, model, "softmax")

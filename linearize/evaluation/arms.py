@@ -24,6 +24,39 @@ def is_student(model: Any) -> bool:
     return hasattr(unwrap(model), "use_arm")
 
 
+def arms_of(model: Any) -> tuple[str, ...]:
+    """The arms that can be measured: a stock model has only the teacher's."""
+    return tuple(unwrap(model).arms()) if is_student(model) else ("teacher",)
+
+
+def has_branches(model: Any) -> bool:
+    """Whether every converted layer mixes a softmax window and a linear branch, each of which can run alone."""
+    return {"softmax", "linear"} <= set(arms_of(model))
+
+
+def gain_cell_layers(model: Any, purpose: str) -> dict[int, Any]:
+    """Layer index -> mechanism of the layers that are made of gain cells.
+
+    Args:
+        model: any model; of a peft wrapper the adapters must be merged, for it hides the mechanisms behind its own.
+        purpose: what they are needed for, the subject of the error's sentence.
+
+    Raises:
+        UserError: there is no such layer.
+    """
+    layers = {}
+    if is_student(model) and unwrap(model) is model:
+        for attention in model.mixer_attentions():
+            if model.config.mixer(attention.layer_idx).type == "gain_cell":
+                layers[attention.layer_idx] = attention.mixer
+    if not layers:
+        raise UserError(
+            f"{purpose} needs a model with gain-cell layers, and this one has none: make one with "
+            "`linearize convert MODEL OUT --attention.type gain_cell`."
+        )
+    return layers
+
+
 def adapters_off(model: Any) -> contextlib.AbstractContextManager:
     """Switch LoRA and the trained copies of modules off; nothing to do on a model without adapters."""
     return model.disable_adapter() if hasattr(model, "get_base_model") else contextlib.nullcontext()
@@ -38,7 +71,7 @@ def measuring(model: Any, arm: str | None) -> Iterator[Any]:
         arm: one of `ARMS`; None or "teacher" for a stock model.
 
     Raises:
-        UserError: a stock model is asked for an arm that it does not have.
+        UserError: the model does not have the arm.
     """
     base = unwrap(model)
     if arm is not None and arm not in ARMS:
@@ -48,6 +81,8 @@ def measuring(model: Any, arm: str | None) -> Iterator[Any]:
             f"The arm {arm!r} needs a converted model, and {type(base).__name__} is a stock one: convert it first, "
             "or measure it with arm 'teacher'."
         )
+    if is_student(model) and arm is not None and arm not in (known := base.arms()):
+        raise UserError(f"This model's attention has no arm {arm!r}: measure one of {', '.join(known)}.")
     was_training = model.training
     model.eval()
     try:

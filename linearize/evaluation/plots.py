@@ -1,10 +1,14 @@
-"""The report's two pictures: perplexity of the arms, and the linear branch's share by layer."""
+"""Pictures: perplexity of the arms, the linear branch's share by layer, gain cells with noise and with other cells."""
 
 import math
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from linearize.evaluation.cell_sweeps import SweepReport
+    from linearize.evaluation.noise import NoiseReport
 
 
 def plot_arms(
@@ -61,12 +65,57 @@ def plot_linear_share(per_layer: Mapping[int, float], path: str | os.PathLike[st
     _save(figure, path)
 
 
-def _figure(height: float) -> tuple[Any, Any]:
+def plot_noise(report: "NoiseReport", path: str | os.PathLike[str]) -> None:
+    """Perplexity of every trial, their mean with one standard deviation to either side, and the noiseless model."""
+    from linearize.evaluation.noise import describe
+
+    spread = report.perplexity()
+    figure, axes = _figure(height=3.6)
+    axes.plot([t.seed for t in report.trials], [t.perplexity for t in report.trials], "o", label="trial")
+    axes.axhline(spread.mean, color="tab:blue", linewidth=1.2, label=f"mean {spread.mean:.5g}")
+    if spread.deviation is not None and math.isfinite(spread.deviation):
+        band = (spread.mean - spread.deviation, spread.mean + spread.deviation)
+        axes.axhspan(
+            *band, color="tab:blue", alpha=0.15, linewidth=0, label=f"± one deviation, {spread.deviation:.2g}"
+        )
+    noiseless = report.noiseless_perplexity
+    axes.axhline(noiseless, color="black", linewidth=1.2, linestyle="--", label=f"without noise {noiseless:.5g}")
+    axes.set(xlabel="seed of the trial", ylabel="held-out perplexity", title=f"noise {describe(report.noise)}")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+    _save(figure, path)
+
+
+def plot_cell_sweeps(report: "SweepReport", path: str | os.PathLike[str]) -> None:
+    """Perplexity over leak rate and over weight levels, each panel on a scale of its own; rings mark the checkpoint's values."""
+    figure, panels = _figure(height=3.6, panels=2)
+    sweeps = ((f"leak rate, 1x = {report.leak_unit}", report.leak), ("weight levels", report.weight_levels))
+    for axes, (name, points) in zip(panels, sweeps, strict=True):
+        places = range(len(points))
+        axes.axhline(report.own_perplexity, color="black", linewidth=0.8, linestyle="--")
+        axes.plot(places, [point.perplexity for point in points], "o-")
+        own = [(place, point.perplexity) for place, point in enumerate(points) if point.own]
+        if own:
+            ring = {"s": 160, "facecolors": "none", "edgecolors": "black", "zorder": 3}
+            axes.scatter(*zip(*own, strict=True), **ring, label=f"the checkpoint's own, {report.own_perplexity:.5g}")
+            axes.legend(frameon=False)
+        axes.set_xticks(places, [point.label for point in points])
+        axes.set_xlabel(name)
+        axes.margins(0.12)
+        axes.ticklabel_format(axis="y", useOffset=False)
+    panels[0].set_ylabel("held-out perplexity")
+    _save(figure, path)
+
+
+def _figure(height: float, panels: int = 1) -> tuple[Any, Any]:
+    """A figure with its axes; an array of them where there are several."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(8, height), layout="constrained")
-    axes = figure.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
+    axes = figure.subplots(1, panels)
+    for panel in figure.axes:
+        panel.spines[["top", "right"]].set_visible(False)
     return figure, axes
 
 

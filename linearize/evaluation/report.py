@@ -1,7 +1,8 @@
 """The evaluation of a converted model: its arms against the teacher and the training-free control, in one report.
 
 That removing the linear branch hurts proves little by itself, so the report always carries the control (the softmax
-window and sinks without any training), the linear arm alone, and the linear branch's share of the denominator.
+window and sinks without any training), the linear arm alone, and the linear branch's share of the denominator. A
+mechanism without branches has none of these: its report holds the teacher and the student.
 """
 
 import contextlib
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import UserError
-from linearize.evaluation.arms import adapters_off, is_student, unwrap
+from linearize.evaluation.arms import adapters_off, has_branches, is_student, unwrap
 from linearize.evaluation.generation import Speed, measure_speed
 from linearize.evaluation.memory import StateBytes, state_bytes, state_table
 from linearize.evaluation.perplexity import PerplexityResult, perplexity
@@ -26,6 +27,10 @@ STUDENT = "student"
 SOFTMAX_ARM = "student, softmax arm alone"
 LINEAR_ARM = "student, linear arm alone"
 MERGED_NOTE = (
+    "LoRA is merged into these weights, so the teacher cannot be measured on them: the reference is the merged "
+    "weights with softmax attention. Give the teacher to compare with it."
+)
+MERGED_BRANCHES_NOTE = (
     "LoRA is merged into these weights, so neither the teacher nor the training-free control can be measured on them: "
     "the reference is the merged weights with softmax attention. Give the teacher to compare with it."
 )
@@ -53,7 +58,8 @@ class Report:
     """Everything that the evaluation found; a plain value that prints, saves as JSON and comes back from it.
 
     Fields: rows in the order measured; reference and control, names of the rows that the others are compared with;
-    reach, window + sinks in tokens (the largest of the layers): from there on the linear branch has keys;
+    reach, window + sinks in tokens (the largest of the layers): from there on the linear branch has keys; None without
+    branches;
     linear_index, see the function; state, bytes per sequence; speed, by row name; seconds, by stage; samples, texts by
     name; notes, sentences for the reader.
     """
@@ -200,16 +206,18 @@ def linear_index(teacher_nll: float, mixed_nll: float, softmax_nll: float) -> fl
     return (softmax_nll - mixed_nll) / gap if gap > 0 else None
 
 
-def window_reach(config: Any) -> int | None:
+def window_reach(model: Any) -> int | None:
     """Largest window + sinks of the converted layers, before which the linear branch is empty; None without any."""
-    if not hasattr(config, "mixer_types"):
+    if not has_branches(model):
         return None
+    config = unwrap(model).config
     mixers = [config.mixer(i) for i in range(config.num_hidden_layers)]
     return max((mixer.window + mixer.sinks for mixer in mixers if mixer is not None), default=None)
 
 
-def control_name(config: Any) -> str:
-    """Name of the control's row, with its window and sinks (each once where layers differ)."""
+def control_name(model: Any) -> str:
+    """Name of the control's row of a model with branches: its window and sinks (each once where layers differ)."""
+    config = unwrap(model).config
     mixers = [config.mixer(i) for i in range(config.num_hidden_layers)]
     sizes = sorted({(mixer.window, mixer.sinks) for mixer in mixers if mixer is not None})
     return "control: softmax window " + ", ".join(f"{w} + {s} sinks" for w, s in sizes) + ", no training"
@@ -231,7 +239,8 @@ def evaluate(
 
     Teacher and control come from the student itself where its base weights are the teacher's: its teacher and softmax
     arms with the adapters off (the softmax branch has no parameters of its own, so an untrained student's softmax arm
-    is the training-free window). Once LoRA is merged the base weights are others, and both need `original`.
+    is the training-free window). Once LoRA is merged the base weights are others, and both need `original`. Control,
+    single arms and linear share are those of a mechanism with branches; other mechanisms have no such rows.
 
     Args:
         model: student, peft-wrapped student, or stock model (which gets its perplexity and nothing else).
@@ -244,18 +253,18 @@ def evaluate(
         share_tokens: tokens on which the linear share is measured; 0 leaves it out.
         speed: also time prefill and decode of teacher and student.
     """
-    config = unwrap(model).config
-    report = Report(reach=window_reach(config))
+    report = Report(reach=window_reach(model))
     if not is_student(model):
         report.add(TEACHER, perplexity(model, blocks, arm=None, batch_size=batch_size))
         return report
     if original is not None and not is_student(original):
         raise UserError(
-            "The original must be an untrained student, linearize.convert(teacher, attention): a stock model has no "
-            "softmax window to be the control."
+            "The original must be an untrained student, linearize.convert(teacher, attention): a stock model "
+            "has none of its arms."
         )
     own_weights = merged and original is None
     source = original if original is not None else model
+    branches = has_branches(model)
     report.reference = OWN_WEIGHTS if own_weights else TEACHER
 
     def measure(name: str, measured: Any, arm: str) -> Row:
@@ -264,15 +273,15 @@ def evaluate(
     with contextlib.nullcontext() if source is original else adapters_off(model):
         if controls:
             measure(report.reference, source, "teacher")
-        if controls and not own_weights:
-            report.control = control_name(config)
+        if controls and branches and not own_weights:
+            report.control = control_name(model)
             measure(report.control, source, "softmax")
         if speed:
             report.speed[report.reference] = measure_speed(source, arm="teacher")
     for name, result in (yardsticks or {}).items():
         report.add(name, result)
     measure(STUDENT, model, "mixed")
-    if controls:
+    if controls and branches:
         control = report.row(report.control)
         if control is not None and source is model and unwrap(model) is model:
             report.rows.append(dataclasses.replace(control, name=SOFTMAX_ARM, seconds=0.0))
@@ -282,10 +291,10 @@ def evaluate(
         measure(LINEAR_ARM, model, "linear")
         report.linear_index = linear_index(*(report.nll(name) for name in (report.reference, STUDENT, SOFTMAX_ARM)))
     if own_weights and controls:
-        report.notes.append(MERGED_NOTE)
-    if share_tokens:
+        report.notes.append(MERGED_BRANCHES_NOTE if branches else MERGED_NOTE)
+    if share_tokens and branches:
         report.share = linear_share(model, blocks, batch_size=batch_size, max_tokens=share_tokens)
     if speed:
         report.speed[STUDENT] = measure_speed(model)
-    report.state = state_bytes(config)
+    report.state = state_bytes(unwrap(model).config)
     return report

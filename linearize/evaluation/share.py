@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from linearize.evaluation.arms import input_device, measuring
+from linearize.errors import UserError
+from linearize.evaluation.arms import has_branches, input_device, measuring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,14 @@ def linear_share(model: Any, blocks: Any, *, batch_size: int = 1, max_tokens: in
         model: a student, or its peft wrapper.
         blocks: `len()` and `[i] -> {"input_ids": (L,)}`, without padding.
         max_tokens: stop after so many tokens (whole batches); default all.
+
+    Raises:
+        UserError: a model without linear branches.
     """
+    if not has_branches(model):
+        raise UserError(
+            "The linear share needs a mechanism with a linear branch, and this model's attention has none."
+        )
     sums: dict[int, float] = {}
     counts: dict[int, int] = {}
     with measuring(model, "mixed") as base, tqdm(desc="linear share", unit="block", leave=False) as bar:

@@ -14,7 +14,7 @@ from linearize.cli import main
 from linearize.hub import read_record
 from linearize.settings_io import resolve
 
-COMMANDS = ("convert", "transfer", "finetune", "evaluate", "chat", "info", "push", "run", "pretrain")
+COMMANDS = ("convert", "transfer", "finetune", "evaluate", "chat", "info", "push", "run", "pretrain", "export-vectors")
 
 
 @pytest.fixture(scope="module")
