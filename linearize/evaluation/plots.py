@@ -88,7 +88,7 @@ def plot_noise(report: "NoiseReport", path: str | os.PathLike[str]) -> None:
 
 
 def plot_cell_sweeps(report: "SweepReport", path: str | os.PathLike[str]) -> None:
-    """Perplexity over leak rate and over weight levels, each panel on its own scale; rings mark the checkpoint's values."""
+    """Perplexity over leak rate and over weight levels; rings mark the checkpoint's own values."""
     figure, panels = _figure(height=3.6, panels=2)
     sweeps = ((f"leak rate, 1x = {report.leak_unit}", report.leak), ("weight levels", report.weight_levels))
     for axes, (name, points) in zip(panels, sweeps, strict=True):
