@@ -88,23 +88,24 @@ def plot_noise(report: "NoiseReport", path: str | os.PathLike[str]) -> None:
 
 
 def plot_cell_sweeps(report: "SweepReport", path: str | os.PathLike[str]) -> None:
-    """Perplexity over leak rate and over weight levels; rings mark the checkpoint's own values."""
-    figure, panels = _figure(height=3.6, panels=2)
+    """Perplexity over leak rate and over weight levels, each on a scale of its own; the checkpoint's values ringed."""
+    figure, panels = _figure(height=3.8, panels=2)
     sweeps = ((f"leak rate, 1x = {report.leak_unit}", report.leak), ("weight levels", report.weight_levels))
     for axes, (name, points) in zip(panels, sweeps, strict=True):
         places = range(len(points))
-        axes.axhline(report.own_perplexity, color="black", linewidth=0.8, linestyle="--")
+        line = axes.axhline(report.own_perplexity, color="black", linewidth=0.8, linestyle="--")
         axes.plot(places, [point.perplexity for point in points], "o-")
-        own = [(place, point.perplexity) for place, point in enumerate(points) if point.own]
-        if own:
-            ring = {"s": 160, "facecolors": "none", "edgecolors": "black", "zorder": 3}
-            axes.scatter(*zip(*own, strict=True), **ring, label=f"the checkpoint's own, {report.own_perplexity:.5g}")
-            axes.legend(frameon=False)
+        own = [place for place, point in enumerate(points) if point.own]
+        ring = axes.scatter(
+            own, [report.own_perplexity] * len(own), s=160, facecolors="none", edgecolors="black", zorder=3
+        )
         axes.set_xticks(places, [point.label for point in points])
         axes.set_xlabel(name)
         axes.margins(0.12)
         axes.ticklabel_format(axis="y", useOffset=False)
     panels[0].set_ylabel("held-out perplexity")
+    label = f"the checkpoint's own cells, {report.own_perplexity:.5g}"
+    figure.legend([(line, ring)], [label], loc="outside upper center", frameon=False)
     _save(figure, path)
 
 
