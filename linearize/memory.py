@@ -39,6 +39,8 @@ FUSED_QUERIES = 64
 """Queries whose part of the sinks' gradients the fused kernels write at once."""
 MAP_PROGRAMS = 528
 """Programs that each write a part of the gradients of the maps of one side, over all heads."""
+FORECAST = ("linear",)
+"""Mechanisms whose memory is known."""
 ADAM_STATES = 4
 """float32 copies of a trained parameter: weight, gradient, first and second moment."""
 

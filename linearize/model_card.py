@@ -26,7 +26,7 @@ def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
     metadata = yaml.safe_dump(card_metadata(record, config), sort_keys=False, allow_unicode=True).strip()
     sections = [
         f"---\n{metadata}\n---",
-        f"# {title(record)}",
+        f"# {title(record, config)}",
         introduction(record, config),
         f"## Quick start\n\n```python\n{QUICK_START.format(name=name)}\n```\n\n"
         "The model code comes with the repository; the `linearize` package is not needed. "
@@ -68,9 +68,10 @@ def teacher_name(record: Mapping[str, Any]) -> str:
     return str(record.get("teacher") or "a pretrained model")
 
 
-def title(record: Mapping[str, Any]) -> str:
+def title(record: Mapping[str, Any], config: Any) -> str:
     """Heading of the card."""
-    return f"{os.path.basename(teacher_name(record))} with linear attention"
+    kinds = " and ".join(name.replace("_", "-") for name in mechanisms(config)) or "softmax"
+    return f"{os.path.basename(teacher_name(record))} with {kinds} attention"
 
 
 def introduction(record: Mapping[str, Any], config: Any) -> str:

@@ -391,7 +391,8 @@ class _Run:
         line = f"{name}: {outcome.steps:,} steps, {outcome.tokens:,} tokens, {outcome.seconds:.0f} s"
         if outcome.peak_memory_bytes is not None:
             planned = self.plan.stage(name)
-            expected = f" ({format_bytes(planned.forecast.total)} expected)" if planned else ""
+            forecast = planned.forecast if planned else None
+            expected = f" ({format_bytes(forecast.total)} expected)" if forecast else ""
             line += f", peak memory {format_bytes(outcome.peak_memory_bytes)}{expected}"
         self._say(line)
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from linearize import memory
 from linearize.errors import UserError
 from linearize.hub import is_converted
@@ -23,7 +25,8 @@ class StagePlan:
     settings: TransferConfig | FinetuneConfig
     steps: StepPlan
     trained: dict[str, int]
-    forecast: memory.Forecast
+    forecast: memory.Forecast | None
+    """Expected memory; None for mechanisms without a forecast."""
 
     @property
     def tokens(self) -> int:
@@ -93,7 +96,7 @@ def _stage_row(stage: StagePlan) -> list[str]:
         f"{stage.tokens:,}",
         f"{steps.steps:,}",
         f"{steps.tokens_per_step:,} ({steps.accumulation} x {stage.settings.batch_size} sequences a process)",
-        memory.format_bytes(stage.forecast.total),
+        "no forecast" if stage.forecast is None else memory.format_bytes(stage.forecast.total),
     ]
 
 
@@ -119,21 +122,35 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         and len({index % shape.layers for index in settings.softmax_layers}) == shape.layers
     ):
         raise UserError("attention transfer has no converted layer to train: name fewer softmax_layers.")
-    mixers = memory.Mechanism.of(shape, settings.attention, settings.softmax_layers).parameters
-    fused = memory.runs_fused(teacher, settings)
+    mixers = mixer_parameter_count(shape, settings)
+    known = settings.attention["type"] in memory.FORECAST
+    fused = known and memory.runs_fused(teacher, settings)
     stages = []
     if config.transfer is not None:
         steps = exact_plan(config.transfer, config.data.sequence_length, num_processes, "transfer")
-        forecast = memory.forecast_transfer(teacher, settings, fused=fused)
+        forecast = memory.forecast_transfer(teacher, settings, fused=fused) if known else None
         stages.append(StagePlan("attention transfer", config.transfer, steps, {"mechanism": mixers}, forecast))
     if config.finetune is not None:
         check_finetune(config, shape)
         steps = exact_plan(config.finetune, config.data.sequence_length, num_processes, "finetune")
         trained = {"LoRA": memory.adapter_parameters(shape, config)}
         trained |= {"mechanism": mixers} if config.finetune.train_mixers else {}
-        forecast = memory.forecast_finetune(teacher, settings, fused=fused)
+        forecast = memory.forecast_finetune(teacher, settings, fused=fused) if known else None
         stages.append(StagePlan("finetuning", config.finetune, steps, trained, forecast))
     return RunPlan(config, teacher, converted, num_processes, stages)
+
+
+def mixer_parameter_count(shape: memory.Shape, config: RunConfig) -> int:
+    """Parameters of the mechanism in all converted layers."""
+    from linearize.modeling.registry import mechanism
+
+    entry = mechanism(config.attention["type"])
+    settings = entry.config(**config.attention)
+    settings.resolve(shape.head_dim)
+    with torch.device("meta"):
+        mixer = entry.attention(settings, shape.heads, shape.key_heads, shape.head_dim, 1.0)
+    layers = shape.layers - len({index % shape.layers for index in config.softmax_layers})
+    return layers * sum(parameter.numel() for parameter in mixer.parameters())
 
 
 def read_teacher(config: RunConfig) -> Any:

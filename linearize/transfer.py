@@ -110,6 +110,11 @@ def transfer_attention(
     """
     if not model.mixer_attentions():
         raise UserError("the model has no converted layer to train: choose fewer softmax_layers")
+    if absent := [arm for arm in branch_weights(config.branch) if arm not in model.arms()]:
+        raise UserError(
+            f"transfer.branch is {config.branch!r}, which trains the {absent[0]} arm, and this attention has none: "
+            "set transfer.branch to mixed."
+        )
     run = _Transfer(model, train, config, Path(output_dir), seed, report_to, validation, on_log, device)
     with readable_memory_errors(STAGE, config.batch_size, run.sequence_length):
         return run.train(checkpoint_to_resume(run.checkpoint_dir, resume))
