@@ -247,3 +247,22 @@ def estimate_model(source: str, hardware: str, *, window: int | None, cell: str 
     if gain_cell_layers(config) and (window is not None or cell is not None):
         raise UserError(f"The gain-cell layers of {source} have their own window and cell: omit --window and --cell.")
     return hardware_report(source, config, DEFAULT_WINDOW if window is None else window, chosen)
+
+
+def import_published_gain_cell(source: str, output: str, tokenizer_name: str | None) -> None:
+    """Write the repository of a published gain-cell checkpoint, its target statistics along."""
+    import linearize
+    from linearize.adaptation import save_statistics
+    from linearize.gain_cell_import import import_gain_cell
+    from linearize.hub import make_record, save_final
+
+    tokenizer = linearize.load_tokenizer(tokenizer_name) if tokenizer_name else None
+    model, statistics, read = import_gain_cell(source)
+    with stage("saving the model"):
+        save_final(model, tokenizer, output, make_record(source, recipe={"imported": read}))
+        if statistics:
+            save_statistics(statistics, output)
+    levels = {name: read["cell"][name] for name in ("input_levels", "weight_levels", "output_levels", "leak")}
+    print(f"Saved {output}: {read['cell_kind']} cell, window {read['window']}, {levels}")
+    if tokenizer is None:
+        print("No tokenizer is in it: published checkpoints use GPT-2's; give --tokenizer gpt2 to save it along.")
