@@ -115,6 +115,20 @@ def load_student(
     return model.eval()
 
 
+def load_model(path: str | Path, *, dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
+    """Load a causal language model: a converted repository by `load_student`, else a stock checkpoint.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    source = str(path)
+    if load_config(source).model_type.startswith(PREFIX):
+        return load_student(source, dtype=dtype)
+    with quiet_transformers(), explained(source):
+        load: Any = AutoModelForCausalLM.from_pretrained
+        return load(source, dtype=dtype).eval()
+
+
 def load_config(source: str, *, revision: str | None = None, token: str | None = None) -> PreTrainedConfig:
     """The configuration of a Hub repository, a directory or a `.gguf` file.
 

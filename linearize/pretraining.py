@@ -36,6 +36,9 @@ LOG, VALIDATION = Path("logs", "pretrain.jsonl"), Path("logs", "validation.jsonl
 REPORT = "report.json"
 
 
+GPT2_TOKENIZER = "openai-community/gpt2"
+
+
 @dataclass
 class ModelConfig:
     """The shape of the model; its positions are `data.sequence_length`, its vocabulary is the tokenizer's."""
@@ -130,11 +133,13 @@ class PretrainConfig(RunSettings):
     """Seed of the initialisation, the order of the data and the dropout."""
     device: Literal["auto", "cpu"] = "auto"
     """The process's GPU, else the CPU; or the CPU."""
+    model_name_or_path: str | None = None
+    """Train all weights of this checkpoint, stock or converted, from where they are; none: random weights."""
     tokenizer: Literal["load", "train"] = "load"
     """Load a tokenizer, or train a byte-level BPE on the training text (documents that are carved off for validation
     included)."""
-    tokenizer_name_or_path: str = "openai-community/gpt2"
-    """Hub id or local directory of the tokenizer to load."""
+    tokenizer_name_or_path: str | None = None
+    """Hub id or local directory of the tokenizer to load; none: the checkpoint's, and GPT-2's for random weights."""
     vocab_size: int = 50_257
     """Entries of a trained tokenizer, at most; a loaded one has its own."""
     tokenizer_characters: int = 100_000_000
@@ -152,8 +157,8 @@ class PretrainConfig(RunSettings):
         convert_fields(self, "")
         self._check_run()
         require(
-            self.tokenizer == "train" or bool(self.tokenizer_name_or_path),
-            "tokenizer_name_or_path is empty: name a tokenizer, or set tokenizer to train.",
+            self.tokenizer == "load" or self.model_name_or_path is None,
+            "tokenizer is train, but model_name_or_path has a vocabulary of its own: set tokenizer to load.",
         )
         require(
             self.vocab_size >= 257,
@@ -163,6 +168,11 @@ class PretrainConfig(RunSettings):
             self.tokenizer_characters >= 1,
             f"tokenizer_characters is {self.tokenizer_characters}, but it must be at least 1.",
         )
+
+    @property
+    def tokenizer_source(self) -> str:
+        """Where a tokenizer is loaded from."""
+        return self.tokenizer_name_or_path or self.model_name_or_path or GPT2_TOKENIZER
 
 
 @dataclass
@@ -227,7 +237,7 @@ class PretrainDirectory(RunDirectory):
 
 
 def pretrain(config: PretrainConfig | Mapping[str, Any] | str | PathLike[str]) -> PretrainResult:
-    """Train a model from scratch, measure it and save it.
+    """Train all weights of a model, from scratch or from a checkpoint, measure it and save it.
 
     Args:
         config: Settings, a mapping of them, a YAML file, or the name of a shipped preset.
@@ -329,7 +339,7 @@ def pretrain(config: PretrainConfig | Mapping[str, Any] | str | PathLike[str]) -
             versions=library_versions(),
         )
         with stage("saving the model"):
-            _save(directory, model, tokenizer, report)
+            _save(settings, directory, model, tokenizer, report)
     state.wait_for_everyone()
     return PretrainResult(directory.path, directory.final, report)
 
@@ -341,12 +351,22 @@ def _curve(log: Path, name: str) -> list[tuple[int, float]]:
     return list({record["step"]: record[name] for record in read_log(log)}.items())
 
 
-def _save(directory: PretrainDirectory, model: Any, tokenizer: Any, report: PretrainReport) -> None:
+def _save(
+    settings: PretrainConfig, directory: PretrainDirectory, model: Any, tokenizer: Any, report: PretrainReport
+) -> None:
     from linearize.checkpointing import atomic_directory, write_file
+    from linearize.evaluation.arms import is_student
+    from linearize.hub import read_record, save_final
 
-    with atomic_directory(directory.final) as final:
-        model.save_pretrained(final)
-        tokenizer.save_pretrained(final)
+    if is_student(model):
+        record = read_record(settings.model_name_or_path or "")
+        tokens = {**(record.get("tokens") or {})}
+        tokens["all weights"] = tokens.get("all weights", 0) + report.tokens
+        save_final(model, tokenizer, directory.final, {**record, "tokens": tokens})
+    else:
+        with atomic_directory(directory.final) as final:
+            model.save_pretrained(final)
+            tokenizer.save_pretrained(final)
     write_file(directory.path / REPORT, (json.dumps(dataclasses.asdict(report), indent=1) + "\n").encode())
     speed = f", {report.tokens_per_second:,.0f} tokens/s" if report.tokens_per_second else ""
     quality = f", validation perplexity {report.perplexity:.2f}" if report.perplexity else ""

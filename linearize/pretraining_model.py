@@ -10,7 +10,7 @@ import tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
 
 from linearize import data_packing
-from linearize.conversion import load_tokenizer
+from linearize.conversion import load_model, load_tokenizer
 from linearize.data import cache_root, main_process_first, open_training_source
 from linearize.data_documents import resolve_format, split_text
 from linearize.errors import UserError
@@ -23,9 +23,15 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def build_model(config: PretrainConfig, tokenizer: Any) -> Any:
-    """The model with random weights, in float32 on the CPU."""
+    """The checkpoint's model, or one with random weights, in float32 on the CPU.
+
+    Raises:
+        UserError: The checkpoint cannot be read, or has too few positions or entries for text and tokenizer.
+    """
     shape = config.model
     set_seed(config.seed)
+    if config.model_name_or_path is not None:
+        return _checked(load_model(config.model_name_or_path), config, tokenizer)
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
@@ -42,6 +48,21 @@ def build_model(config: PretrainConfig, tokenizer: Any) -> Any:
     )
 
 
+def _checked(model: Any, config: PretrainConfig, tokenizer: Any) -> Any:
+    positions, length = getattr(model.config, "max_position_embeddings", None), config.data.sequence_length
+    if positions is not None and length > positions:
+        raise UserError(
+            f"data.sequence_length is {length}, but {config.model_name_or_path} has {positions} positions: lower it."
+        )
+    entries = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > entries:
+        raise UserError(
+            f"The tokenizer has {len(tokenizer)} entries and {config.model_name_or_path} has {entries}: name the "
+            "tokenizer that the checkpoint was trained with."
+        )
+    return model
+
+
 def make_tokenizer(config: PretrainConfig) -> Any:
     """The tokenizer of a run.
 
@@ -51,10 +72,10 @@ def make_tokenizer(config: PretrainConfig) -> Any:
     if config.tokenizer == "train":
         tokenizer = main_process_first(lambda: _trained_tokenizer(config))
     else:
-        tokenizer = load_tokenizer(config.tokenizer_name_or_path)
+        tokenizer = load_tokenizer(config.tokenizer_source)
         if tokenizer.eos_token_id is None:
             raise UserError(
-                f"The tokenizer {config.tokenizer_name_or_path} has no token that ends a text (eos_token), which "
+                f"The tokenizer {config.tokenizer_source} has no token that ends a text (eos_token), which "
                 "separates documents: name another, or set tokenizer to train."
             )
     tokenizer.model_max_length = config.data.sequence_length

@@ -251,3 +251,43 @@ def test_every_field_has_a_docstring_and_a_flag():
     names = [field.name for field in dataclasses.fields(PretrainConfig)]
     flags = {p.name.replace("__dot__", ".") for p in setting_parameters(names, PretrainConfig)}
     assert set(flat_names(PretrainConfig)) - {"data", "model", "training"} <= flags
+
+
+@pytest.mark.parametrize("converted", [False, True], ids=["stock", "converted"])
+def test_training_goes_on_from_a_checkpoint(root, result, converted):
+    """All weights of a stock model, or of a student with its scalers; what comes out is of the same kind."""
+    start = result.final
+    if converted:
+        start = root / "student"
+        cell = {"tile": 8, "score_saturation": 20.0, "output_saturation": 10.0}
+        attention = {"type": "gain_cell", "window": 16, "cell": cell}
+        student = linearize.convert(result.final, attention)
+        student.save_pretrained(start)
+        AutoTokenizer.from_pretrained(result.final).save_pretrained(start)
+    changes = {"tokenizer": "load", "model_name_or_path": str(start), "training__learning_rate": 2e-3}
+    after = pretrain(tiny(root, f"on-{converted}", **changes))
+    before = load_file(start / "model.safetensors")
+    trained = load_file(after.final / "model.safetensors")
+    assert set(trained) >= set(before)
+    assert all(not torch.equal(before[name], trained[name]) for name in before if "scaler" in name or "c_attn" in name)
+    losses = [loss for _, loss in after.report.losses]
+    assert losses[0] < math.log(after.report.vocab_size)  # no random weights
+    curve = [perplexity for _, perplexity in after.report.validation]
+    assert curve[-1] < (curve[0] if converted else result.report.perplexity)
+    if converted:
+        record = json.loads((after.final / "linearize.json").read_text())
+        assert record["tokens"] == {"all weights": after.report.tokens}
+        loaded = AutoModelForCausalLM.from_pretrained(after.final, trust_remote_code=True)
+        assert loaded.config.model_type == "linearized_gpt2"
+
+
+def test_checkpoints_that_do_not_fit_are_named(root, result):
+    cases = [
+        ({"data__sequence_length": 64}, "32 positions"),
+        ({"tokenizer": "train"}, "vocabulary of its own"),
+        ({"model_name_or_path": str(root / "nowhere")}, "nowhere"),
+    ]
+    for changes, sentence in cases:
+        changes = {"tokenizer": "load", "model_name_or_path": str(result.final), **changes}
+        with pytest.raises(UserError, match=sentence):
+            pretrain(tiny(root, "bad", **changes))
