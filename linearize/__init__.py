@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from linearize.conversion import convert, load_student, load_tokenizer
     from linearize.evaluation import evaluate
     from linearize.finetuning import finetune
+    from linearize.gain_cell_stages import run_gain_cell
     from linearize.hub import push
     from linearize.pipeline import run
     from linearize.pretraining import pretrain
@@ -50,6 +51,7 @@ _PIPELINE = {
     "push": "hub",
     "run": "pipeline",
     "pretrain": "pretraining",
+    "run_gain_cell": "gain_cell_stages",
 }
 
 
@@ -88,5 +90,6 @@ __all__ = [
     "pretrain",
     "push",
     "run",
+    "run_gain_cell",
     "transfer_attention",
 ]

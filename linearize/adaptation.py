@@ -24,6 +24,7 @@ from torch import Tensor
 from linearize.errors import UserError
 from linearize.evaluation.arms import input_device, measuring, unwrap
 from linearize.evaluation.perplexity import token_losses
+from linearize.settings import AdaptationConfig
 
 MECHANISM = "gain_cell"
 SCALERS = ("query_scaler", "key_scaler", "value_scaler", "output_scaler")
@@ -40,31 +41,6 @@ class Moments(NamedTuple):
 
 
 Statistics = dict[str, Moments]  # by layer and scaler: "3.key_scaler"
-
-
-@dataclass(frozen=True)
-class AdaptationConfig:
-    """Settings of `adapt_scalers`."""
-
-    iterations: int = 100
-    """Most steps; each is one pass over the blocks."""
-    tolerance: float = 1e-3
-    """Stop when every mean and deviation is this close to its target, in units of the target's deviation."""
-    damping: float = 1.0
-    """Part of the way to the solution that a step goes; lowered when steps make things worse."""
-    patience: int = 12
-    """Stop after this many steps in a row without a new best."""
-    batch_size: int = 1
-    """Blocks per forward pass."""
-
-    def __post_init__(self) -> None:
-        for name in ("iterations", "patience", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"adaptation.{name} is {getattr(self, name)}, but it must be at least 1.")
-        if not 0 < self.damping <= 1:
-            raise UserError(f"adaptation.damping is {self.damping}, but it must be above 0 and at most 1.")
-        if self.tolerance <= 0:
-            raise UserError(f"adaptation.tolerance is {self.tolerance}, but it must be above 0.")
 
 
 @dataclass
@@ -239,7 +215,7 @@ def adapt_scalers(
     model: Any,
     targets: Mapping[str, Moments],
     blocks: Any,
-    config: AdaptationConfig = AdaptationConfig(),
+    config: AdaptationConfig | None = None,
     on_step: Callable[[int, float, float], None] | None = None,
 ) -> AdaptationReport:
     """Solve for the scalers until their outputs have the targets' moments; the best scalers found stay in the model.
@@ -257,6 +233,7 @@ def adapt_scalers(
         UserError: targets of another model, targets of nothing (a deviation of 0 everywhere), or numbers that are not
             finite.
     """
+    config = config or AdaptationConfig()
     scalers = scalers_of(model)
     _check_targets(scalers, targets)
     report, damping, worse = AdaptationReport(), config.damping, 0

@@ -1,5 +1,5 @@
 """The command line: `linearize convert | transfer | finetune | evaluate | chat | info | push | run | pretrain |
-export-vectors`.
+gain-cell | import | export-vectors`.
 
 Every setting of `linearize/settings.py` (of `linearize/pretraining.py` for `pretrain`) is a flag of the commands that
 use it (`--transfer.tokens 1000000`). Bad input ends with one sentence and exit code 2, Ctrl-C with 130
@@ -18,8 +18,9 @@ import typer
 
 from linearize.errors import UserError
 from linearize.failures import guarded, stage
+from linearize.gain_cell_stages import GainCellRunConfig
 from linearize.pretraining import PretrainConfig
-from linearize.settings import RunConfig
+from linearize.settings import RunConfig, RunSettings
 from linearize.settings_flags import normalise, with_settings
 from linearize.settings_io import Settings, resolve
 from linearize.settings_values import field_types
@@ -54,6 +55,9 @@ TRAINING = (
     "report_to",
     "op_backend",
 )
+
+
+KINDS: dict[str, type[RunSettings]] = {"pretrain": PretrainConfig, "gain-cell": GainCellRunConfig}
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -403,6 +407,16 @@ def pretrain(context: typer.Context, *, config: Config = None, overrides: dict[s
     linearize.pretrain(run_settings(config, overrides, context.obj, PretrainConfig))
 
 
+@app.command("gain-cell")
+@command
+@with_settings(*field_types(GainCellRunConfig), settings=GainCellRunConfig)
+def gain_cell(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
+    """Train a model onto analog gain cells: linear cell, adaptation, nonlinear cell."""
+    import linearize
+
+    linearize.run_gain_cell(run_settings(config, overrides, context.obj, GainCellRunConfig))
+
+
 def run_settings(
     config: str | None, overrides: dict[str, Any], default_config: str | None, settings: type[Settings]
 ) -> Settings:
@@ -425,10 +439,10 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
 
     Args:
         argv: Arguments; default those of this process.
-        default_config: What `run` and `pretrain` take when neither a config nor a run to resume is named.
+        default_config: What `run`, `pretrain` and `gain-cell` take when neither a config nor a run to resume is named.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    arguments = normalise(words, PretrainConfig if words[:1] == ["pretrain"] else RunConfig)
+    arguments = normalise(words, KINDS.get(words[0] if words else "", RunConfig))
     try:
         app(arguments, prog_name="linearize", obj=default_config)
     except SystemExit as end:
@@ -442,7 +456,7 @@ def run_recipe(default_config: str, argv: Sequence[str] | None = None, *, name: 
     Args:
         default_config: Preset for a run that names neither a config nor a run to resume.
         argv: Flags; default those of this process.
-        name: The command, `run` or `pretrain`.
+        name: The command: `run`, `pretrain` or `gain-cell`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     return main([name, *arguments], default_config=default_config)

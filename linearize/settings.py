@@ -294,6 +294,31 @@ class EvaluationConfig:
         )
 
 
+@dataclass
+class AdaptationConfig:
+    """Adaptation of the scalers from one gain cell to another, by statistics."""
+
+    iterations: int = 100
+    """Most steps; each is one pass over the blocks."""
+    tolerance: float = 1e-3
+    """Stop when every mean and deviation is this close to its target, in units of the target's deviation."""
+    damping: float = 1.0
+    """Part of the way to the solution that a step goes; lowered when steps make things worse."""
+    patience: int = 12
+    """Stop after this many steps in a row without a new best."""
+    batch_size: int = 1
+    """Blocks per forward pass."""
+
+    def __post_init__(self) -> None:
+        convert_fields(self, "adaptation")
+        for name in ("iterations", "patience", "batch_size"):
+            require(
+                getattr(self, name) >= 1, f"adaptation.{name} is {getattr(self, name)}, but it must be at least 1."
+            )
+        require(0 < self.damping <= 1, f"adaptation.damping is {self.damping}, but it must be above 0 and at most 1.")
+        require(self.tolerance > 0, f"adaptation.tolerance is {self.tolerance}, but it must be above 0.")
+
+
 class RunSettings:
     """What the settings of every kind of run share: fields that each declares, and where its presets are."""
 

@@ -14,7 +14,19 @@ from linearize.cli import main
 from linearize.hub import read_record
 from linearize.settings_io import resolve
 
-COMMANDS = ("convert", "transfer", "finetune", "evaluate", "chat", "info", "push", "run", "pretrain", "export-vectors")
+COMMANDS = (
+    "convert",
+    "transfer",
+    "finetune",
+    "evaluate",
+    "chat",
+    "info",
+    "push",
+    "run",
+    "pretrain",
+    "gain-cell",
+    "export-vectors",
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import yaml
 from fakehub import FakeHub
 from tiny_runs import BLOCK_PACKAGE, make_teacher_directory, tiny_config, without_package, write_text
 
+from linearize.gain_cell_stages import GainCellRunConfig
 from linearize.pretraining import PretrainConfig
 from linearize.settings import RunConfig
 from linearize.settings_io import flat_names, preset_names, resolve
@@ -19,7 +20,8 @@ from linearize.settings_io import flat_names, preset_names, resolve
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "linearize_llama3.py"
 PRETRAIN = ROOT / "recipes" / "pretrain.py"
-SETTINGS = {RECIPE: RunConfig, PRETRAIN: PretrainConfig}
+GPT2 = ROOT / "recipes" / "linearize_gpt2.py"
+SETTINGS = {RECIPE: RunConfig, PRETRAIN: PretrainConfig, GPT2: GainCellRunConfig}
 """Recipe -> what its YAML files and flags set."""
 
 LOAD = """
