@@ -1,10 +1,10 @@
 """A pretrained model onto gain cells in two trained stages, as Leroux et al. 2025 (arXiv 2409.19315) do it.
 
+    teacher    the yardstick: the softmax teacher trained on the same tokens as both stages
     start      the linear cell, its scalers from the teacher's moments, then attention transfer of the scalers
     linear     stage A: all weights train with the linear cell
     adapted    the nonlinear cell, its scalers solved for until their statistics are stage A's
     nonlinear  stage B: all weights train with the nonlinear cell
-    teacher    the yardstick: the softmax teacher trained on the same tokens as both stages
 
 Each is a directory of the run; one that is there is not made again, so a stopped run goes on where it was.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,12 +21,12 @@ from typing import Any, ClassVar, Literal
 from linearize.failures import stage
 from linearize.pretraining import PretrainConfig, PretrainingConfig, pretrain
 from linearize.run_directory import CONFIG, FINAL, RunDirectory
-from linearize.settings import AdaptationConfig, DataConfig, RunSettings, TransferConfig
+from linearize.settings import AdaptationConfig, DataConfig, DistillationConfig, RunSettings, TransferConfig
 from linearize.settings_io import resolve
 from linearize.settings_values import convert_fields, require
 
 REPORT = "report.json"
-STAGES = ("start", "linear", "adapted", "nonlinear", "teacher")
+STAGES = ("teacher", "start", "linear", "adapted", "nonlinear")
 
 
 def _transfer() -> TransferConfig:
@@ -66,7 +66,10 @@ class GainCellRunConfig(RunSettings):
     statistics_sequences: int = 32
     """Training sequences that moments and statistics are taken over."""
     train_teacher: bool = True
-    """Also train the teacher, on as many tokens as both stages: the fair yardstick."""
+    """Train the teacher first, on as many tokens as both stages: the fair yardstick."""
+    distillation: DistillationConfig | None = field(default_factory=DistillationConfig)
+    """In both stages, learn from a teacher as well; `teacher` none: the one that was trained first, else the untouched
+    one. None: the labels alone, as published."""
     report_to: list[str] = field(default_factory=lambda: ["none"])
     """Trackers of transformers' Trainer: trackio, wandb, tensorboard, all or none."""
 
@@ -160,12 +163,12 @@ class _Stages:
 
         trained = self.settings.linear, self.settings.nonlinear
         self._measure("teacher", 0, load_model(self.settings.model_name_or_path))
+        if self.settings.train_teacher:
+            self._train_teacher()
         self._make_start()
         linear = self._train("linear", self.path / "start", trained[0])
         adapted = self._adapt(linear)
         final = self._train("nonlinear", adapted, trained[1])
-        if self.settings.train_teacher:
-            self._train_teacher()
         if self.state.is_main_process:
             self._finish(final)
         self.state.wait_for_everyone()
@@ -209,6 +212,7 @@ class _Stages:
                 tokenizer_name_or_path=settings.model_name_or_path,
                 data=settings.data,
                 training=training,
+                distillation=None if name == "teacher" else self._distillation(),
                 report_to=settings.report_to,
             )
         )
@@ -218,6 +222,13 @@ class _Stages:
             label = labels.get(name, "teacher, trained on the same tokens")
             self.rows.append(Row(label, before + result.report.tokens, result.report.perplexity))
         return result.final
+
+    def _distillation(self) -> DistillationConfig | None:
+        """What the stages learn from."""
+        config, trained = self.settings.distillation, self.path / "teacher" / FINAL
+        if config is None or config.teacher is not None:
+            return config
+        return replace(config, teacher=str(trained if trained.is_dir() else self.settings.model_name_or_path))
 
     def _tokens_before(self, name: str) -> int:
         stage_a = next((row.tokens for row in self.rows if "after stage A" in row.name), 0)

@@ -67,6 +67,7 @@ def _chunk_loss(
     teacher_hidden: Tensor | None,
     head: Callable[[Tensor], Tensor],
     weights: LossWeights,
+    teacher_head: Callable[[Tensor], Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Summed losses of one chunk: hidden states `[n, E]`, labels `[n]` -> (total, cross-entropy, divergence)."""
     logits = at_least_float32(head(hidden))
@@ -76,7 +77,7 @@ def _chunk_loss(
     divergence = zero
     if teacher_hidden is not None:
         with torch.no_grad():
-            target = (at_least_float32(head(teacher_hidden)) / weights.temperature).log_softmax(-1)
+            target = (at_least_float32(teacher_head(teacher_hidden)) / weights.temperature).log_softmax(-1)
         student = (logits / weights.temperature).log_softmax(-1)
         divergence = F.kl_div(student, target, reduction="sum", log_target=True) * weights.temperature**2
     total = weights.ce_weight * cross_entropy + weights.kl_weight * divergence
@@ -90,6 +91,7 @@ def language_model_loss(
     *,
     weights: LossWeights | None = None,
     teacher_hidden_states: Tensor | None = None,
+    teacher_head: Callable[[Tensor], Tensor] | None = None,
     denominator: Tensor | float | None = None,
     logits_chunk: int = 1024,
 ) -> LossSums:
@@ -101,6 +103,7 @@ def language_model_loss(
         head: The language model head, `[n, E] -> [n, V]`.
         weights: Default: cross-entropy alone.
         teacher_hidden_states: The teacher's `[B, T, E]`, needed when `kl_weight` is not 0; no gradient flows into it.
+        teacher_head: Its head; default: the student's.
         denominator: Number of tokens to divide by; default: the supervised tokens of this batch. A caller that
             accumulates gives the count of the whole global batch, so that every token weighs the same however the
             batch is cut.
@@ -130,7 +133,14 @@ def language_model_loss(
     cross_entropy, divergence = zero, zero
     for start in range(0, len(targets), logits_chunk):
         part = slice(start, start + logits_chunk)
-        arguments = (hidden[part], targets[part], None if teacher is None else teacher[part], head, weights)
+        arguments = (
+            hidden[part],
+            targets[part],
+            None if teacher is None else teacher[part],
+            head,
+            weights,
+            teacher_head or head,
+        )
         if len(targets) > logits_chunk:
             sums = checkpoint(_chunk_loss, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -17,6 +17,7 @@ from linearize.errors import UserError
 
 if TYPE_CHECKING:
     from linearize.data_sources import Source
+    from linearize.distillation import Distiller
     from linearize.pretraining import PretrainConfig
 
 END_OF_TEXT = "<|endoftext|>"
@@ -46,6 +47,19 @@ def build_model(config: PretrainConfig, tokenizer: Any) -> Any:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
+
+
+def build_distiller(config: PretrainConfig, model: Any) -> Distiller | None:
+    """The teacher of `config.distillation`, in float32 on the CPU, or None.
+
+    Raises:
+        UserError: It cannot be read, or does not fit the model.
+    """
+    if config.distillation is None or config.distillation.teacher is None:
+        return None
+    from linearize.distillation import Distiller
+
+    return Distiller(load_model(config.distillation.teacher), model, config.distillation)
 
 
 def _checked(model: Any, config: PretrainConfig, tokenizer: Any) -> Any:

@@ -1,4 +1,5 @@
-"""The Trainer of pretraining: the model's own loss, weight decay on matrices only, and validation perplexity."""
+"""The Trainers of pretraining: the model's own loss or a teacher's beside it, weight decay on matrices only, and
+validation perplexity."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from linearize.training_log import TrainingLog
 
 if TYPE_CHECKING:
     from linearize.data import TokenBlocks
+    from linearize.distillation import Distiller
     from linearize.pretraining import PretrainConfig, PretrainingConfig
     from linearize.settings import StepPlan
 
@@ -85,7 +87,7 @@ class PretrainingTrainer(StageTrainer):
         self.scored: Any = Subset(validation, range(count))
         super().__init__(model, args, config=config, eval_dataset=self.scored, **others)
 
-    def losses(self, model: nn.Module, inputs: dict[str, Any], denominator: Any) -> tuple[Tensor]:
+    def losses(self, model: nn.Module, inputs: dict[str, Any], denominator: Any) -> tuple[Tensor, ...]:
         """The model's own loss."""
         output = model(**inputs, num_items_in_batch=denominator, use_cache=False)
         return (output.loss,)
@@ -132,3 +134,23 @@ class PretrainingTrainer(StageTrainer):
             self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class DistillationTrainer(PretrainingTrainer):
+    """Trains a whole model against a teacher as well.
+
+    Args:
+        distiller: The teacher and the losses.
+        arguments: As in `PretrainingTrainer`.
+    """
+
+    LOSS_NAMES = ("loss", "cross_entropy", "kl", "hidden")
+
+    def __init__(self, distiller: Distiller, *arguments: Any, **others: Any) -> None:
+        self.distiller = distiller
+        super().__init__(*arguments, **others)
+
+    def losses(self, model: nn.Module, inputs: dict[str, Any], denominator: Any) -> tuple[Tensor, ...]:
+        """The weighted sum, then its parts."""
+        found = self.distiller.losses(model, inputs, denominator)
+        return found.total, found.cross_entropy, found.divergence, found.hidden

@@ -295,6 +295,32 @@ class EvaluationConfig:
 
 
 @dataclass
+class DistillationConfig:
+    """A frozen teacher beside the labels, while all weights train."""
+
+    teacher: str | None = None
+    """Hub id or local directory of the teacher, of the student's tokenizer, layers and width."""
+    labels_weight: float = 1.0
+    """Weight of the cross-entropy with the labels."""
+    logits_weight: float = 1.0
+    """Weight of the divergence from the teacher's distribution of the next token."""
+    hidden_weight: float = 1.0
+    """Weight of the mean over layers of 1 - cosine of student's and teacher's hidden state."""
+    logits_chunk: int = 4096
+    """Tokens whose logits are computed at once."""
+
+    def __post_init__(self) -> None:
+        convert_fields(self, "distillation")
+        weights = {key: getattr(self, key) for key in ("labels_weight", "logits_weight", "hidden_weight")}
+        for key, value in weights.items():
+            require(value >= 0, f"distillation.{key} is {value}, but it must not be negative.")
+        require(any(weights.values()), "All weights of distillation are 0: nothing would train.")
+        require(
+            self.logits_chunk >= 1, f"distillation.logits_chunk is {self.logits_chunk}, but it must be at least 1."
+        )
+
+
+@dataclass
 class AdaptationConfig:
     """Adaptation of the scalers from one gain cell to another, by statistics."""
 

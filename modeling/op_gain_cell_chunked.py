@@ -8,6 +8,8 @@ are added before they saturate. Queries run in segments, whose scores are comput
 Legend as in `op_gain_cell.py`; R = H / G, N keys of a segment, K its tiles.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -200,6 +202,20 @@ def _devices(slot: Tensor, groups: int, dim: int, settings: Settings, dtype: tor
 
 # --- reading
 
+_compiled: Callable[..., Tensor] | None = None
+
+
+@contextmanager
+def compiled_training() -> Iterator[None]:
+    """Read cells by a compiled function wherever gradients are taken, for fixed shapes: twice as fast on a GPU."""
+    global _compiled
+    with torch._dynamo.config.patch(recompile_limit=256):  # one for each segment of a sequence
+        _compiled = torch.compile(_read, dynamic=False)
+        try:
+            yield
+        finally:
+            _compiled = None
+
 
 def _attend(pulses: Tensor, cells: Cells, count: Tensor | None, settings: Settings) -> Tensor:
     """Outputs `(B, H, T, D)` of all queries, segment by segment."""
@@ -208,6 +224,7 @@ def _attend(pulses: Tensor, cells: Cells, count: Tensor | None, settings: Settin
     spread = cells.key_leak is not None
     step = 1 if spread else SEGMENT  # with a leak per cell, the charges differ from query to query
     train = torch.is_grad_enabled() and any(x.requires_grad for x in (pulses, cells.key, cells.value))
+    read = _compiled if train and _compiled and noise is None else _read
     outputs = []
     for begin in range(0, length, step):
         end = min(begin + step, length)
@@ -219,7 +236,7 @@ def _attend(pulses: Tensor, cells: Cells, count: Tensor | None, settings: Settin
         query = torch.arange(begin, end, device=pulses.device)
         token = query[None] if count is None else count[:, None] + query
         run = (pulses[:, :, begin:end], part, token, settings)
-        outputs.append(checkpoint(_read, *run, use_reentrant=False) if train else _read(*run))
+        outputs.append(checkpoint(read, *run, use_reentrant=False) if train else read(*run))
     return torch.cat(outputs, 2)
 
 

@@ -48,12 +48,12 @@ def settings(tmp_path):
 
 ROWS = [
     ("teacher", 0),
+    ("teacher, trained on the same tokens", 3072),
     ("linear cell, before stage A", 0),
     ("linear cell, after stage A", 1536),
     ("nonlinear cell, not adapted", 1536),
     ("nonlinear cell, adapted", 1536),
     ("nonlinear cell, after stage B", 3072),
-    ("teacher, trained on the same tokens", 3072),
 ]
 
 
@@ -90,12 +90,13 @@ def test_the_stages_leave_figures_and_a_repository(settings, tmp_path, capsys):
 
 
 def test_presets_are_valid():
-    assert set(preset_names(GainCellRunConfig)) == {"gpt2_gain_cell", "gpt2_published"}
+    assert set(preset_names(GainCellRunConfig)) == {"gpt2_gain_cell", "gpt2_mini_gain_cell", "gpt2_published"}
     for name in preset_names(GainCellRunConfig):
         config = resolve(name, settings=GainCellRunConfig)
         linearize.GainCellAttentionConfig(**config.attention_of("linear"))
     published = resolve("gpt2_published", settings=GainCellRunConfig)
-    assert published.linear.tokens_per_step == 1920 * 1024 and published.transfer is None
+    assert published.linear.tokens_per_step == 1920 * 1024
+    assert published.transfer is None and published.distillation is None
 
 
 @pytest.mark.parametrize(
