@@ -324,22 +324,29 @@ class _Stages:
     def _plot(self) -> None:
         """Perplexity over tokens: the curves of the training stages, one after the other, beside the teacher's."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import ScalarFormatter
 
+        known = {row.name: row.perplexity for row in self.rows}
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
-        for name, label in (("linear", "linear cell"), ("nonlinear", "nonlinear cell"), ("teacher", "teacher")):
+        for name, label, start in (
+            ("linear", "linear cell", "linear cell, before stage A"),
+            ("nonlinear", "nonlinear cell", "nonlinear cell, adapted"),
+            ("teacher", "teacher", "teacher"),
+        ):
             path = self.path / name / REPORT
             if not path.is_file():
                 continue
             report = json.loads(path.read_text(encoding="utf-8"))
             before, each = self._tokens_before(name), report["tokens"] / max(report["steps"], 1)
-            curve = [(before + step * each, value) for step, value in report["validation"]]
-            axes.plot([x for x, _ in curve], [y for _, y in curve], marker=".", label=label)
-        start = next((row.perplexity for row in self.rows if row.name == "teacher"), None)
-        if start is not None:
-            axes.axhline(start, color="grey", linewidth=0.8, linestyle="--", label="teacher, untouched")
-        axes.set(xlabel="tokens", ylabel="held-out perplexity", yscale="log")
-        axes.grid(alpha=0.3)
+            first = known.get(start)
+            curve: list[tuple[float, float]] = [] if first is None else [(before, first)]
+            curve += [(before + step * each, value) for step, value in report["validation"]]
+            axes.plot([x / 1e6 for x, _ in curve], [y for _, y in curve], marker=".", label=label)
+        axes.set(xlabel="tokens, millions", ylabel="held-out perplexity", yscale="log")
+        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            axis(ScalarFormatter())
+        axes.grid(alpha=0.3, which="both", axis="y")
         axes.legend(frameon=False)
         (self.path / "plots").mkdir(parents=True, exist_ok=True)
         figure.savefig(self.path / "plots" / "perplexity.png", dpi=130)
