@@ -4,6 +4,7 @@
     start      the linear cell, its scalers from the teacher's moments, then attention transfer of the scalers
     linear     stage A: all weights train with the linear cell
     adapted    the nonlinear cell, its scalers solved for until their statistics are stage A's
+    refined    the same, the scalers alone trained to give what stage A's model gives
     nonlinear  stage B: all weights train with the nonlinear cell
 
 Each is a directory of the run; one that is there is not made again, so a stopped run goes on where it was.
@@ -26,11 +27,31 @@ from linearize.settings_io import resolve
 from linearize.settings_values import convert_fields, require
 
 REPORT = "report.json"
-STAGES = ("teacher", "start", "linear", "adapted", "nonlinear")
+STAGES = ("teacher", "start", "linear", "adapted", "refined", "nonlinear")
+
+
+TRAINED = {
+    "teacher": "teacher, trained on the same tokens",
+    "linear": "linear cell, after stage A",
+    "refined": "nonlinear cell, adapted and refined",
+    "nonlinear": "nonlinear cell, after stage B",
+}
+"""Names of the report's rows, by stage."""
 
 
 def _transfer() -> TransferConfig:
     return TransferConfig(tokens=262_144, branch="mixed")
+
+
+@dataclass
+class RefinementConfig(PretrainingConfig):
+    """Training of the scalers alone, after their statistics match: equal moments are not yet equal outputs."""
+
+    tokens: int = 1_048_576
+    tokens_per_step: int = 16_384
+    learning_rate: float = 1e-2
+    warmup_steps: int = 5
+    train: Literal["all", "scalers"] = "scalers"
 
 
 @dataclass
@@ -61,12 +82,14 @@ class GainCellRunConfig(RunSettings):
     """Stage A."""
     adaptation: AdaptationConfig = field(default_factory=AdaptationConfig)
     """From the linear to the nonlinear cell."""
+    refinement: RefinementConfig | None = field(default_factory=RefinementConfig)
+    """After the adaptation, the scalers alone learn from stage A's model; none leaves it out."""
     nonlinear: PretrainingConfig = field(default_factory=PretrainingConfig)
     """Stage B."""
     statistics_sequences: int = 32
     """Training sequences that moments and statistics are taken over."""
     train_teacher: bool = True
-    """Train the teacher first, on as many tokens as both stages: the fair yardstick."""
+    """Train the teacher first, on as many tokens as all stages: the fair yardstick."""
     distillation: DistillationConfig | None = field(default_factory=DistillationConfig)
     """In both stages, learn from a teacher as well; `teacher` none: the one that was trained first, else the untouched
     one. None: the labels alone, as published."""
@@ -87,6 +110,10 @@ class GainCellRunConfig(RunSettings):
         require(
             self.statistics_sequences >= 1,
             f"statistics_sequences is {self.statistics_sequences}, but it must be at least 1.",
+        )
+        require(
+            self.refinement is None or self.refinement.train == "scalers",
+            "refinement.train must be scalers: all weights train in the stage after it.",
         )
         require(
             self.transfer is None or self.transfer.branch == "mixed",
@@ -161,14 +188,16 @@ class _Stages:
     def run(self) -> Path:
         from linearize.conversion import load_model
 
-        trained = self.settings.linear, self.settings.nonlinear
-        self._measure("teacher", 0, load_model(self.settings.model_name_or_path))
-        if self.settings.train_teacher:
+        settings = self.settings
+        self._measure("teacher", 0, load_model(settings.model_name_or_path))
+        if settings.train_teacher:
             self._train_teacher()
         self._make_start()
-        linear = self._train("linear", self.path / "start", trained[0])
+        linear = self._train("linear", self.path / "start", settings.linear)
         adapted = self._adapt(linear)
-        final = self._train("nonlinear", adapted, trained[1])
+        if settings.refinement is not None:
+            adapted = self._train("refined", adapted, settings.refinement)
+        final = self._train("nonlinear", adapted, settings.nonlinear)
         if self.state.is_main_process:
             self._finish(final)
         self.state.wait_for_everyone()
@@ -212,37 +241,40 @@ class _Stages:
                 tokenizer_name_or_path=settings.model_name_or_path,
                 data=settings.data,
                 training=training,
-                distillation=None if name == "teacher" else self._distillation(),
+                distillation=self._distillation(name),
                 report_to=settings.report_to,
             )
         )
         if result.report is not None:
             before = self._tokens_before(name)
-            labels = {"linear": "linear cell, after stage A", "nonlinear": "nonlinear cell, after stage B"}
-            label = labels.get(name, "teacher, trained on the same tokens")
-            self.rows.append(Row(label, before + result.report.tokens, result.report.perplexity))
+            self.rows.append(Row(TRAINED[name], before + result.report.tokens, result.report.perplexity))
         return result.final
 
-    def _distillation(self) -> DistillationConfig | None:
-        """What the stages learn from."""
+    def _distillation(self, name: str) -> DistillationConfig | None:
+        """What a stage learns from."""
         config, trained = self.settings.distillation, self.path / "teacher" / FINAL
+        if name == "teacher":
+            return None
+        if name == "refined":
+            return DistillationConfig(teacher=str(self.path / "linear" / FINAL), labels_weight=0.0)
         if config is None or config.teacher is not None:
             return config
         return replace(config, teacher=str(trained if trained.is_dir() else self.settings.model_name_or_path))
 
     def _tokens_before(self, name: str) -> int:
-        stage_a = next((row.tokens for row in self.rows if "after stage A" in row.name), 0)
-        return stage_a if name == "nonlinear" else 0
+        earlier = {"refined": ("linear",), "nonlinear": ("refined", "linear")}.get(name, ())
+        known = {row.name: row.tokens for row in self.rows}
+        return next((known[TRAINED[other]] for other in earlier if TRAINED[other] in known), 0)
 
     def _train_teacher(self) -> None:
-        """The softmax teacher, by stage B's schedule over the tokens of both stages."""
-        linear, nonlinear = asdict(self.settings.linear), asdict(self.settings.nonlinear)
-        if linear["max_steps"] is not None and nonlinear["max_steps"] is not None:
-            steps = linear["max_steps"] * linear["tokens_per_step"] // nonlinear["tokens_per_step"]
-            nonlinear["max_steps"] += steps
-        else:
-            nonlinear["tokens"] += linear["tokens"]
-        self._train("teacher", Path(self.settings.model_name_or_path), PretrainingConfig(**nonlinear))
+        """The softmax teacher, by stage B's schedule over the tokens of all stages."""
+        settings, tokens = self.settings, 0
+        for training in (settings.linear, settings.refinement, settings.nonlinear):
+            if training is not None:
+                plan = training.plan(settings.data.sequence_length, self.state.num_processes)
+                tokens += plan.steps * plan.tokens_per_step
+        schedule = replace(settings.nonlinear, tokens=tokens, max_steps=None)
+        self._train("teacher", Path(settings.model_name_or_path), schedule)
 
     def _adapt(self, linear: Path) -> Path:
         """The nonlinear cell with stage A's weights and statistics."""
@@ -250,7 +282,7 @@ class _Stages:
         from linearize.conversion import load_student
 
         adapted, log = self.path / "adapted", self.path / "logs" / "adaptation.json"
-        tokens = self._tokens_before("nonlinear")
+        tokens = self._tokens_before("refined")
         student: Any = load_student(linear, dtype="float32").to(self.state.device)
         with stage("adapting the scalers to the nonlinear cell"):
             size = self.settings.adaptation.batch_size
@@ -327,11 +359,12 @@ class _Stages:
         from matplotlib.ticker import ScalarFormatter
 
         known = {row.name: row.perplexity for row in self.rows}
+        last = TRAINED["refined"] if TRAINED["refined"] in known else "nonlinear cell, adapted"
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
         for name, label, start in (
             ("linear", "linear cell", "linear cell, before stage A"),
-            ("nonlinear", "nonlinear cell", "nonlinear cell, adapted"),
+            ("nonlinear", "nonlinear cell", last),
             ("teacher", "teacher", "teacher"),
         ):
             path = self.path / name / REPORT

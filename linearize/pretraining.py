@@ -95,6 +95,8 @@ class PretrainingConfig(StageSettings):
     """Gradient norm above which gradients are scaled down; 0 switches clipping off."""
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of the matrix products; auto: bfloat16 on a GPU and float32 on a CPU. The weights are float32 always."""
+    train: Literal["all", "scalers"] = "all"
+    """What trains: all weights, or the range scalers of gain-cell attention alone."""
     compile: bool = False
     """Compile the part of gain-cell attention that reads its cells (torch.compile; GPU): about twice as fast."""
     logging_steps: int = 10
@@ -138,7 +140,7 @@ class PretrainConfig(RunSettings):
     device: Literal["auto", "cpu"] = "auto"
     """The process's GPU, else the CPU; or the CPU."""
     model_name_or_path: str | None = None
-    """Train all weights of this checkpoint, stock or converted, from where they are; none: random weights."""
+    """Go on from the weights of this checkpoint, stock or converted; none: random weights."""
     tokenizer: Literal["load", "train"] = "load"
     """Load a tokenizer, or train a byte-level BPE on the training text (documents that are carved off for validation
     included)."""
@@ -375,7 +377,8 @@ def _save(
     if is_student(model):
         record = read_record(settings.model_name_or_path or "")
         tokens = {**(record.get("tokens") or {})}
-        tokens["all weights"] = tokens.get("all weights", 0) + report.tokens
+        what = "all weights" if settings.training.train == "all" else settings.training.train
+        tokens[what] = tokens.get(what, 0) + report.tokens
         save_final(model, tokenizer, directory.final, {**record, "tokens": tokens})
     else:
         with atomic_directory(directory.final) as final:

@@ -27,12 +27,16 @@ def build_model(config: PretrainConfig, tokenizer: Any) -> Any:
     """The checkpoint's model, or one with random weights, in float32 on the CPU.
 
     Raises:
-        UserError: The checkpoint cannot be read, or has too few positions or entries for text and tokenizer.
+        UserError: The checkpoint cannot be read, has too few positions or entries for text and tokenizer, or has no
+            scalers where only they are to train.
     """
     shape = config.model
     set_seed(config.seed)
     if config.model_name_or_path is not None:
-        return _checked(load_model(config.model_name_or_path), config, tokenizer)
+        model = _checked(load_model(config.model_name_or_path), config, tokenizer)
+        return model if config.training.train == "all" else _freeze_all_but_scalers(model)
+    if config.training.train != "all":
+        raise UserError("training.train is scalers, but random weights have none: set model_name_or_path.")
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
@@ -47,6 +51,15 @@ def build_model(config: PretrainConfig, tokenizer: Any) -> Any:
             eos_token_id=tokenizer.eos_token_id,
         )
     )
+
+
+def _freeze_all_but_scalers(model: Any) -> Any:
+    from linearize.adaptation import scalers_of
+
+    model.requires_grad_(False)
+    for scaler in scalers_of(model).values():
+        scaler.requires_grad_(True)
+    return model
 
 
 def build_distiller(config: PretrainConfig, model: Any) -> Distiller | None:

@@ -27,9 +27,11 @@ NO = "no_"
 
 @functools.cache
 def field_help(settings: type) -> dict[str, str]:
-    """The docstring under each field of a settings dataclass."""
+    """The docstring under each field of a settings dataclass, its own or the one it inherits."""
+    texts: dict[str, str] = {}
+    for base in reversed([base for base in settings.__bases__ if dataclasses.is_dataclass(base)]):
+        texts |= field_help(base)
     body = ast.parse(textwrap.dedent(inspect.getsource(settings))).body[0].body  # type: ignore[attr-defined]
-    texts = {}
     for statement, following in pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
             texts[statement.target.id] = " ".join(following.value.value.split())  # type: ignore

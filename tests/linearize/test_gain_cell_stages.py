@@ -40,6 +40,7 @@ def settings(tmp_path):
         },
         "transfer": {"max_steps": 2, "tokens_per_step": 256, "batch_size": 4, "branch": "mixed"},
         "linear": training,
+        "refinement": {**training, "max_steps": 4, "learning_rate": 1e-2},
         "nonlinear": training,
         "adaptation": {"iterations": 12, "batch_size": 8},
         "statistics_sequences": 8,
@@ -48,12 +49,13 @@ def settings(tmp_path):
 
 ROWS = [
     ("teacher", 0),
-    ("teacher, trained on the same tokens", 3072),
+    ("teacher, trained on the same tokens", 4096),
     ("linear cell, before stage A", 0),
     ("linear cell, after stage A", 1536),
     ("nonlinear cell, not adapted", 1536),
     ("nonlinear cell, adapted", 1536),
-    ("nonlinear cell, after stage B", 3072),
+    ("nonlinear cell, adapted and refined", 2560),
+    ("nonlinear cell, after stage B", 4096),
 ]
 
 
@@ -67,6 +69,9 @@ def test_the_stages_leave_figures_and_a_repository(settings, tmp_path, capsys):
     assert report["adaptation"]["residuals"][0] > min(report["adaptation"]["residuals"])
     assert all((out / "plots" / f"{name}.png").stat().st_size > 5000 for name in ("adaptation", "perplexity"))
     assert set(load_statistics(out / "adapted")) >= {"0.query_scaler", "1.output_scaler"}
+    adapted, refined = (linearize.load_student(out / name).state_dict() for name in ("adapted", "refined/final"))
+    moved = {name for name, weight in adapted.items() if not torch.equal(weight, refined[name])}
+    assert moved and all("_scaler." in name for name in moved)
     final = AutoModelForCausalLM.from_pretrained(out / "final", trust_remote_code=True)
     assert final.config.mixer(0).cell_kind == "nonlinear" and final.config.mixer(0).window == 32
     start = linearize.load_student(out / "start")
@@ -80,7 +85,7 @@ def test_the_stages_leave_figures_and_a_repository(settings, tmp_path, capsys):
     # A run that lost its last stages goes on and gives the same figures.
     import shutil
 
-    for name in ("nonlinear", "teacher", "final"):
+    for name in ("nonlinear", "refined", "teacher", "final"):
         shutil.rmtree(out / name)
     (out / "report.json").unlink()
     run_gain_cell({**settings, "resume_from_checkpoint": True})
@@ -96,7 +101,7 @@ def test_presets_are_valid():
         linearize.GainCellAttentionConfig(**config.attention_of("linear"))
     published = resolve("gpt2_published", settings=GainCellRunConfig)
     assert published.linear.tokens_per_step == 1920 * 1024
-    assert published.transfer is None and published.distillation is None
+    assert published.transfer is None and published.refinement is None and published.distillation is None
 
 
 @pytest.mark.parametrize(
@@ -106,6 +111,7 @@ def test_presets_are_valid():
         (["--attention.cell_kind", "linear"], "each stage"),
         (["--transfer.branch", "both"], "no branches"),
         (["--statistics_sequences", "0"], "at least 1"),
+        (["--refinement.train", "all"], "must be scalers"),
         (["--adaptation.damping", "2"], "at most 1"),
         (["--linear.colour", "1"], "colour"),
     ],
