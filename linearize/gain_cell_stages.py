@@ -47,9 +47,9 @@ def _transfer() -> TransferConfig:
 class RefinementConfig(PretrainingConfig):
     """Training of the scalers alone, after their statistics match: equal moments are not yet equal outputs."""
 
-    tokens: int = 1_048_576
+    tokens: int = 2_097_152
     tokens_per_step: int = 16_384
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-3
     warmup_steps: int = 5
     train: Literal["all", "scalers"] = "scalers"
 
