@@ -356,7 +356,7 @@ class _Stages:
     def _plot(self) -> None:
         """Perplexity over tokens: the curves of the training stages, one after the other, beside the teacher's."""
         from matplotlib.figure import Figure
-        from matplotlib.ticker import ScalarFormatter
+        from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
         known = {row.name: row.perplexity for row in self.rows}
         last = TRAINED["refined"] if TRAINED["refined"] in known else "nonlinear cell, adapted"
@@ -377,9 +377,10 @@ class _Stages:
             curve += [(before + step * each, value) for step, value in report["validation"]]
             axes.plot([x / 1e6 for x, _ in curve], [y for _, y in curve], marker=".", label=label)
         axes.set(xlabel="tokens, millions", ylabel="held-out perplexity", yscale="log")
-        for axis in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            axis(ScalarFormatter())
-        axes.grid(alpha=0.3, which="both", axis="y")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.grid(alpha=0.3, axis="y")
         axes.legend(frameon=False)
         (self.path / "plots").mkdir(parents=True, exist_ok=True)
         figure.savefig(self.path / "plots" / "perplexity.png", dpi=130)

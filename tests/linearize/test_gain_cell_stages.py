@@ -95,8 +95,9 @@ def test_the_stages_leave_figures_and_a_repository(settings, tmp_path, capsys):
 
 
 def test_presets_are_valid():
-    assert set(preset_names(GainCellRunConfig)) == {"gpt2_gain_cell", "gpt2_mini_gain_cell", "gpt2_published"}
-    for name in preset_names(GainCellRunConfig):
+    names = set(preset_names(GainCellRunConfig))
+    assert names == {"gpt2_gain_cell", "gpt2_mini_gain_cell", "gpt2_published", "smollm2_gain_cell"}
+    for name in names:
         config = resolve(name, settings=GainCellRunConfig)
         linearize.GainCellAttentionConfig(**config.attention_of("linear"))
     published = resolve("gpt2_published", settings=GainCellRunConfig)
