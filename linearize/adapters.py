@@ -200,7 +200,7 @@ def merge_into_unquantized(
     Returns:
         The plain model on the CPU.
     """
-    from linearize.conversion import convert, load_config, load_student
+    from linearize.conversion import convert_like, load_config, load_student
 
     base: Any = model.get_base_model()
     source = os.fspath(model_name_or_path)
@@ -208,7 +208,7 @@ def merge_into_unquantized(
     if load_config(source, revision=revision, token=token).model_type.startswith(PREFIX):
         full: Any = load_student(source, **where)
     else:
-        full = convert(source, mixer_types=list(base.config.mixer_types), mixers=dict(base.config.mixers), **where)
+        full = convert_like(source, base.config, **where)
     full.load_mixer_state_dict(_mixer_tensors(base))
     adapter = "default"
     lora = _copy_of(model.peft_config[adapter])

@@ -74,7 +74,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @app.command()
 @command
-@with_settings("attention", "softmax_layers", "revision", "dtype", "overwrite")
+@with_settings("attention", "softmax_layers", "sliding_window", "revision", "dtype", "overwrite")
 def convert(
     model: Annotated[str, typer.Argument(help="The teacher: a Hub id, a directory or a .gguf file.")],
     output: Output,
@@ -95,10 +95,11 @@ def convert(
     settings = complete_attention(settings)
     check_attention(settings, read_teacher(settings))
     tokenizer = linearize.load_tokenizer(model, revision=settings.revision)
-    where: dict[str, Any] = {"softmax_layers": settings.softmax_layers, "revision": settings.revision}
+    where: dict[str, Any] = {"softmax_layers": settings.softmax_layers, "sliding_window": settings.sliding_window}
+    where["revision"] = settings.revision
     dtype = getattr(torch, settings.dtype) if "dtype" in overrides or config else "auto"
     student: Any = linearize.convert(model, settings.attention, **where, dtype=dtype)
-    recipe = {name: to_values(settings)[name] for name in ("attention", "softmax_layers")}
+    recipe = {name: to_values(settings)[name] for name in ("attention", "softmax_layers", "sliding_window")}
     revision = loaded_commit(model, settings.revision)
     with stage("saving the model"):
         save_final(student, tokenizer, output, make_record(model, revision=revision, recipe=recipe))
@@ -364,6 +365,7 @@ RUN_SETTINGS = (
     *TRAINING,
     "attention",
     "softmax_layers",
+    "sliding_window",
     "data",
     "transfer",
     "finetune",

@@ -176,10 +176,9 @@ def export_test_vectors(
 
 def _original(model: Any, teacher: str) -> Any:
     """The untrained student of the same settings, which gives the teacher's and the control's rows."""
-    from linearize.conversion import convert
+    from linearize.conversion import convert_like
 
-    config = model.config
-    original = convert(teacher, mixer_types=list(config.mixer_types), mixers=dict(config.mixers), dtype=model.dtype)
+    original: Any = convert_like(teacher, model.config, dtype=model.dtype)
     return original.to(model.device)
 
 

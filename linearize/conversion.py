@@ -18,6 +18,8 @@ from linearize.quantization import keep_differentiable
 
 logger = logging.getLogger(__name__)
 
+SLIDING_WINDOW = ("keep", "lift")
+
 NOT_CARRIED = (
     "model_type",
     "architectures",
@@ -36,6 +38,7 @@ def convert(
     mixer_types: Sequence[str] | None = None,
     mixers: dict[str, dict] | None = None,
     softmax_layers: Sequence[int] = (),
+    sliding_window: str = "keep",
     revision: str | None = None,
     token: str | None = None,
     dtype: str | torch.dtype = "auto",
@@ -51,6 +54,8 @@ def convert(
         attention: settings of one mechanism for every layer: a typed config or a dict with `"type"`; default linear.
         mixer_types, mixers: a name per layer and the settings of each name, instead of `attention`.
         softmax_layers: layers that keep softmax attention; negative numbers count from the end.
+        sliding_window: of a teacher that has one, such as Mistral-7B-v0.1: `keep` it in softmax layers and the
+            teacher arm, or `lift` it there, so that they see all tokens. Converted layers never have it.
         revision, token: of the Hub repository.
         dtype: of the model; `auto` is the checkpoint's.
         quantization_config: for example a BitsAndBytesConfig; the mechanism's parameters stay float32.
@@ -68,7 +73,9 @@ def convert(
     backbone = BACKBONES.get(teacher_config.model_type)
     if backbone is None:
         raise UserError(_unsupported(source, teacher_config))
-    config = _student_config(teacher_config, backbone.config, attention, mixer_types, mixers, softmax_layers)
+    config = student_config(
+        teacher_config, backbone.config, attention, mixer_types, mixers, softmax_layers, sliding_window
+    )
     options = {"dtype": dtype, "quantization_config": quantization_config, "device_map": device_map}
     options = {name: value for name, value in options.items() if value is not None}
     with quiet_transformers(), explained(source):
@@ -88,6 +95,22 @@ def convert(
     if not is_gguf(source):
         _take_generation_config(model, source, where)
     return model.eval()
+
+
+def convert_like(model_name_or_path: str | Path, student: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """`convert`, untrained, with every setting of a converted model's config.
+
+    Raises:
+        UserError: as `convert`.
+    """
+    config: Any = student
+    return convert(
+        model_name_or_path,
+        mixer_types=list(config.mixer_types),
+        mixers=dict(config.mixers),
+        sliding_window="lift" if config.softmax_window is None else "keep",
+        **options,
+    )
 
 
 def load_student(
@@ -188,10 +211,21 @@ def _gguf_weights(source: str) -> dict[str, torch.Tensor]:
     return teacher.state_dict()
 
 
-def _student_config(teacher, config_class, attention, mixer_types, mixers, softmax_layers) -> PreTrainedConfig:
+def student_config(
+    teacher, config_class, attention, mixer_types, mixers, softmax_layers, sliding_window
+) -> PreTrainedConfig:
+    """The config of a teacher's student; arguments as in `convert`.
+
+    Raises:
+        UserError: settings are wrong, or the teacher's config has what a student cannot have.
+    """
+    if sliding_window not in SLIDING_WINDOW:
+        raise UserError(f"sliding_window is {sliding_window!r}, but it must be one of {', '.join(SLIDING_WINDOW)}")
     fields = {name: value for name, value in teacher.to_dict().items() if name not in NOT_CARRIED}
     if "gguf" in str(fields.get("quantization_config", "")):  # its weights arrive dequantised
         fields.pop("quantization_config", None)
+    if sliding_window == "lift" and "sliding_window" in fields:
+        fields["sliding_window"] = None
     if mixers is None:
         settings = (
             asdict(attention)

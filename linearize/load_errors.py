@@ -60,6 +60,9 @@ def explain(source: str, what: str, error: BaseException) -> str | None:
         return (
             f"the weights of {source} have other shapes than its config.json says: give the config that goes with them"
         )
+    if caused_by(hub_errors.StrictDataclassFieldValidationError):
+        reason = next(str(e) for e in chain if isinstance(e, hub_errors.StrictDataclassFieldValidationError))
+        return f"the config.json of {source} holds a value that it cannot have: {_short(ValueError(reason))}"
     if caused_by(SafetensorError):
         return f"a weight file of {source} is damaged ({_short(chain[-1])}): download it again"
     if caused_by(OSError):

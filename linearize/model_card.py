@@ -84,6 +84,8 @@ def introduction(record: Mapping[str, Any], config: Any) -> str:
     for name, settings in config.mixers.items():
         values = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "type" and value is not None)
         lines.append(f"Layers `{name}`: {settings['type']} attention, {values}.")
+    if converted < config.num_hidden_layers and config.softmax_window is not None:
+        lines.append(f"Softmax layers see the last {config.softmax_window:,} tokens, as the teacher's do.")
     if not trained(record):
         lines.append(
             "**Nothing has been trained yet: expect poor text until attention transfer and finetuning have run.**"

@@ -194,7 +194,7 @@ class _Run:
         if self.plan.converted:
             model = load_student(config.model_name_or_path, **options)
         else:
-            where: dict[str, Any] = {"softmax_layers": config.softmax_layers, "revision": config.revision}
+            where = {name: getattr(config, name) for name in ("softmax_layers", "sliding_window", "revision")}
             model = convert(config.model_name_or_path, config.attention, **where, **options)
         if bits is None and quantized:
             model.to(self.state.device)
@@ -304,7 +304,7 @@ class _Run:
         """The settings of this run; of a model converted before, its attention and the stages that it went through."""
         recipe = to_values(self.config)
         if self.plan.converted:
-            for name in ("attention", "softmax_layers"):
+            for name in ("attention", "softmax_layers", "sliding_window"):
                 recipe[name] = earlier.get(name)
             for name in ("transfer", "finetune"):
                 recipe[name] = recipe[name] or earlier.get(name)

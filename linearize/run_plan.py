@@ -56,6 +56,7 @@ class RunPlan:
 
     def tables(self) -> list[Any]:
         """The run, and each stage with its tokens, steps, trained parameters and expected memory."""
+        from linearize.evaluation.memory import softmax_window
         from linearize.evaluation.tables import Table
 
         config, teacher = self.config, self.teacher
@@ -80,6 +81,9 @@ class RunPlan:
             ["processes", str(self.num_processes)],
             ["output", config.output_dir],
         ]
+        if (window := softmax_window(teacher)) is not None:
+            done = "as converted" if self.converted else {"keep": "kept", "lift": "lifted"}[config.sliding_window]
+            rows.insert(3, ["sliding window", f"{window:,} tokens, {done}"])
         tables = [Table("Run", ["", "value"], rows, text=True)]
         if self.stages:
             header = ["stage", "trains", "tokens", "steps", "tokens a step", "expected memory a process"]
@@ -214,6 +218,7 @@ def _one_sentence(subject: str) -> Iterator[None]:
 
 def check_attention(config: RunConfig, teacher: Any) -> None:
     """Check the mechanism against the teacher before data and weights take their time."""
+    from linearize.conversion import student_config
     from linearize.modeling import BACKBONES
     from linearize.modeling.registry import mechanism
 
@@ -233,6 +238,8 @@ def check_attention(config: RunConfig, teacher: Any) -> None:
     for index in config.softmax_layers:
         if not -shape.layers <= index < shape.layers:
             raise UserError(f"softmax_layers names layer {index}, but the teacher has layers 0 to {shape.layers - 1}.")
+    kind = BACKBONES[teacher.model_type].config
+    student_config(teacher, kind, config.attention, None, None, config.softmax_layers, config.sliding_window)
 
 
 def check_finetune(config: RunConfig, shape: memory.Shape) -> None:

@@ -393,6 +393,9 @@ class RunConfig(RunSettings):
     """The new attention: `type` and the settings of that mechanism (window, sinks, feature_map, ...)."""
     softmax_layers: list[int] = field(default_factory=list)
     """Indices of the layers that keep softmax attention, from 0; negative ones count from the end."""
+    sliding_window: Literal["keep", "lift"] = "keep"
+    """A teacher's sliding window (Mistral-7B-v0.1): keep it in softmax layers and in the teacher that stage 1 learns
+    from, or lift it there, so that they see all tokens; converted layers never have it."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation text."""
     transfer: TransferConfig | None = field(default_factory=TransferConfig)

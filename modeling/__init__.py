@@ -9,6 +9,7 @@ from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
 from .attention_linear import LinearAttention, LinearAttentionConfig
 from .modeling_gpt2 import LinearizedGPT2Config, LinearizedGPT2ForCausalLM, LinearizedGPT2Model
 from .modeling_llama import LinearizedLlamaConfig, LinearizedLlamaForCausalLM, LinearizedLlamaModel
+from .modeling_mistral import LinearizedMistralConfig, LinearizedMistralForCausalLM, LinearizedMistralModel
 from .op_cosine import CosineState, cosine_attention
 from .op_gain_cell import GainCell, GainCellNoise, GainCellState, gain_cell_attention
 from .op_hybrid_linear import FeatureMapWeights, HybridLinearState, hybrid_linear_attention
@@ -28,12 +29,19 @@ class Backbone:
     lora_targets: tuple[str, ...]
 
 
+ROTARY_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BACKBONES = {
     "llama": Backbone(
         LinearizedLlamaConfig,
         {AutoModelForCausalLM: LinearizedLlamaForCausalLM},
         LinearizedLlamaForCausalLM,
-        ("q_proj", "k_proj", "v_proj", "o_proj"),
+        ROTARY_TARGETS,
+    ),
+    "mistral": Backbone(
+        LinearizedMistralConfig,
+        {AutoModelForCausalLM: LinearizedMistralForCausalLM},
+        LinearizedMistralForCausalLM,
+        ROTARY_TARGETS,
     ),
     "gpt2": Backbone(
         LinearizedGPT2Config,
@@ -89,6 +97,9 @@ __all__ = [
     "LinearizedLlamaConfig",
     "LinearizedLlamaForCausalLM",
     "LinearizedLlamaModel",
+    "LinearizedMistralConfig",
+    "LinearizedMistralForCausalLM",
+    "LinearizedMistralModel",
     "backbone_of",
     "cosine_attention",
     "gain_cell_attention",

@@ -8,11 +8,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
-from transformers.masking_utils import create_causal_mask
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import capture_outputs
 
 from .attention_gain_cell import RangeScaler
 from .attention_linear import WindowMix
+from .cache_layers import softmax_layer
 from .decoding import CapturedDecoding, replace_forward
 from .feature_maps import FeatureMap
 from .op_dispatch import BACKENDS
@@ -65,6 +70,8 @@ class MixerAttention(AttentionBase):
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)
+        if self.config.softmax_window is not None:
+            kwargs["sliding_window"] = self.config.softmax_window  # the mask has it already, for those that take one
         dropout = self.attention_dropout if self.training else 0.0
         output, _ = interface(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         if self.observer is not None:
@@ -80,6 +87,38 @@ class MixerAttention(AttentionBase):
                 "build it with DynamicCache(config=model.config), or let generate() do it"
             )
         return layers[self.layer_idx]
+
+
+class RotaryAttention(MixerAttention):
+    """Goes before a stock attention of Llama's kind: a projection each, rotary embedding, grouped keys and values."""
+
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+
+    def __init__(self, config, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.add_mixer(config, config.num_attention_heads, config.num_key_value_heads)
+
+    def forward(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        padding_mask=None,
+        **kwargs,
+    ):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
+        key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        output = self.attend(
+            query, key, value, attention_mask, padding_mask, past_key_values, eager_attention_forward, **kwargs
+        )
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), None
 
 
 class MixerModelMixin(ModelBase):
@@ -205,8 +244,62 @@ class MixerModelMixin(ModelBase):
         self.load_state_dict(tensors, strict=False)
 
 
+class RotaryModel(ModelBase):
+    """Goes before a stock base model of Llama's kind: its layers, and the forward that they share.
+
+    Attributes:
+        layer_class: of the decoder layers, made from (config, layer_idx).
+    """
+
+    layer_class: type[nn.Module]
+    embed_tokens: Any
+    rotary_emb: Any
+    norm: Any
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.layers = nn.ModuleList([self.layer_class(config, i) for i in range(config.num_hidden_layers)])
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        position_ids=None,
+        past_key_values=None,
+        inputs_embeds=None,
+        use_cache=None,
+        **kwargs,
+    ) -> BaseModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache and past_key_values is None:
+            past_key_values = new_cache(self)
+        if position_ids is None:
+            past = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = real_positions(attention_mask, hidden_states.shape[1], past, hidden_states.device)
+        causal_mask, padding_mask = layer_masks(self, hidden_states, attention_mask, position_ids, past_key_values)
+        position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        for layer in self.layers:
+            hidden_states = layer(
+                hidden_states,
+                attention_mask=causal_mask,
+                padding_mask=padding_mask,
+                position_embeddings=position_embeddings,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **kwargs,
+            )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+
+
 def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_values) -> tuple[Any, Tensor | None]:
-    """The masks of one forward: the softmax layers' (causal, as transformers makes it) and the mixers'.
+    """The masks of one forward: the softmax layers' (causal or a sliding window, as transformers makes it) and the
+    mixers'.
 
     The mixers' is `(B, T)` of this call's tokens, or None when nothing is padded. It is ours because transformers'
     recurrent mask is dropped on calls of one token. On a GPU a mask without padding is passed on, since to ask would
@@ -224,7 +317,8 @@ def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_val
     ]
     if not softmax:
         return None, padding_mask
-    causal_mask = create_causal_mask(
+    windowed = model.config.softmax_window is not None
+    causal_mask = (create_sliding_window_causal_mask if windowed else create_causal_mask)(
         config=model.config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
@@ -236,9 +330,11 @@ def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_val
 
 
 def new_cache(model) -> DynamicCache:
-    """An empty cache for the current arm: in the teacher arm every layer's cache is the stock growing one."""
-    teacher = any(getattr(attention, "arm", None) == "teacher" for attention in model.attention_modules())
-    return DynamicCache() if teacher else DynamicCache(config=model.config)
+    """An empty cache for the current arm: in the teacher arm every layer's is that of softmax attention."""
+    cache = DynamicCache(config=model.config)
+    if any(getattr(attention, "arm", None) == "teacher" for attention in model.attention_modules()):
+        cache.layers = [softmax_layer(model.config.softmax_window)() for _ in cache.layers]
+    return cache
 
 
 def real_positions(attention_mask: Tensor | None, length: int, past: int, device) -> Tensor:

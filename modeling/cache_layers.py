@@ -5,10 +5,11 @@ layer's fields or methods, so that a checkpoint's own copy of this code and an i
 never take each other's. They are recognised by that name, never by `isinstance`.
 """
 
+import functools
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
 
 class StateLayer(CacheLayerMixin):
@@ -134,3 +135,38 @@ class SoftmaxLayer(DynamicLayer):
     def reset(self) -> None:
         self.keys = self.values = None
         self.is_initialized = False
+
+
+class WindowLayer(DynamicSlidingWindowLayer):
+    """The cache of a softmax layer with a sliding window, with a `reset` that drops it.
+
+    A layer is built by its name alone, so that the name holds the window, and every window has a subclass.
+    """
+
+    window: int
+
+    def __init__(self, **kwargs):
+        super().__init__(sliding_window=self.window)
+
+    def __reduce__(self):
+        """For copies and pickles, which do not find the subclass by its name."""
+        return _restored_window_layer, (self.window, self.__dict__.copy())
+
+    def reset(self) -> None:
+        self.keys = self.values = None
+        self.is_initialized, self.cumulative_length = False, 0
+
+
+@functools.cache
+def softmax_layer(window: int | None) -> type[DynamicLayer]:
+    """The cache layer of softmax attention over the last `window` tokens, or over all; transformers knows it then."""
+    if window is None:
+        return SoftmaxLayer
+    fields = {"window": window, "_layer_type": f"linearize_softmax_window_{window}_1"}
+    return type("WindowLayer", (WindowLayer,), fields)
+
+
+def _restored_window_layer(window: int, state: dict) -> DynamicLayer:
+    layer = softmax_layer(window)()
+    layer.__dict__.update(state)
+    return layer

@@ -3,7 +3,7 @@
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
-from .cache_layers import SoftmaxLayer
+from .cache_layers import softmax_layer
 from .registry import mechanism
 
 SOFTMAX = "softmax"
@@ -70,11 +70,17 @@ class MixerConfigMixin:
         return typed
 
     @property
+    def softmax_window(self) -> int | None:
+        """Last tokens that a softmax layer sees, the present one among them; None where it sees all."""
+        return None
+
+    @property
     def layer_types(self) -> list[str]:
         """Names of the cache layers, as transformers' DynamicCache reads them; never serialised."""
         assert self.mixer_types is not None and self.mixers is not None, "prepare_mixers fills both"
         types = {name: mechanism(settings["type"]).cache_layer_type for name, settings in self.mixers.items()}
-        return [types.get(name, SoftmaxLayer._layer_type) for name in self.mixer_types]
+        softmax: Any = softmax_layer(self.softmax_window)._layer_type
+        return [types.get(name, softmax) for name in self.mixer_types]
 
     def validate_layer_type(self) -> None:
         """Replaces the stock whitelist of layer types; `prepare_mixers` has checked ours."""

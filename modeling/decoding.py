@@ -23,6 +23,9 @@ from .op_hybrid_linear_decode import new_buffers, read_buffers
 MAX_SESSIONS = 4  # of one block, each with a graph and the state of its batch; the least recently used goes first
 WARM_UPS = 3  # runs before a capture, in which kernels are compiled and libraries take their workspaces
 HOST_ROPE = ("dynamic", "longrope")  # rotary embeddings that look at the positions on the host
+ROTATED = ("LlamaAttention", "LinearizedLlamaAttention", "MistralAttention", "LinearizedMistralAttention")
+NORMS = ("LlamaRMSNorm", "MistralRMSNorm")
+GATED_UNITS = ("LlamaMLP", "MistralMLP")
 
 
 class DecodingSession:
@@ -335,9 +338,10 @@ def _compiled(function: Callable) -> Callable:
 
 @contextlib.contextmanager
 def compiled_elementwise(model: nn.Module) -> Iterator[None]:
-    """Within the block, a Llama's norms, gated units and rotary embedding are compiled functions, one kernel each.
+    """Within the block, norms, gated units and rotary embedding of a Llama or a Mistral are compiled functions, one
+    kernel each.
 
-    Works on a stock Llama as on a converted one. Calls of other shapes compile again.
+    Works on a stock model as on a converted one. Calls of other shapes compile again.
     """
     changed = []
     rotations: dict[Any, Callable] = {}
@@ -345,8 +349,8 @@ def compiled_elementwise(model: nn.Module) -> Iterator[None]:
         forward = _compiled_forward(module)
         if forward is not None:
             changed.append(replace_forward(module, forward))
-        home = sys.modules[type(module).__module__]
-        if type(module).__name__ in ("LlamaAttention", "LinearizedLlamaAttention"):
+        if type(module).__name__ in ROTATED:
+            home: Any = sys.modules[type(module).forward.__module__]  # where its forward looks for the function
             rotations.setdefault(home, home.apply_rotary_pos_emb)
     for home in rotations:
         home.apply_rotary_pos_emb = _compiled(_rotate)
@@ -374,8 +378,8 @@ def replace_forward(module: nn.Module, forward: Callable) -> Callable[[], None]:
 
 def _compiled_forward(module: Any) -> Callable | None:
     """What replaces the forward of a norm or a gated unit; None for every other module."""
-    if type(module).__name__ == "LlamaRMSNorm":
+    if type(module).__name__ in NORMS:
         return lambda x: _compiled(_rms_norm)(x, module.weight, module.variance_epsilon)
-    if type(module).__name__ == "LlamaMLP" and module.config.hidden_act in ("silu", "swish"):
+    if type(module).__name__ in GATED_UNITS and module.config.hidden_act in ("silu", "swish"):
         return lambda x: module.down_proj(_compiled(_gate)(module.gate_proj(x), module.up_proj(x)))
     return None

@@ -17,10 +17,11 @@ Eight GPUs:
     accelerate launch --config_file recipes/accelerate/multi_gpu.yaml --num_processes 8 \
         recipes/linearize_llama3.py --output_dir out
 
-The published LoLCATs recipe, or a YAML file of your own; flags win over the file, and every setting is a flag
-(--help):
+The published LoLCATs recipe, the same on Mistral-7B, or a YAML file of your own; flags win over the file, and every
+setting is a flag (--help):
 
     accelerate launch recipes/linearize_llama3.py --config llama3_8b_lolcats --output_dir out_lolcats
+    accelerate launch recipes/linearize_llama3.py --config mistral_7b --output_dir out_mistral
     accelerate launch recipes/linearize_llama3.py --config my.yaml \
         --model_name_or_path path/to/llama --data.dataset text.jsonl
 

@@ -1,7 +1,15 @@
 """Tiny random models, made on the spot."""
 
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+)
 
 TINY = {
     "vocab_size": 97,
@@ -37,6 +45,12 @@ def make_teacher(seed: int = 0, **changes) -> LlamaForCausalLM:
     """A random Llama whose attention is sharp enough for the branches to matter."""
     torch.manual_seed(seed)
     return sharpened(LlamaForCausalLM(LlamaConfig(**{**TINY, **changes})))
+
+
+def make_mistral(seed: int = 0, **changes) -> MistralForCausalLM:
+    """A random Mistral alike, with a sliding window that the tests' texts outgrow."""
+    torch.manual_seed(seed)
+    return sharpened(MistralForCausalLM(MistralConfig(**{**TINY, "sliding_window": 7, **changes})))
 
 
 def make_gpt2(seed: int = 0, **changes) -> GPT2LMHeadModel:

@@ -19,7 +19,8 @@ MIXER_PART = ".mixer."
 @dataclasses.dataclass
 class Info:
     """Fields: mechanisms, name -> settings; layers, name of each layer's mechanism; parameters and mixer_parameters,
-    numbers in the weight files (None without any); teacher, where the conversion's record names one.
+    numbers in the weight files (None without any); teacher, where the conversion's record names one; sliding_window,
+    tokens that softmax layers see (None: all).
     """
 
     path: str
@@ -32,6 +33,7 @@ class Info:
     parameters: int | None
     mixer_parameters: int | None
     state: list[StateBytes]
+    sliding_window: int | None = None
 
     def tables(self) -> list[Table]:
         return [self._model_table(), self._layer_table(), state_table(self.state)]
@@ -49,6 +51,8 @@ class Info:
         rows = [["model type", self.model_type], ["layers", str(len(self.layers))], ["dtype", self.dtype]]
         if self.teacher:
             rows.insert(0, ["teacher", self.teacher])
+        if self.sliding_window is not None:
+            rows.append(["sliding window of softmax layers", f"{self.sliding_window:,} tokens"])
         if self.parameters is not None and self.mixer_parameters is not None:
             rows.append(["parameters", f"{self.parameters:,}"])
             part = self.mixer_parameters / self.parameters
@@ -100,6 +104,7 @@ def info(directory: str | os.PathLike[str], lengths: Sequence[int] = LENGTHS) ->
         parameters=parameters[0] if parameters else None,
         mixer_parameters=parameters[1] if parameters else None,
         state=state_bytes(config, lengths),
+        sliding_window=config.softmax_window,
     )
 
 

@@ -60,7 +60,16 @@ def state_table(figures: Sequence[StateBytes]) -> Table:
     return Table("Inference state of one sequence", header, rows)
 
 
+def softmax_window(config: Any) -> int | None:
+    """Last tokens that softmax attention sees, of a converted model or a stock one; None where it sees all."""
+    if hasattr(config, "mixer_types"):
+        return config.softmax_window
+    return config.sliding_window if config.model_type == "mistral" else None  # others may have one and not use it
+
+
 def _key_value_bytes(config: Any, tokens: int, dtype: torch.dtype | None) -> int:
+    window = softmax_window(config)
+    tokens = tokens if window is None else min(tokens, window - 1)  # the next token is the window's last
     _, key_value_heads, head_dim = attention_shape(config)
     return 2 * tokens * key_value_heads * head_dim * _dtype_bytes(config, dtype)
 

@@ -67,6 +67,7 @@ def with_teacher(inputs, tmp_path, **changes):
         (["--attention.window", "wide"], "window"),
         (["--softmax_layers", "7"], "layers 0 to 1"),
         (["--softmax_layers", "0,-1"], "no converted layer to train"),
+        (["--sliding_window", "wide"], "sliding_window is 'wide', but it must be one of keep, lift"),
         (["--data.sequence_length", "512"], "the teacher's context is 256 tokens"),
         (["--evaluation.sequence_length", "512"], "evaluation.sequence_length is 512"),
         (["--transfer.tokens_per_step", "50"], "multiple of"),
@@ -135,6 +136,8 @@ def test_a_gpu_that_is_not_there(call, config, monkeypatch):
         ({"model_type": "opt"}, "opt model"),
         ({"model_type": "no_such_model"}, "no_such_model"),
         ({"num_key_value_heads": 3}, "do not divide"),
+        ({"model_type": "mistral", "sliding_window": 1}, "sliding_window is 1, but it must be at least 2 tokens"),
+        ({"model_type": "mistral", "sliding_window": "wide"}, "holds a value that it cannot have"),
         ({}, "weights"),
     ],
 )

@@ -71,7 +71,7 @@ def test_a_config_goes_through_yaml_unchanged(tmp_path):
 
 def test_every_preset_is_valid():
     names = preset_names()
-    assert {"llama3_8b_linear", "llama3_8b_lolcats", "smollm2_135m"} <= set(names)
+    assert {"llama3_8b_linear", "llama3_8b_lolcats", "mistral_7b", "smollm2_135m"} <= set(names)
     for name in names:
         assert resolve(name).attention["type"] == ("gain_cell" if "gain_cell" in name else "linear")
 
@@ -83,6 +83,13 @@ def test_our_preset_is_the_defaults_of_the_mechanism():
     assert dataclasses.asdict(LinearAttentionConfig(**settings)) == dataclasses.asdict(
         LinearAttentionConfig(feature_dim=64)
     )
+
+
+def test_the_preset_of_mistral_is_the_published_one_of_llama():
+    """The authors' configs differ in the teacher alone."""
+    llama, mistral = (to_values(resolve(name)) for name in ("llama3_8b_lolcats", "mistral_7b"))
+    assert {name for name in llama if llama[name] != mistral[name]} == {"model_name_or_path", "output_dir"}
+    assert mistral["model_name_or_path"] == "mistralai/Mistral-7B-v0.1" and mistral["sliding_window"] == "keep"
 
 
 def test_the_published_preset_quotes_the_published_numbers():

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import make_gpt2, make_student, make_teacher, perturb
+from tiny_models import make_gpt2, make_mistral, make_student, make_teacher, perturb
 
 LOAD = """
 import sys
@@ -36,7 +36,13 @@ for folder in sys.argv[1:]:
 @torch.no_grad()
 def test_loads_without_the_package(tmp_path):
     some = ["linear", "softmax", "linear"]
-    layouts = {"all": (make_teacher, None), "some": (make_teacher, some), "gpt2": (make_gpt2, None)}
+    layouts = {
+        "all": (make_teacher, None),
+        "some": (make_teacher, some),
+        "gpt2": (make_gpt2, None),
+        "mistral": (make_mistral, None),
+        "mistral-some": (make_mistral, some),  # its softmax layer has a sliding window
+    }
     expected = {}
     for name, (make, mixer_types) in layouts.items():
         student = make_student(make(), {"linear": {"type": "linear", "window": 5, "sinks": 2}}, mixer_types)
@@ -53,6 +59,6 @@ def test_loads_without_the_package(tmp_path):
         assert loaded["tokens"] == expected[name][1]
         logits = torch.load(tmp_path / name / "logits.pt", weights_only=True)
         assert (logits - expected[name][0]).abs().max() <= 1e-5
-        backbone = "gpt2" if name == "gpt2" else "llama"
+        backbone = name.split("-")[0] if name.startswith(("gpt2", "mistral")) else "llama"
         assert (tmp_path / name / "again" / f"modeling_{backbone}.py").is_file()
         assert not list((tmp_path / name).glob("*.bin"))

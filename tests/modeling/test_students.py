@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import TINY, make_gpt2, make_student, make_teacher, perturb
+from tiny_models import TINY, make_gpt2, make_mistral, make_student, make_teacher, perturb
 from transformers import DynamicCache, GenerationConfig
 
-TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2}
+TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2, "mistral": make_mistral}
 SMALL_CELL = {"tile": 4, "leak": 0.01, "score_saturation": 4.0, "output_saturation": 4.0}
 MODELS = {
     "hybrid": ({"linear": {"type": "linear", "window": 5, "sinks": 2}}, None),
