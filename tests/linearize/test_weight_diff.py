@@ -2,11 +2,16 @@
 
 import errno
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
+from fakehub import FakeHub
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import make_gpt2, make_teacher
@@ -18,7 +23,7 @@ from linearize import weight_diff
 from linearize.cli import main
 from linearize.errors import UserError
 from linearize.hub import make_record, save_final
-from linearize.tensor_files import CHUNK_BYTES
+from linearize.tensor_files import CHUNK_BYTES, read_weights
 from linearize.weight_diff import make_diff, recover
 
 BYTES = {
@@ -184,6 +189,16 @@ def test_the_files_of_a_diff_have_a_bounded_size(tmp_path):
     assert contents(tmp_path / "out") == contents(tmp_path / "converted")
 
 
+def test_tensors_lie_at_multiples_of_their_width(tmp_path):
+    write(tmp_path / "base", {"odd": bits(3, dtype="int8"), "wide": bits(2, dtype="float64")}, 2)
+    write(tmp_path / "converted", {"odd": bits(3, dtype="int8", seed=1), "wide": bits(2, dtype="float64", seed=1)}, 2)
+    make_diff(tmp_path / "base", tmp_path / "converted", tmp_path / "diff")
+    places = {
+        tensor.name: tensor.offset for tensor in read_weights(tmp_path / "diff", "diff", "diff").files[0].tensors
+    }
+    assert places["wide"] % 8 == 0 and places["odd"] == places["wide"] + 16
+
+
 def test_memory_does_not_grow_with_the_model(tmp_path, made):
     mebibyte = 2**18  # elements
     old = {f"t{i}": bits(mebibyte, seed=i) for i in range(20)} | {"large": bits(32 * mebibyte, seed=50)}
@@ -344,6 +359,7 @@ def set_at(*keys, value):
         (lambda record: record["tensors"].pop("scale"), "other tensors"),
         (set_at("tensors", "scale", "kind", value="guess"), "the entry of scale"),
         (set_at("tensors", "scale", value={"kind": "equal", "sha256": "00"}), "the entry of scale"),
+        (set_at("tensors", "nothing", "sha256", value="00"), "the entry of nothing"),
         (set_at("tensors", value=[]), "damaged"),
         (set_at("weights", 0, "file", value="../model.safetensors"), "'../model.safetensors'"),
         (set_at("files", "/etc/passwd", value={"size": 1, "sha256": "00"}), "'/etc/passwd'"),
@@ -448,6 +464,8 @@ def test_a_full_disk_leaves_what_was_there(made, monkeypatch):
 
 
 def test_the_commands(tmp_path, capsys):
+    for words in (["diff", "--help"], ["diff", "make", "--help"], ["diff", "recover", "--help"]):
+        assert main(words) == 0
     write(tmp_path / "base", base_tensors(), 2)
     write(tmp_path / "converted", converted_tensors())
     base, converted, diff, out = (str(tmp_path / name) for name in ("base", "converted", "diff", "out"))
@@ -478,3 +496,66 @@ def test_a_failing_command_says_one_sentence_and_leaves_nothing(made, capsys):
         shown = capsys.readouterr().err.strip().splitlines()
         assert [line for line in shown if line.startswith("linearize: ")] == shown[-1:] and "Traceback" not in shown
         assert sorted(path.name for path in made.iterdir()) == before
+
+
+# --- the Hub
+
+COMMANDS = """
+import json, sys
+from linearize.cli import main
+for words in json.loads(sys.argv[1]):
+    print("CODE", main(["diff", *words]), flush=True)
+"""
+
+
+def commands(hub, home, *lines, token="hf_valid"):
+    """Exit codes and stderr of `linearize diff ...` lines in a fresh process that talks to this Hub."""
+    environment = hub.environment(home, token) | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    words = [[str(word) for word in line] for line in lines]
+    command = [sys.executable, "-c", COMMANDS, json.dumps(words)]
+    done = subprocess.run(command, env=environment, cwd=home.parent, capture_output=True, text=True, timeout=120)
+    return [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("CODE ")], done.stderr
+
+
+def uploaded(path):
+    """The files of a directory as a repository's."""
+    return {name.replace(os.sep, "/"): data for name, data in contents(path).items()}
+
+
+@pytest.mark.slow
+def test_all_three_on_the_hub(tmp_path):
+    write(tmp_path / "base", base_tensors(), 2)
+    write(tmp_path / "converted", converted_tensors(), 3, **{"vocab.txt": "words"})
+    home = tmp_path / "home"
+    with FakeHub() as hub:
+        copies = {"model.bin": b"again", "consolidated.safetensors": b"again", "pytorch_model.bin": b"again"}
+        base = hub.add("someone/base", uploaded(tmp_path / "base") | copies)
+        hub.add("tester/converted", uploaded(tmp_path / "converted") | {"training_args.bin": b"pickle"})
+        made = ("make", "someone/base", "tester/converted", tmp_path / "diff")
+        assert commands(hub, home, made)[0] == [0]
+        assert not [request for request in hub.requests if "consolidated" in request or ".bin" in request]
+        origin = json.loads((tmp_path / "diff" / "diff.json").read_text())["base"]
+        assert origin == {"name": "someone/base", "on_hub": True, "revision": base.commits[0][0]}
+        assert 'base_model: "someone/base"' in (tmp_path / "diff" / "README.md").read_text()
+
+        hub.add("tester/diff", uploaded(tmp_path / "diff"))
+        base.commit(uploaded(write(tmp_path / "later", base_tensors("float16"))), "another type")
+        codes, stderr = commands(
+            hub,
+            home,
+            ("recover", "someone/base", "tester/diff", tmp_path / "out"),
+            ("recover", "someone/base", "tester/diff", tmp_path / "wrong", "--revision", "main"),
+            ("recover", "someone/base", "tester/none", tmp_path / "wrong"),
+            ("make", "someone/base", "tester/converted", tmp_path / "wrong", "--revision", "0" * 40),
+        )
+        hub.add("tester/gated", {"config.json": b"{}"}, gated=True)
+        new = [("make", "someone/base", f"tester/{name}", tmp_path / "wrong") for name in ("none", "gated")]
+        anonymous = commands(hub, home, *new, token=None)
+        refused = commands(hub, home, *new[:1], token="hf_wrong")
+    assert codes == [0, 2, 2, 2], stderr
+    assert contents(tmp_path / "out") == contents(tmp_path / "converted") and not (tmp_path / "wrong").exists()
+    said = [line for line in stderr.splitlines() if line.startswith("linearize: ")]
+    assert f"give someone/base at commit {base.commits[0][0]}" in said[0]
+    assert "no Hub repository tester/none" in said[1] and "no such revision" in said[2]
+    assert anonymous[0] == [2, 2] and refused[0] == [2] and "refused the token" in refused[1], refused
+    assert "no Hub repository tester/none" in anonymous[1] and "tester/gated is a gated" in anonymous[1], anonymous
