@@ -92,8 +92,9 @@ def other_files(path: Path, weights: set[str]) -> tuple[list[str], list[str]]:
 def _walk(path: Path) -> Iterator[str]:
     for folder, folders, files in os.walk(path):
         folders[:] = [name for name in folders if not name.startswith(".") and name != "__pycache__"]
-        for name in files:
-            yield Path(folder, name).relative_to(path).as_posix()
+        for file in (Path(folder, name) for name in files):
+            if file.is_file():  # not a link to nowhere
+                yield file.relative_to(path).as_posix()
 
 
 def copy_file(source: Path, target: Path) -> FileRecord:
