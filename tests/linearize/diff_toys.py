@@ -41,7 +41,7 @@ def base_tensors(dtype="float32"):
 
 
 def converted_tensors(dtype="float32"):
-    """Three tensors differ, two are equal, one has more rows, one another dtype, two are new, one is gone."""
+    """Three tensors differ, one is equal, one has more rows, one another dtype, two are new, one is gone."""
     tensors = base_tensors(dtype)
     del tensors["rotary.inv_freq"]
     other = "float16" if dtype != "float16" else "float32"

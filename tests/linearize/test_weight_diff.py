@@ -1,4 +1,4 @@
-"""Differences between a base and a model made from it: bit for bit back, in constant memory, also by way of the Hub."""
+"""Differences between a base and a model made from it: bit for bit back, in constant memory, also over the Hub."""
 
 import json
 import os

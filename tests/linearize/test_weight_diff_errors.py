@@ -1,4 +1,4 @@
-"""Weight differences of a wrong base, a damaged diff, unreadable repositories: one sentence, and nothing half-written."""
+"""Weight differences of a wrong base, a damaged diff, unreadable repositories: one sentence, nothing half-written."""
 
 import errno
 import json
