@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from linearize.pipeline import run
     from linearize.pretraining import pretrain
     from linearize.transfer import transfer_attention
+    from linearize.weight_diff import make_diff, recover
 
 __version__ = "0.1.0"
 
@@ -55,6 +56,8 @@ _PIPELINE = {
     "run": "pipeline",
     "pretrain": "pretraining",
     "run_gain_cell": "gain_cell_stages",
+    "make_diff": "weight_diff",
+    "recover": "weight_diff",
 }
 
 
@@ -93,8 +96,10 @@ __all__ = [
     "hybrid_linear_attention",
     "load_student",
     "load_tokenizer",
+    "make_diff",
     "pretrain",
     "push",
+    "recover",
     "run",
     "run_gain_cell",
     "transfer_attention",

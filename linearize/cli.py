@@ -1,5 +1,5 @@
 """The command line: `linearize convert | transfer | finetune | evaluate | chat | info | push | run | pretrain |
-gain-cell | import | export-vectors`.
+gain-cell | import | diff | export-vectors`.
 
 Every setting of `linearize/settings.py` (of `linearize/pretraining.py` for `pretrain`) is a flag of the commands that
 use it (`--transfer.tokens 1000000`). Bad input ends with one sentence and exit code 2, Ctrl-C with 130
@@ -8,16 +8,16 @@ use it (`--transfer.tokens 1000000`). Bad input ends with one sentence and exit 
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from linearize.cli_diff import differ
 from linearize.errors import UserError
-from linearize.failures import guarded, stage
+from linearize.failures import command, stage
 from linearize.gain_cell_stages import GainCellRunConfig
 from linearize.pretraining import PretrainConfig
 from linearize.settings import RunConfig, RunSettings
@@ -35,6 +35,7 @@ app = typer.Typer(
 
 importer = typer.Typer(help="Checkpoints of published research code.", no_args_is_help=True)
 app.add_typer(importer, name="import")
+app.add_typer(differ, name="diff")
 
 Directory = Annotated[str, typer.Argument(help="Directory of a converted model, or of a run.")]
 Output = Annotated[str, typer.Argument(help="Directory to write.")]
@@ -58,18 +59,6 @@ TRAINING = (
 
 
 KINDS: dict[str, type[RunSettings]] = {"pretrain": PretrainConfig, "gain-cell": GainCellRunConfig}
-
-
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Turn a command's failure into its sentence and exit code."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **kwargs: Any) -> None:
-        code = guarded(function, *args, **kwargs)
-        if code:
-            raise typer.Exit(code)
-
-    return call
 
 
 @app.command()

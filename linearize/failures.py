@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -91,6 +92,19 @@ def guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
             say(f"interrupted; {interrupt}" if str(interrupt) else "interrupted")
         return EXIT_INTERRUPTED
     return 0
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Turn the failure of a command of the command line into its sentence and exit code."""
+    import typer
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> None:
+        code = guarded(function, *args, **kwargs)
+        if code:
+            raise typer.Exit(code)
+
+    return call
 
 
 def say(sentence: str) -> None:

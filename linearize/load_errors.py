@@ -36,13 +36,15 @@ def explain(source: str, what: str, error: BaseException) -> str | None:
     if source.endswith(".gguf") and not caused_by(MemoryError):
         reason = _short(chain[-1])
         return f"the GGUF file {source} cannot be read ({reason}): download it again, or use another quantisation"
-    if caused_by(hub_errors.GatedRepoError) or "gated repo" in text:
+    gated = caused_by(hub_errors.GatedRepoError)
+    missing = caused_by(hub_errors.RepositoryNotFoundError) and not gated  # the one class is below the other
+    if gated or ("gated repo" in text and not missing):  # the Hub's answer about a missing one speaks of both
         return f"{source} is a gated repository: ask for access on its page, then {LOGIN}"
-    if "401" in text or "Invalid credentials" in text or "token is invalid" in text.lower():
+    if ("401" in text and not missing) or "Invalid credentials" in text or "token is invalid" in text.lower():
         return f"the Hub refused the token for {source}: {LOGIN}"
     if caused_by(hub_errors.RevisionNotFoundError) or "is not a valid git identifier" in text:
         return f"{source} has no such revision: check --revision"
-    if caused_by(hub_errors.RepositoryNotFoundError) or "is not a valid model identifier" in text:
+    if missing or "is not a valid model identifier" in text:
         return f"there is no directory and no Hub repository {source}: check the name; if it is private, {LOGIN}"
     if caused_by(hub_errors.HFValidationError) or "Repo id must" in text:
         return f"{source} is neither a directory here nor a Hub id of the form name or owner/name: check the path"
