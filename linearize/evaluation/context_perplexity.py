@@ -34,6 +34,7 @@ from linearize.evaluation.context_reading import BAR, piece_length, read
 from linearize.evaluation.tables import Table, format_number, markdown_tables, show_tables
 
 LONGEST_STRETCH = 256
+ENOUGH_TEXT = 2**22  # tokens of long documents: no more are read once they hold what is to be scored
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ def context_perplexity(
             started = time.perf_counter()
             nll: list[float] = []
             label = f"perplexity at {length_label(length)}"
-            with tqdm(total=count, desc=label, unit="stretch", leave=False, bar_format=BAR) as bar:
+            with tqdm(total=count, desc=label, unit="stretches", leave=False, bar_format=BAR) as bar:
                 for start in range(0, count, batch_size):
                     rows = stretches.inputs(start, start + batch_size, length).to(input_device(base))
                     nll += _losses(base, rows, stretches.scored, piece).mean(1).tolist()
@@ -195,12 +196,12 @@ def _losses(base: Any, input_ids: Tensor, scored: int, piece: int | None) -> Ten
 def _long_documents(
     paths: Sequence[str | Path], tokenizer: Any, longest: int, scored: int, wanted: int, text_field: str
 ) -> list[np.ndarray]:
-    """The documents of at least `longest` tokens, without BOS and EOS, until they hold `wanted` stretches."""
+    """The documents of at least `longest` tokens, without BOS and EOS, until they are enough."""
     source = open_files(list(paths), text_field)
     resolve_format(source, "text", text_field, "")
     found: list[np.ndarray] = []
     parts: list[np.ndarray] = []
-    most = stretches = 0
+    most = stretches = tokens = 0
     opening = len(leading_ids(tokenizer))
     for segment in tokenize_records(source.records(), tokenizer, "text", text_field=text_field):
         parts.append(segment.ids)
@@ -210,8 +211,9 @@ def _long_documents(
         parts, most = [], max(most, len(document))
         if len(document) >= longest:
             found.append(document)
+            tokens += len(document)
             stretches += 1 + (len(document) - longest) // scored
-            if stretches >= wanted:
+            if len(found) >= wanted or (stretches >= wanted and tokens >= ENOUGH_TEXT):
                 break
     if not found:
         raise UserError(

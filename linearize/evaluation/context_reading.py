@@ -15,7 +15,7 @@ from linearize.evaluation.arms import is_student
 from linearize.evaluation.context_lengths import length_label
 
 PIECE = 2048  # tokens of one forward pass over the cache; more take more memory and hardly less time
-BAR = "{desc}: {n_fmt}/{total_fmt} {unit}s [{elapsed}]{postfix}"  # time so far and no guess: lengths differ too much
+BAR = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}]{postfix}"  # time so far and no guess: lengths differ too much
 CHANGING_ROPE = ("dynamic", "longrope")  # their frequencies follow the tokens of a call
 
 

@@ -26,7 +26,7 @@ from linearize.evaluation.retrieval import Prompt, RetrievalReport, spread_depth
 
 logger = logging.getLogger(__name__)
 
-TASK = "Read the following text, then answer the question at its end in a few words.\n\n"
+TASK = "Read the following text, then answer the question at its end.\n\n"
 NEW_TOKENS = 20  # a whole sentence that holds the answer fits in
 SENTENCE = re.compile(r"(?<=[.!?])(?<!\bMr\.)(?<!\bMrs\.)(?<!\bDr\.)(?<!\bSt\.)[\"'”’)\]]*\s+|\n+\s*")
 BATCH = 1024  # sentences tokenised together
@@ -103,7 +103,7 @@ def natural_prompts(
         prompts[length] = []
         for trial, (depth, share) in enumerate(spread_depths(count, depths)):
             fact, question, answer, kind = asked.next()
-            parts = [encode(tokenizer, f" {fact}"), encode(tokenizer, f"\n\nQuestion: {question}\nAnswer:")]
+            parts = [encode(tokenizer, f" {fact}"), encode(tokenizer, f"\n\n{question}")]
             room = room_left(length, "--natural", start, *parts)
             ids, places = hay.stretch((first + trial * len(hay.ends) // count) % len(hay.ends), room)
             before = int(places[np.abs(places - share * room).argmin()])
@@ -167,7 +167,8 @@ class _Draw:
         template = self.waiting.pop()
         who, answer = self.generator.choice(WHO), self._answer(template)
         kind = "number" if template.answer == "number" else "name"
-        fact, question = (text.format(who=who, answer=answer) for text in (template.fact, template.question))
+        question = f"Question: {template.question}\nAnswer: {template.cue}".format(who=who)
+        fact = template.fact.format(who=who, answer=answer)
         return fact, question, answer, kind
 
     def _answer(self, template: Fact) -> str:

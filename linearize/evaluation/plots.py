@@ -130,6 +130,10 @@ def plot_heat_map(report: "RetrievalReport", path: str | os.PathLike[str]) -> No
     names = [f"{length_label(x.length)}\n{100 * x.score().accuracy:.0f}%" for x in lengths]
     axes.set_xticks(range(len(lengths)), names)
     axes.set_yticks(range(depths), [depth_label(depth, depths) for depth in range(depths)])
+    for row in range(1, depths):
+        axes.axhline(row - 0.5, color="white", linewidth=1)
+    for column in range(1, len(lengths)):
+        axes.axvline(column - 0.5, color="white", linewidth=1)
     axes.tick_params(length=0)
     axes.set(xlabel="tokens of the prompt, accuracy over all depths", ylabel="depth of the fact")
     axes.set_title(f"{report.name}: accuracy, %", fontsize=11)

@@ -201,7 +201,7 @@ def measure_retrieval(
             started = time.perf_counter()
             answers: list[Answer] = []
             label = f"{report.name} {length_label(length)}"
-            with tqdm(total=len(asked), desc=label, unit="prompt", leave=False, bar_format=BAR) as bar:
+            with tqdm(total=len(asked), desc=label, unit="prompts", leave=False, bar_format=BAR) as bar:
                 for start in range(0, len(asked), batch_size):
                     batch = asked[start : start + batch_size]
                     input_ids = torch.stack([prompt.input_ids for prompt in batch]).to(input_device(base))
@@ -209,7 +209,7 @@ def measure_retrieval(
                     texts = [tokenizer.decode(row, skip_special_tokens=True) for row in rows]
                     answers += map(_judge, batch, texts)
                     bar.update(len(batch))
-                    bar.set_postfix_str(f", {sum(answer.hit for answer in answers)} right")
+                    bar.set_postfix_str(f"{sum(answer.hit for answer in answers)} right")
             report.lengths.append(LengthResult(length, answers, time.perf_counter() - started))
             if after_length is not None:
                 after_length(report)
