@@ -157,10 +157,18 @@ def plot_context_perplexity(report: "ContextPerplexityReport", path: str | os.Pa
     axes.set_xticks(lengths, [length_label(length) for length in lengths])
     axes.minorticks_off()
     axes.margins(x=0.06, y=0.2)
-    axes.ticklabel_format(axis="y", useOffset=False, style="plain")
-    axes.set(
-        xlabel="tokens of the context, log scale", ylabel="perplexity of the same tokens", title=report.describe()
-    )
+    values = [found.perplexity for found in points]
+    ratio = max(values) / min(values) if values else 1.0
+    logarithmic = ratio > 3
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if ratio < 10 else "")
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False, style="plain")
+    scale = ", log scale" if logarithmic else ""
+    axes.set(xlabel="tokens of the context, log scale", ylabel=f"perplexity of the same tokens{scale}")
+    axes.set_title(report.describe(), fontsize=11)
     _save(figure, path)
 
 
