@@ -16,6 +16,15 @@ from typing import Annotated, Any
 import typer
 
 from linearize.cli_diff import differ
+from linearize.context_flags import (
+    ContextSeed,
+    Depths,
+    NaturalLengths,
+    PasskeyLengths,
+    PerplexityLengths,
+    RopeScalingFlag,
+    TrialNumbers,
+)
 from linearize.errors import UserError
 from linearize.failures import command, stage
 from linearize.gain_cell_stages import GainCellRunConfig
@@ -175,7 +184,13 @@ def evaluate(
             "--noise", help="Deviations of gain cells, e.g. read=0.01,mismatch=0.05 (also write, leak_spread)."
         ),
     ] = None,
-    trials: Annotated[int, typer.Option("--trials", help="Draws of the noise.")] = 16,
+    passkey: PasskeyLengths = None,
+    natural: NaturalLengths = None,
+    context_perplexity: PerplexityLengths = None,
+    trials: TrialNumbers = None,
+    depths: Depths = 10,
+    seed: ContextSeed = 0,
+    rope_scaling: RopeScalingFlag = None,
     cell_sweeps: Annotated[
         bool, typer.Option("--cell_sweeps", help="Perplexity over the leak and the weight levels of gain cells.")
     ] = False,
@@ -186,15 +201,22 @@ def evaluate(
         typer.Option(
             "--output",
             help="Folder for evaluation.json, evaluation.md, tasks.json and plots. Default none, but `evaluation` "
-            "with --noise or --cell_sweeps, which draw a plot.",
+            "with --noise, --cell_sweeps, --passkey, --natural or --context_perplexity, which draw a plot.",
         ),
     ] = None,
 ) -> None:
-    """Measure a model: perplexity of its arms on any text, and tasks of the lm-eval harness."""
+    """Measure a model: perplexity of its arms on any text, retrieval and perplexity over the context length, and
+    tasks of the lm-eval harness."""
     from linearize.commands import evaluate_model
+    from linearize.evaluation import plan_contexts
 
-    if not text and not tasks:
-        raise UserError("Nothing to measure: give --text FILE, --tasks NAMES or both.")
+    how: dict[str, Any] = {"depths": depths, "seed": seed, "rope_scaling": rope_scaling}
+    contexts = plan_contexts(passkey, natural, context_perplexity, trials=trials, **how)
+    if not text and not tasks and not contexts.lengths():
+        raise UserError(
+            "Nothing to measure: give --text FILE, --tasks NAMES, or lengths by --passkey, --natural or "
+            "--context_perplexity."
+        )
     if (noise is not None or cell_sweeps) and not text:
         raise UserError("--noise and --cell_sweeps measure a perplexity: give --text FILE.")
     evaluate_model(
@@ -213,6 +235,7 @@ def evaluate(
         noise=noise,
         trials=trials,
         cell_sweeps=cell_sweeps,
+        contexts=contexts,
         dtype=dtype,
         device=device,
         output=output,

@@ -25,12 +25,17 @@ def choose_device(name: str) -> Any:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def load(source: str, dtype: str, device: str) -> tuple[Any, Any, bool]:
-    """A model with its tokenizer, on its device, and whether it is a converted one."""
+def load(source: str, dtype: str, device: str, contexts: Any = None) -> tuple[Any, Any, bool]:
+    """A model with its tokenizer, on its device, and whether it is a converted one.
+
+    Args:
+        contexts: a `ContextPlan` whose scaling of the RoPE a stock model gets.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
     from linearize.conversion import load_student, load_tokenizer
+    from linearize.evaluation.rope_scaling import check_scaled
     from linearize.load_errors import explained
 
     if dtype not in DTYPES:
@@ -38,13 +43,17 @@ def load(source: str, dtype: str, device: str) -> tuple[Any, Any, bool]:
     place = choose_device(device)
     weights = dtype if dtype == "auto" else getattr(torch, dtype)
     source = _model_of(source)
-    converted = hasattr(_config(source), "mixer_types")
+    config = _config(source)
+    converted = hasattr(config, "mixer_types")
+    scaled = _scaled_config(source, config, contexts)
     with stage("loading the model", "choose a smaller --dtype"):
         if converted:
             model = load_student(source, dtype=weights)
         else:
             with explained(source):
-                model = AutoModelForCausalLM.from_pretrained(source, dtype=weights)
+                model = AutoModelForCausalLM.from_pretrained(source, dtype=weights, **scaled)
+        if scaled:
+            check_scaled(model, source)
         return model.to(place).eval(), load_tokenizer(source), converted
 
 
@@ -59,6 +68,21 @@ def _config(source: str) -> Any:
     from linearize.conversion import load_config
 
     return load_config(source)
+
+
+def _scaled_config(source: str, config: Any, contexts: Any) -> dict[str, Any]:
+    """`config=...` where the plan scales the RoPE; nothing where it does not, or where all lengths fit as it is."""
+    from linearize.evaluation.rope_scaling import with_yarn
+
+    scaling = contexts.rope_scaling if contexts is not None else None
+    if scaling is None:
+        return {}
+    with_yarn(config, 1.0, source)  # refused before its factor is asked for
+    factor = scaling.choose(config, contexts.lengths())
+    if factor == 1 and scaling.factor is None:
+        print("The longest length fits the trained context: --rope_scaling yarn=auto leaves RoPE as it is.")
+        return {}
+    return {"config": with_yarn(config, factor, source)}
 
 
 def evaluate_model(
@@ -76,25 +100,33 @@ def evaluate_model(
     controls: bool,
     speed: bool,
     noise: str | None,
-    trials: int,
+    trials: str | None,
     cell_sweeps: bool,
+    contexts: Any,
     dtype: str,
     device: str,
     output: str | None,
 ) -> None:
-    """Print the tables of the perplexities and of the tasks, and write them where `output` says."""
+    """Print the tables of all that is measured, and write them where `output` says.
+
+    Args:
+        contexts: a `ContextPlan`.
+    """
     from linearize.data import load_text_blocks
     from linearize.evaluation import evaluate, measure_noise, parse_noise, run_tasks, sweep_cells
     from linearize.evaluation.arms import gain_cell_layers
+    from linearize.evaluation.context_lengths import parse_trials
+    from linearize.evaluation.context_run import prepare_contexts
     from linearize.hub import read_record
 
-    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("limit", limit), ("trials", trials)):
+    for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("limit", limit)):
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}, but it must be at least 1.")
     deviations = None if noise is None else parse_noise(noise)
-    if output is None and (noise is not None or cell_sweeps):
+    draws = 16 if trials is None else parse_trials(trials).default
+    if output is None and (noise is not None or cell_sweeps or contexts.lengths()):
         output = "evaluation"
-    model, tokenizer, converted = load(source, dtype, device)
+    model, tokenizer, converted = load(source, dtype, device, contexts)
     if deviations is not None:
         gain_cell_layers(model, "--noise")
     if cell_sweeps:
@@ -102,6 +134,8 @@ def evaluate_model(
     if texts:
         _check_context(model, "sequence_length", sequence_length)
     with stage("evaluation", f"lower --batch_size (now {batch_size}) or --sequence_length (now {sequence_length})"):
+        measured: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "output": output}
+        parts = prepare_contexts(model, tokenizer, contexts, texts=texts, text_field=text_field, **measured)
         if texts:
             blocks = load_text_blocks(list(texts), tokenizer, sequence_length, max_tokens, text_field=text_field)
             path = find_converted(source) if converted and Path(source).is_dir() else None
@@ -115,12 +149,13 @@ def evaluate_model(
                 report.save(output)
             extra: list[Any] = []
             if deviations is not None:
-                extra.append(measure_noise(model, blocks, deviations, trials=trials, batch_size=batch_size))
+                extra.append(measure_noise(model, blocks, deviations, trials=draws, batch_size=batch_size))
             if cell_sweeps:
                 extra.append(sweep_cells(model, blocks, batch_size=batch_size))
             for found in extra:
-                found.show()
-                print(f"Saved {', '.join(map(str, found.save(output)))}")
+                _show_and_save(found, output)
+        for part in parts:
+            _show_and_save(part(), output)
         if tasks:
             path_of_scores = Path(output) / "tasks.json" if output else None
             arm = "mixed" if converted else None
@@ -134,6 +169,11 @@ def evaluate_model(
                 output_path=path_of_scores,
                 arm=arm,
             ).show()
+
+
+def _show_and_save(report: Any, output: str | None) -> None:
+    report.show()
+    print(f"Saved {', '.join(map(str, report.save(output)))}")
 
 
 def _check_context(model: Any, flag: str, tokens: int) -> None:

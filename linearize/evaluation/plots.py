@@ -1,4 +1,6 @@
-"""Pictures: perplexity of the arms, the linear branch's share by layer, gain cells with noise and with other cells."""
+"""Pictures: perplexity of the arms, the linear branch's share by layer, gain cells with noise and with other cells,
+retrieval and perplexity over the context length.
+"""
 
 import math
 import os
@@ -8,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from linearize.evaluation.cell_sweeps import SweepReport
+    from linearize.evaluation.context_perplexity import ContextPerplexityReport
     from linearize.evaluation.noise import NoiseReport
+    from linearize.evaluation.retrieval import RetrievalReport
 
 
 def plot_arms(
@@ -109,11 +113,70 @@ def plot_cell_sweeps(report: "SweepReport", path: str | os.PathLike[str]) -> Non
     _save(figure, path)
 
 
-def _figure(height: float, panels: int = 1) -> tuple[Any, Any]:
+def plot_heat_map(report: "RetrievalReport", path: str | os.PathLike[str]) -> None:
+    """Accuracy in percent by length and depth, one cell of each, from red to green; below, over all depths."""
+    from linearize.evaluation.context_lengths import length_label
+    from linearize.evaluation.retrieval import depth_label
+
+    lengths, depths = report.lengths, report.depths
+    found = [result.depths() for result in lengths]
+    cells = [[100 * column[depth].accuracy for column in found] for depth in range(depths)]
+    figure, axes = _figure(height=1.7 + 0.34 * max(depths, 2), width=min(16, 2.4 + 0.85 * max(len(lengths), 3)))
+    image = axes.imshow(cells, cmap="RdYlGn", vmin=0, vmax=100, aspect="auto")
+    for row, values in enumerate(cells):
+        for column, value in enumerate(values):
+            colour = "black" if 12 < value < 90 else "white"
+            axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=colour, fontsize=9)
+    names = [f"{length_label(x.length)}\n{100 * x.score().accuracy:.0f}%" for x in lengths]
+    axes.set_xticks(range(len(lengths)), names)
+    axes.set_yticks(range(depths), [depth_label(depth, depths) for depth in range(depths)])
+    for row in range(1, depths):
+        axes.axhline(row - 0.5, color="white", linewidth=1)
+    for column in range(1, len(lengths)):
+        axes.axvline(column - 0.5, color="white", linewidth=1)
+    axes.tick_params(length=0)
+    axes.set(xlabel="tokens of the prompt, accuracy over all depths", ylabel="depth of the fact")
+    axes.set_title(f"{report.name}: accuracy, %", fontsize=11)
+    axes.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, shrink=0.9, pad=0.02).outline.set_visible(False)
+    _save(figure, path)
+
+
+def plot_context_perplexity(report: "ContextPerplexityReport", path: str | os.PathLike[str]) -> None:
+    """Perplexity of the same tokens over the length of their context, which is on a logarithmic axis."""
+    from linearize.evaluation.context_lengths import length_label
+
+    points = [found for found in report.lengths if math.isfinite(found.perplexity)]
+    figure, axes = _figure(height=3.8)
+    axes.plot([found.length for found in points], [found.perplexity for found in points], "o-")
+    for found in points:
+        offset = {"xytext": (0, 7), "textcoords": "offset points", "ha": "center"}
+        axes.annotate(f"{found.perplexity:.4g}", (found.length, found.perplexity), **offset)
+    axes.set_xscale("log", base=2)
+    lengths = [found.length for found in report.lengths]
+    axes.set_xticks(lengths, [length_label(length) for length in lengths])
+    axes.minorticks_off()
+    axes.margins(x=0.06, y=0.2)
+    values = [found.perplexity for found in points]
+    ratio = max(values) / min(values) if values else 1.0
+    logarithmic = ratio > 3
+    if logarithmic:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}" if ratio < 10 else "")
+    else:
+        axes.ticklabel_format(axis="y", useOffset=False, style="plain")
+    scale = ", log scale" if logarithmic else ""
+    axes.set(xlabel="tokens of the context, log scale", ylabel=f"perplexity of the same tokens{scale}")
+    axes.set_title(report.describe(), fontsize=11)
+    _save(figure, path)
+
+
+def _figure(height: float, panels: int = 1, width: float = 8) -> tuple[Any, Any]:
     """A figure with its axes; an array of them where there are several."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
-    figure = Figure(figsize=(8, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.subplots(1, panels)
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)

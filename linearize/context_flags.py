@@ -1,0 +1,43 @@
+"""Flags of `linearize evaluate` about context length, for `linearize/cli.py`."""
+
+from typing import Annotated
+
+import typer
+
+PasskeyLengths = Annotated[
+    str | None,
+    typer.Option("--passkey", help="Retrieval of a pass key at these prompt lengths in tokens, e.g. 1k,2k,32k."),
+]
+NaturalLengths = Annotated[
+    str | None,
+    typer.Option(
+        "--natural",
+        help="Retrieval of a fact from ordinary text (--text, default the demo's) by a question in other words, at "
+        "these prompt lengths.",
+    ),
+]
+PerplexityLengths = Annotated[
+    str | None,
+    typer.Option(
+        "--context_perplexity",
+        help="Perplexity of the same tokens of long documents (--text, default the demo's) under contexts of these "
+        "lengths; --max_tokens are scored at each.",
+    ),
+]
+TrialNumbers = Annotated[
+    str | None,
+    typer.Option(
+        "--trials",
+        help="Prompts of each length (50), for some lengths another number: 50,32k=200. Draws of the noise (16).",
+    ),
+]
+Depths = Annotated[int, typer.Option("--depths", help="Bins of the depth at which a fact is hidden.")]
+ContextSeed = Annotated[int, typer.Option("--seed", help="Of the prompts.")]
+RopeScalingFlag = Annotated[
+    str | None,
+    typer.Option(
+        "--rope_scaling",
+        help="yarn=FACTOR, or yarn=auto for the longest length asked over the model's context: a stock model with "
+        "its RoPE stretched, the baseline without training.",
+    ),
+]
