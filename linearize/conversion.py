@@ -91,10 +91,17 @@ def convert(
         model, info = load(where_from, config=config, output_loading_info=True, **extra, **options)
     _check_loaded(source, info, model)
     keep_differentiable(model)
+    start_landmarks(model)
     model.name_or_path = source
     if not is_gguf(source):
         _take_generation_config(model, source, where)
     return model.eval()
+
+
+def start_landmarks(model: Any) -> None:
+    """A new model's landmarks start from the mean of its vocabulary, and nothing happens without any."""
+    if (tokens := model.base_model.landmarks) is not None:
+        tokens.start_from(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
 
 
 def convert_like(model_name_or_path: str | Path, student: PreTrainedConfig, **options: Any) -> PreTrainedModel:

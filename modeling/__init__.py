@@ -6,6 +6,7 @@ from typing import Any
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
+from .attention_landmark import LandmarkAttention, LandmarkAttentionConfig
 from .attention_linear import LinearAttention, LinearAttentionConfig
 from .modeling_gpt2 import LinearizedGPT2Config, LinearizedGPT2ForCausalLM, LinearizedGPT2Model
 from .modeling_llama import LinearizedLlamaConfig, LinearizedLlamaForCausalLM, LinearizedLlamaModel
@@ -13,6 +14,7 @@ from .modeling_mistral import LinearizedMistralConfig, LinearizedMistralForCausa
 from .op_cosine import CosineState, cosine_attention
 from .op_gain_cell import GainCell, GainCellNoise, GainCellState, gain_cell_attention
 from .op_hybrid_linear import FeatureMapWeights, HybridLinearState, hybrid_linear_attention
+from .op_landmark import LandmarkBlocks, landmark_attention, landmark_retrieval_attention
 from .registry import ATTENTIONS
 
 
@@ -89,6 +91,9 @@ __all__ = [
     "GainCellNoise",
     "GainCellState",
     "HybridLinearState",
+    "LandmarkAttention",
+    "LandmarkAttentionConfig",
+    "LandmarkBlocks",
     "LinearAttention",
     "LinearAttentionConfig",
     "LinearizedGPT2Config",
@@ -104,4 +109,6 @@ __all__ = [
     "cosine_attention",
     "gain_cell_attention",
     "hybrid_linear_attention",
+    "landmark_attention",
+    "landmark_retrieval_attention",
 ]

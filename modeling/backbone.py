@@ -20,6 +20,7 @@ from .attention_linear import WindowMix
 from .cache_layers import softmax_layer
 from .decoding import CapturedDecoding, replace_forward
 from .feature_maps import FeatureMap
+from .landmark_tokens import Landmarks, LandmarkTokens, through_landmarks
 from .op_dispatch import BACKENDS
 from .registry import mechanism
 
@@ -61,11 +62,17 @@ class MixerAttention(AttentionBase):
         self.cache_layer_type = mechanism(settings.type).cache_layer_type
         self.arm, self.observer = "mixed", None
 
-    def attend(self, query, key, value, attention_mask, padding_mask, past_key_values, eager, **kwargs) -> Tensor:
-        """Mix tokens in the current arm: `(B, T, H, D)`. attention_mask is the softmax's, padding_mask the mixer's."""
+    def attend(
+        self, query, key, value, attention_mask, padding_mask, past_key_values, eager, landmarks=None, **kwargs
+    ) -> Tensor:
+        """Mix tokens in the current arm: `(B, T, H, D)`. attention_mask is the softmax's, padding_mask the mixer's;
+        with landmarks, query and key are not rotated."""
         if self.arm != "teacher":
             layer = None if past_key_values is None else self._cache_layer(past_key_values)
-            return self.mixer(query, key, value, padding_mask, cache_layer=layer, arm=self.arm).transpose(1, 2)
+            extra = {} if landmarks is None else {"landmarks": landmarks}
+            return self.mixer(query, key, value, padding_mask, cache_layer=layer, arm=self.arm, **extra).transpose(
+                1, 2
+            )
         new_key, new_value = key, value
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -114,7 +121,8 @@ class RotaryAttention(MixerAttention):
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
-        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if kwargs.get("landmarks") is None:
+            query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         output = self.attend(
             query, key, value, attention_mask, padding_mask, past_key_values, eager_attention_forward, **kwargs
         )
@@ -137,7 +145,7 @@ class MixerModelMixin(ModelBase):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (FeatureMap, RangeScaler, WindowMix)):
+        if isinstance(module, (FeatureMap, LandmarkTokens, RangeScaler, WindowMix)):
             module.reset_parameters()
 
     @property
@@ -156,6 +164,45 @@ class MixerModelMixin(ModelBase):
                 f"this model has {self.max_positions} learned positions and was given {tokens} tokens: shorten the "
                 "text, or generate fewer new tokens"
             )
+
+    def add_landmarks(self) -> None:
+        """In the base model's `__init__`: give it landmark tokens if its layers need them."""
+        kinds = [self.config.mixer(i) for i in range(self.config.num_hidden_layers)]
+        landmark = next((kind for kind in kinds if kind is not None and kind.type == "landmark"), None)
+        if landmark is not None:
+            self.mixer = LandmarkTokens(landmark, self.config.hidden_size, self.config.initializer_range)
+
+    @property
+    def landmarks(self) -> LandmarkTokens | None:
+        """The landmark tokens of a base model, or None where it has none or its layers are in the teacher arm."""
+        tokens: Any = getattr(self, "mixer", None)
+        return tokens if tokens is not None and getattr(self.attention_modules()[0], "arm", "") != "teacher" else None
+
+    def place_landmarks(self, embeddings: Tensor, attention_mask: Tensor | None, cache) -> Landmarks:
+        """Plan the landmarks of a call of a base model; arguments as its forward has them, embeddings `(B, T, width)`.
+
+        On a GPU this waits once for the number of landmarks.
+        """
+        batch, tokens, _ = embeddings.shape
+        past = None
+        if cache is not None and cache.layers and getattr(cache.layers[0], "state", None) is not None:
+            past = cache.layers[0].state.count
+        simple = attention_mask is None
+        if attention_mask is None:
+            real = torch.ones(batch, tokens, dtype=torch.bool, device=embeddings.device)
+        else:
+            real = attention_mask[:, -tokens:].bool().to(embeddings.device)
+            simple = real.device.type == "cpu" and bool(real.all())
+        mixers = [self.config.mixer(i) for i in range(self.config.num_hidden_layers)]
+        landmarks = Landmarks.plan(real, past, mixers[0].block_size, simple)
+        length = landmarks.position.shape[1]
+        reach = max(mixer.reach for mixer in mixers)
+        landmarks.rotary = self.rotary_tables(max(reach, length) if self.training else reach)
+        return landmarks
+
+    def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines `(positions, D)`, float32, of a base model that rotates; None of one that does not."""
+        return None
 
     def decoder_layers(self) -> list[nn.Module]:
         """The layers in order, converted or not."""
@@ -251,6 +298,7 @@ class RotaryModel(ModelBase):
         layer_class: of the decoder layers, made from (config, layer_idx).
     """
 
+    add_landmarks: Any
     layer_class: type[nn.Module]
     embed_tokens: Any
     rotary_emb: Any
@@ -259,8 +307,15 @@ class RotaryModel(ModelBase):
     def __init__(self, config):
         super().__init__(config)
         self.layers = nn.ModuleList([self.layer_class(config, i) for i in range(config.num_hidden_layers)])
+        self.add_landmarks()
         self.post_init()
 
+    def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
+        device = self.embed_tokens.weight.device
+        cos, sin = self.rotary_emb(torch.empty(0, device=device), torch.arange(positions, device=device)[None])
+        return cos[0], sin[0]
+
+    @through_landmarks
     @merge_with_config_defaults
     @capture_outputs
     def forward(

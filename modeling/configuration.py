@@ -53,6 +53,22 @@ class MixerConfigMixin:
         if heads % groups:
             raise ValueError(f"{heads} attention heads do not divide among {groups} key/value heads")
         self.mixers = {name: asdict(self._typed(settings)) for name, settings in self.mixers.items()}
+        self._check_landmarks()
+
+    def _check_landmarks(self) -> None:
+        """Landmarks are tokens of the whole model: all layers have them at the same places, or none has."""
+        assert self.mixers is not None and self.mixer_types is not None, "prepare_mixers fills both"
+        used = [self.mixers.get(name, {"type": SOFTMAX}) for name in self.mixer_types]
+        if not any(settings["type"] == "landmark" for settings in used):
+            return
+        if others := sorted({settings["type"] for settings in used} - {"landmark"}):
+            raise ValueError(
+                f"landmark attention goes with no {', '.join(others)} layers, which would take its landmarks for "
+                "tokens: give every layer landmark attention"
+            )
+        for name in ("block_size", "include_landmark_in_loss"):
+            if len(values := {settings[name] for settings in used}) > 1:
+                raise ValueError(f"{name} differs between layers ({', '.join(map(str, sorted(values)))}): choose one")
 
     def mixer(self, layer_idx: int):
         """The typed settings of a layer, or None where it stays softmax."""

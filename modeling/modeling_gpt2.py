@@ -17,6 +17,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .backbone import MixerAttention, MixerModelMixin, layer_masks, new_cache, real_positions
 from .configuration import MixerConfigMixin
+from .landmark_tokens import through_landmarks
 
 
 @strict
@@ -91,8 +92,10 @@ class LinearizedGPT2Model(LinearizedGPT2PreTrainedModel, GPT2Model):
     def __init__(self, config: LinearizedGPT2Config):
         super().__init__(config)
         self.h = nn.ModuleList([LinearizedGPT2Block(config, i) for i in range(config.num_hidden_layers)])
+        self.add_landmarks()
         self.post_init()
 
+    @through_landmarks
     @merge_with_config_defaults
     @capture_outputs
     def forward(

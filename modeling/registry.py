@@ -10,8 +10,11 @@ from torch import nn
 
 from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
 from .attention_gain_cell import state_bytes as gain_cell_state_bytes
+from .attention_landmark import LandmarkAttention, LandmarkAttentionConfig
+from .attention_landmark import state_bytes as landmark_state_bytes
 from .attention_linear import LinearAttention, LinearAttentionConfig
 from .attention_linear import state_bytes as linear_state_bytes
+from .cache_landmark import LandmarkStateLayer
 from .cache_layers import GainCellStateLayer, LinearStateLayer
 
 
@@ -46,6 +49,14 @@ ATTENTIONS = {
         gain_cell_state_bytes,
         "analog gain-cell attention (voltages on a ring of cells, a clamp instead of softmax)",
         "https://arxiv.org/abs/2409.19315",
+    ),
+    "landmark": Mechanism(
+        LandmarkAttention,
+        LandmarkAttentionConfig,
+        LandmarkStateLayer._layer_type,
+        landmark_state_bytes,
+        "landmark attention (a grouped softmax over the blocks that it retrieves)",
+        "https://arxiv.org/abs/2305.16300",
     ),
 }
 

@@ -47,6 +47,14 @@ MODELS = {
         },
         ["gain_cell", "softmax", "linear"],
     ),
+    "landmark": ({"landmark": {"type": "landmark", "block_size": 4, "top_k": 2}}, None),
+    "landmark-few-blocks": (
+        {
+            "near": {"type": "landmark", "block_size": 3, "top_k": 2, "max_blocks": 4, "offload": True},
+            "far": {"type": "landmark", "block_size": 3, "top_k": 20},
+        },
+        ["near", "far", "near"],
+    ),
 }
 
 

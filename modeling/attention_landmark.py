@@ -1,0 +1,174 @@
+"""LandmarkAttention: softmax attention in groups, with the best blocks of a long text read and the others left.
+
+Source: Mohtashami and Jaggi 2023 (arXiv 2305.16300). The landmark tokens themselves are the model's business:
+`landmark_tokens.py` puts them between a call's tokens, this mechanism finds them by their positions.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+
+from .op_landmark import (
+    CONTRACT,
+    LandmarkBlocks,
+    check_block_size,
+    check_retrieval,
+    landmark_attention,
+    landmark_retrieval_attention,
+)
+from .op_landmark_chunked import Grid
+
+
+@strict
+@dataclass
+class LandmarkAttentionConfig:
+    """Settings of `LandmarkAttention`; every one is written into config.json."""
+
+    type: str = "landmark"
+    block_size: int = 64
+    """Tokens of a block, its landmark included; the same in every layer."""
+    top_k: int = 14
+    """Blocks that a query reads beside its own; no query and key are further apart than (top_k + 2) x block_size."""
+    selection: str = "token_and_head"
+    """Which blocks a query reads: the best for each token and head (`token_and_head`); for each head, shared by the
+    call's tokens of a block (`head`); for each token, shared by the heads (`token`)."""
+    max_blocks: int | None = None
+    """Blocks that the cache holds, the last ones; none: all."""
+    offload: bool = False
+    """Keep blocks in CPU memory and their landmarks on the GPU; a step moves only the blocks that are read."""
+    block_dropout: float = 0.0
+    """In training, the share of a row's blocks that is not offered; what is left is read as in retrieval."""
+    include_landmark_in_loss: bool = False
+    """The published labels: a block's last token predicts the landmark, and the landmark the next token."""
+    contract: int = CONTRACT
+    """Contract of the op that the checkpoint was saved with."""
+
+    def __post_init__(self) -> None:
+        if self.type != "landmark":
+            raise ValueError(f"type is {self.type!r}: choose one of landmark")
+        check_block_size(self.block_size)
+        check_retrieval(self.top_k, self.max_blocks, self.selection)
+        if not 0 <= self.block_dropout < 1:
+            raise ValueError(f"block_dropout is {self.block_dropout}: it must be at least 0 and below 1")
+        if self.contract != CONTRACT:
+            raise ValueError(
+                f"this checkpoint was saved with contract {self.contract} of landmark attention and this version of "
+                f"linearize supports {CONTRACT}: load it with trust_remote_code=True where linearize is not installed"
+            )
+
+    def resolve(self, head_dim: int) -> None:
+        """Nothing depends on the model."""
+
+    @property
+    def reach(self) -> int:
+        """Positions that retrieval counts with."""
+        return (self.top_k + 2) * self.block_size
+
+
+class LandmarkAttention(nn.Module):
+    """Mixes tokens in place of softmax attention; the backbone projects before and after, and rotates nothing.
+
+    It has no parameters: the landmark's embedding belongs to the model.
+
+    Args:
+        config: settings, resolved.
+        num_heads: H. num_key_value_heads: G. head_dim: D. scaling: of the softmax scores.
+    """
+
+    arms = ("mixed",)
+
+    def __init__(self, config, num_heads: int, num_key_value_heads: int, head_dim: int, scaling: float):
+        super().__init__()
+        self.config, self.scaling, self.op_backend = config, scaling, "auto"
+
+    @staticmethod
+    def parameter_group(name: str) -> str:
+        """Which learning rate a parameter takes."""
+        return "landmark"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding_mask: Tensor | None = None,
+        cache_layer=None,
+        arm: str = "mixed",
+        causal: bool = True,
+        landmarks=None,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: `(B, H, T, D)`; key, value: `(B, G, T, D)`; not rotated, landmarks among the tokens.
+            padding_mask: in `landmarks` already.
+            cache_layer: holder of the blocks, or None.
+            arm: `mixed`, the only one.
+            causal: True.
+            landmarks: the call's `Landmarks`: positions, and the tables that rotate.
+
+        Returns:
+            `(B, H, T, D)` in the query's dtype.
+        """
+        if arm not in self.arms:
+            raise ValueError(f"unknown arm {arm!r} of landmark attention: it has no branches, use mixed")
+        if not causal:
+            raise ValueError("landmark attention is causal: a block's landmark comes after its tokens")
+        if landmarks is None:
+            raise ValueError("landmark attention needs the model's landmarks: call it through the model")
+        size, rotary = self.config.block_size, landmarks.rotary
+        dropped = self.training and self.config.block_dropout > 0
+        if cache_layer is None and not dropped and (self.training or query.shape[2] <= (self.config.top_k + 1) * size):
+            at = landmarks.position.clamp(min=0)
+            mask = None if landmarks.position_is_simple else landmarks.position >= 0
+            output, _ = landmark_attention(
+                rotated(query, rotary, at), rotated(key, rotary, at), value,
+                block_size=size, scaling=self.scaling, attention_mask=mask, backend=self.op_backend,
+            )  # fmt: skip
+            return output
+        placed = rotated(key, rotary, landmarks.position.clamp(min=0) % size)
+        if cache_layer is None:
+            local, first, blocks = self._split(placed, value, landmarks)
+        else:
+            local, first, blocks = cache_layer.append(
+                placed, value, landmarks, size, self.config.max_blocks, self.config.offload
+            )
+        if dropped:
+            kept = torch.rand(blocks.index.shape, device=query.device) >= self.config.block_dropout
+            blocks = blocks._replace(index=torch.where(kept, blocks.index, -1))
+        return landmark_retrieval_attention(
+            query, local[0], local[1], blocks,
+            position=landmarks.position, first=first, top_k=self.config.top_k,
+            selection="head" if dropped else self.config.selection, max_blocks=self.config.max_blocks,
+            rotary=rotary, scaling=self.scaling, backend=self.op_backend,
+        )  # fmt: skip
+
+    def _split(self, key, value, landmarks):
+        """A whole text as blocks: local ones, number of the first, and the complete ones among them."""
+        size = self.config.block_size
+        grid = Grid(key, size, 0, None if landmarks.position_is_simple else landmarks.position >= 0)
+        key, value = (grid.spread(x).unflatten(2, (-1, size)) for x in (key, value))
+        number = torch.arange(key.shape[2], device=key.device)
+        index = torch.where(grid.real[..., -1], number, -1)
+        first = torch.zeros(key.shape[0], dtype=torch.long, device=key.device)
+        return (key, value), first, LandmarkBlocks(key, value, key[:, :, :, -1], index)
+
+
+def rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None, position: Tensor) -> Tensor:
+    """`(B, heads, T, D)` rotated to the positions `(B, T)`, in its dtype."""
+    if rotary is None:
+        return x
+    cos, sin = (table[position][:, None] for table in rotary)
+    front, back = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-back, front], dim=-1) * sin).to(x.dtype)
+
+
+def state_bytes(config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes) -> int:
+    """Bytes of one sequence's blocks after `num_tokens` tokens, wherever they lie: keys, values and landmarks."""
+    blocks = num_tokens // (config.block_size - 1)
+    if config.max_blocks is not None:
+        blocks = min(blocks, config.max_blocks)
+    per_token = 2 * num_key_value_heads * head_dim * dtype_bytes
+    return (blocks + 1) * config.block_size * per_token + blocks * (num_key_value_heads * head_dim * dtype_bytes + 8)

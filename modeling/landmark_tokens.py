@@ -1,0 +1,149 @@
+"""Landmark tokens: put between a call's tokens before the layers and taken out behind them.
+
+A user never sees one: token ids, masks, labels and logits are landmark-free. A landmark follows every F real tokens
+of a row, counted from its first; the last, incomplete block of a row has none yet.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+
+@dataclass
+class Landmarks:
+    """Where the landmarks of one call stand. T tokens of the call become L, with landmarks and what evens out rows.
+
+    Attributes:
+        position: `(B, L)`, place in the row, landmarks counted; -1 = padding.
+        position_is_simple: whether it is 0 to L - 1 in every row.
+        tokens: T.
+        source: `(B, L)`: the token that stands there; T a landmark, T + 1 nothing.
+        slot: `(B, T)`: where a token stands. ends: `(B, T)`, whether a landmark follows it.
+        rotary: cosines and sines `(M, D)` of the positions 0 to M - 1, or None.
+    """
+
+    position: Tensor
+    position_is_simple: bool
+    tokens: int
+    source: Tensor
+    slot: Tensor
+    ends: Tensor
+    rotary: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def plan(cls, real: Tensor, past: Tensor | None, block_size: int, simple: bool) -> "Landmarks":
+        """Place the landmarks.
+
+        Args:
+            real: `(B, T)`, which tokens are no padding.
+            past: `(B,)`, earlier tokens of each row, landmarks counted; None at the start.
+            simple: whether no token is padding, which need not be asked then.
+        """
+        (batch, tokens), device, size = real.shape, real.device, block_size - 1
+        before = real.new_zeros(batch, dtype=torch.long) if past is None else past - past // block_size
+        order = before[:, None] + real.long().cumsum(1) - real.long()  # of a token among its row's real ones
+        ends = real & (order % size == size - 1)
+        inserted = order // size - before[:, None] // size
+        total = (before + real.sum(1)) // size - before // size
+        simple = simple and past is None
+        most = tokens // size if simple else int(total.max())
+        length = tokens + most
+        slot = torch.arange(tokens, device=device) + inserted + (most - total)[:, None]
+        place = torch.where(real, order + order // size, -1)
+        source = torch.full((batch, length + 1), tokens + 1, device=device)
+        position = torch.full((batch, length + 1), -1, device=device)
+        source.scatter_(1, slot, torch.arange(tokens, device=device).expand(batch, -1).contiguous())
+        position.scatter_(1, slot, place)
+        behind = torch.where(ends, slot + 1, length)
+        source.scatter_(1, behind, tokens)
+        position.scatter_(1, behind, place + 1)
+        return cls(position[:, :length], simple, tokens, source[:, :length], slot, ends)
+
+    def insert(self, embeddings: Tensor, landmark: Tensor) -> Tensor:
+        """`(B, T, width)` to `(B, L, width)`."""
+        rows = landmark.to(embeddings.dtype).expand(embeddings.shape[0], 1, -1)
+        return _along(torch.cat([embeddings, rows, torch.zeros_like(rows)], dim=1), self.source)
+
+    def extract(self, hidden: Tensor, after: bool = False) -> Tensor:
+        """`(B, L, width)` to `(B, T, width)`; `after`: of a token that a landmark follows, the landmark's."""
+        return _along(hidden, self.slot + self.ends.long() if after else self.slot)
+
+
+def _along(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class LandmarkTokens(nn.Module):
+    """What a model learns of its landmarks, float32: their embedding, and where they are predicted, an output row.
+
+    Args:
+        config: settings of landmark attention. width: of the embeddings. deviation: of the first values.
+    """
+
+    def __init__(self, config, width: int, deviation: float):
+        super().__init__()
+        self.block_size, self.deviation = config.block_size, deviation
+        self.include_in_loss = config.include_landmark_in_loss
+        self.embedding = nn.Parameter(torch.empty(width, dtype=torch.float32))
+        self.output = nn.Parameter(torch.empty(width, dtype=torch.float32)) if self.include_in_loss else None
+
+    def reset_parameters(self) -> None:
+        for row in self.parameters():
+            init.normal_(row, std=self.deviation)
+
+    @torch.no_grad()
+    def start_from(self, embeddings: Tensor, outputs: Tensor) -> None:
+        """The mean of all rows, as the paper's code starts new entries of a vocabulary."""
+        self.embedding.copy_(embeddings.float().mean(0))
+        if self.output is not None:
+            self.output.copy_(outputs.float().mean(0))
+
+
+def through_landmarks(forward: Callable) -> Callable:
+    """Around a base model's forward: it gets embeddings with landmarks among them and gives states without.
+
+    The model's `landmarks` are a `LandmarkTokens` in its student arm where it has landmark layers, else None.
+    """
+    signature = inspect.signature(forward)
+
+    @functools.wraps(forward)
+    def wrapped(self, *args, **kwargs):
+        tokens = self.landmarks
+        if tokens is None:
+            return forward(self, *args, **kwargs)
+        given = dict(signature.bind(self, *args, **kwargs).arguments)
+        given.update(given.pop("kwargs", {}))
+        del given["self"]
+        embeddings, ids = given.get("inputs_embeds"), given.pop("input_ids", None)
+        if (embeddings is None) == (ids is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if embeddings is None:
+            embeddings = self.get_input_embeddings()(ids)
+        mask = given.get("attention_mask")
+        if mask is not None and mask.dim() != 2:
+            raise ValueError("a converted model takes a 2-dimensional attention_mask (batch, tokens), 1 = real token")
+        if given.get("token_type_ids") is not None:
+            raise ValueError("a model with landmark attention takes no token_type_ids: leave them out")
+        return_dict = given.pop("return_dict", None)
+        landmarks = self.place_landmarks(embeddings, mask, given.get("past_key_values"))
+        if self.training and given.get("past_key_values") is None:
+            given["use_cache"] = False  # what trains sees all blocks, a cache retrieves
+        given["inputs_embeds"] = landmarks.insert(embeddings, tokens.embedding)
+        given["attention_mask"] = None if landmarks.position_is_simple else landmarks.position >= 0
+        given["position_ids"] = landmarks.position.clamp(min=0)
+        output = forward(self, **given, return_dict=True, landmarks=landmarks)
+        output.landmarks, last = landmarks, output["last_hidden_state"]
+        output.with_landmarks = last
+        output["last_hidden_state"] = landmarks.extract(last, after=tokens.include_in_loss)
+        if output.get("hidden_states") is not None:
+            before = (landmarks.extract(x) for x in output["hidden_states"][:-1])
+            output["hidden_states"] = (*before, output["last_hidden_state"])
+        as_output = self.config.return_dict if return_dict is None else return_dict
+        return output if as_output else output.to_tuple()
+
+    return wrapped

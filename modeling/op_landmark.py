@@ -1,0 +1,176 @@
+"""Landmark attention: a grouped softmax in which a block's last token, its landmark, decides how much of it is read.
+
+The two public functions and their checks; the PyTorch paths are in `op_landmark_chunked.py` (all blocks) and
+`op_landmark_retrieval.py` (the best few).
+
+Legend: B batch, H query heads, G key/value heads, T tokens, D head dim, P block size, landmark included, F = P - 1.
+
+For a query in block n: local scores are those of its own block's tokens up to itself, never of a landmark; every
+earlier block c has a gate, its landmark's score. One softmax over local scores and gates; a block's gate is then
+shared out among its F tokens by their own softmax. Written as one softmax over real tokens, the logits are
+`s_j` for a local token and `s_j - logsumexp_c(s) + s_landmark(c)` for a token of an earlier block c.
+
+Source: Mohtashami and Jaggi 2023 (arXiv 2305.16300). Windows of one block, which make a result independent of the
+calls that the text comes in, are this project's.
+"""
+
+from torch import Tensor
+
+from .op_dispatch import choose_backend
+from .op_hybrid_linear_chunked import check_rows
+from .op_landmark_chunked import run_landmark
+from .op_landmark_retrieval import SELECTIONS, LandmarkBlocks, run_retrieval
+
+CONTRACT = 1
+
+__all__ = ["CONTRACT", "SELECTIONS", "LandmarkBlocks", "landmark_attention", "landmark_retrieval_attention"]
+
+
+def landmark_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    block_size: int,
+    offset: int | Tensor = 0,
+    scaling: float | None = None,
+    attention_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> tuple[Tensor, None]:
+    """Attend causally by the grouped softmax, every earlier block open.
+
+    Args:
+        query: `(B, H, T, D)`, rotated; key, value: `(B, G, T, D)`, never repeated.
+        block_size: P, the landmark included: with n counted from a row's first real token, token n is a landmark when
+            `(n + offset) % P == P - 1`. At least 2; any number of blocks.
+        offset: place in its block of a row's first real token, below P: a number, or `(B,)`; `(N,)` of packed rows.
+        scaling: of the scores; `D ** -0.5`.
+        attention_mask: `(B, T)`, 1 = real; a row's real tokens are contiguous.
+        cu_seqlens: `(N + 1,)` int32, B = 1: N packed sequences, each a row of its own.
+        backend: `auto`, `reference` or `chunked`; there is no Triton kernel.
+
+    Returns:
+        Output `(B, H, T, D)` in the query's dtype, 0 at padding and where nothing is visible; and None.
+
+    Raises:
+        ValueError: contradictory arguments, or a backend that cannot do the call.
+    """
+    _check(query, key, value, block_size)
+    check_rows(query, True, attention_mask, cu_seqlens, stateful=False)
+    if isinstance(offset, int) and not 0 <= offset < block_size:
+        raise ValueError(f"offset is {offset}: a place in a block of {block_size} tokens is 0 to {block_size - 1}")
+    args = (query, key, value)
+    options = {
+        "block_size": block_size,
+        "offset": offset,
+        "scaling": scaling,
+        "attention_mask": attention_mask,
+        "cu_seqlens": cu_seqlens,
+    }
+    run = choose_backend("landmark", CONTRACT, backend, query.is_cuda, args, options)
+    return (run or run_landmark)(*args, **options)
+
+
+def landmark_retrieval_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: LandmarkBlocks,
+    *,
+    position: Tensor,
+    first: Tensor,
+    top_k: int,
+    selection: str = "token_and_head",
+    max_blocks: int | None = None,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    scaling: float | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Attend by the grouped softmax to a query's own block and to the best `top_k` of the blocks before it.
+
+    Keys come rotated by their place in the block, 0 to P - 1, and by nothing else, so that a block can lie anywhere:
+    counted in blocks from the start of the query's own block n, with K = min(top_k, candidates), a candidate i is
+    scored by its landmark as if it lay at `i - n` when it is one of the last K, else at `-(K + 1)`; the selected ones,
+    in their order s = 0..K-1, lie at `s - (K + 1)`, one further if among the last K. No distance exceeds K + 2 blocks,
+    whatever the length of the text; with K = n all positions are the true ones. That score is both what selects and
+    the gate.
+
+    Args:
+        query: `(B, H, T, D)`, not rotated.
+        key, value: `(B, G, U, P, D)`: the U blocks that hold this call's tokens, of which a query sees its own up to
+            itself.
+        blocks: the complete blocks, in slots of any order.
+        position: `(B, T)` int64, a token's place in its row, landmarks counted; -1 = padding. Contiguous.
+        first: `(B,)` int64, number of the first local block.
+        top_k: blocks that a query reads, at least 1.
+        selection: `token_and_head`, by the score, for each query and head; `head`, by the largest log-weight (softmax
+            over candidates) among the call's queries of one block; `token`, by the largest among the heads. Each less
+            1e-5 for every block of age, so that the newest of equals is taken.
+        max_blocks: candidates are the last so many; None, all.
+        rotary: cosines and sines `(M, D)` of positions 0 to M - 1, M >= (top_k + 2) P, in halves as transformers has
+            them; None, no rotation.
+        scaling: of the scores; `D ** -0.5`.
+        backend: `auto`, `reference` or `chunked`.
+
+    Returns:
+        Output `(B, H, T, D)` in the query's dtype, 0 at padding and where nothing is visible.
+
+    Raises:
+        ValueError: contradictory arguments, or a backend that cannot do the call.
+    """
+    _check_retrieval(query, key, value, top_k, selection, max_blocks, rotary)
+    args = (query, key, value, blocks)
+    options = {
+        "position": position,
+        "first": first,
+        "top_k": top_k,
+        "selection": selection,
+        "max_blocks": max_blocks,
+        "rotary": rotary,
+        "scaling": scaling,
+    }
+    run = choose_backend("landmark_retrieval", CONTRACT, backend, query.is_cuda, args, options)
+    return (run or run_retrieval)(*args, **options)
+
+
+def check_block_size(block_size: int) -> None:
+    """Refuse a block without a token beside its landmark."""
+    if block_size < 2:
+        raise ValueError(f"block_size is {block_size}: it must be at least 2, a token and its landmark")
+
+
+def check_retrieval(top_k: int, max_blocks: int | None, selection: str) -> None:
+    """Refuse settings under which nothing could be retrieved."""
+    if top_k < 1:
+        raise ValueError(f"top_k is {top_k}: a query must read at least 1 block")
+    if max_blocks is not None and max_blocks < top_k:
+        raise ValueError(f"max_blocks is {max_blocks}: it must be at least top_k ({top_k}), or null for all blocks")
+    if selection not in SELECTIONS:
+        raise ValueError(f"selection is {selection!r}: choose one of {', '.join(SELECTIONS)}")
+
+
+def _check(query, key, value, block_size):
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads do not divide among {key.shape[1]} key heads")
+    if key.shape != value.shape or query.shape[2:] != key.shape[2:]:
+        raise ValueError(
+            "query, key and value must have the same tokens and width, key and value the same heads: "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    check_block_size(block_size)
+
+
+def _check_retrieval(query, key, value, top_k, selection, max_blocks, rotary):
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads do not divide among {key.shape[1]} key heads")
+    if key.shape != value.shape or key.dim() != 5 or key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            "key and value are blocks (batch, heads, blocks, block size, width) of the query's width: "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    check_block_size(key.shape[3])
+    check_retrieval(top_k, max_blocks, selection)
+    needed = (top_k + 2) * key.shape[3]
+    if rotary is not None and rotary[0].shape[0] < needed:
+        raise ValueError(f"rotary has {rotary[0].shape[0]} positions: top_k + 2 blocks need {needed}")
