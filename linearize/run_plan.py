@@ -112,6 +112,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
             is missing.
     """
     from linearize.training_loop import exact_plan
+    from linearize.transfer import check_transfers
 
     check_environment(config)
     teacher = read_teacher(config)
@@ -131,6 +132,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     fused = known and memory.runs_fused(teacher, settings)
     stages = []
     if config.transfer is not None:
+        check_transfers(settings.attention["type"])
         steps = exact_plan(config.transfer, config.data.sequence_length, num_processes, "transfer")
         forecast = memory.forecast_transfer(teacher, settings, fused=fused) if known else None
         stages.append(StagePlan("attention transfer", config.transfer, steps, {"mechanism": mixers}, forecast))

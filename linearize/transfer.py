@@ -74,6 +74,21 @@ class TransferResult:
     """Over all processes, without this call's first step, checkpoints and validation; None for a single step."""
 
 
+def check_transfers(kind: str) -> None:
+    """Refuse attention transfer of a mechanism that it cannot train.
+
+    Raises:
+        UserError: one sentence.
+    """
+    from linearize.modeling.registry import mechanism
+
+    if not mechanism(kind).transfers:
+        raise UserError(
+            f"{kind} attention has nothing to train layer by layer, for it changes what a layer does: set transfer to "
+            "none, and train its model as a whole."
+        )
+
+
 def transfer_attention(
     model: Any,
     train: TokenBlocks,
@@ -110,6 +125,8 @@ def transfer_attention(
     """
     if not model.mixer_attentions():
         raise UserError("the model has no converted layer to train: choose fewer softmax_layers")
+    for settings in model.config.mixers.values():
+        check_transfers(settings["type"])
     if absent := [arm for arm in branch_weights(config.branch) if arm not in model.arms()]:
         raise UserError(
             f"transfer.branch is {config.branch!r}, which trains the {absent[0]} arm, and this attention has none: "

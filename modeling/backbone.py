@@ -20,7 +20,7 @@ from .attention_linear import WindowMix
 from .cache_layers import softmax_layer
 from .decoding import CapturedDecoding, replace_forward
 from .feature_maps import FeatureMap
-from .landmark_tokens import Landmarks, LandmarkTokens, through_landmarks
+from .landmark_tokens import Landmarks, LandmarkTokens, published_loss, through_landmarks
 from .op_dispatch import BACKENDS
 from .registry import mechanism
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 else:
     AttentionBase = ModelBase = object
 
+STOCK_LOSS: Any = PreTrainedModel.loss_function
 ARMS = ("mixed", "teacher", "softmax", "linear")
 
 
@@ -177,6 +178,19 @@ class MixerModelMixin(ModelBase):
         """The landmark tokens of a base model, or None where it has none or its layers are in the teacher arm."""
         tokens: Any = getattr(self, "mixer", None)
         return tokens if tokens is not None and getattr(self.attention_modules()[0], "arm", "") != "teacher" else None
+
+    def _loss(self) -> Callable[..., Tensor]:
+        tokens: Any = self.base_model.landmarks
+        if tokens is None or tokens.output is None:
+            return STOCK_LOSS.fget(self)
+
+        def loss(logits, labels, vocab_size, num_items_in_batch=None, **kwargs) -> Tensor:
+            return published_loss(tokens, self.get_output_embeddings(), logits, labels, num_items_in_batch)
+
+        return loss
+
+    # A property with the stock setter: transformers assigns to it where a model has none.
+    loss_function = property(_loss, STOCK_LOSS.fset)
 
     def place_landmarks(self, embeddings: Tensor, attention_mask: Tensor | None, cache) -> Landmarks:
         """Plan the landmarks of a call of a base model; arguments as its forward has them, embeddings `(B, T, width)`.

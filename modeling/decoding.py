@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_layers import LinearStateLayer
 from .op_hybrid_linear_decode import new_buffers, read_buffers
+from .registry import mechanism
 
 MAX_SESSIONS = 4  # of one block, each with a graph and the state of its batch; the least recently used goes first
 WARM_UPS = 3  # runs before a capture, in which kernels are compiled and libraries take their workspaces
@@ -295,6 +296,11 @@ def _check(model, capture: bool) -> None:
         raise ValueError(
             f"{names.count('softmax')} of the model's {len(names)} layers are softmax attention, whose cache grows "
             "with every token: captured decoding needs every layer converted, so generate without it"
+        )
+    if growing := [name for name in names if not mechanism(model.config.mixers[name]["type"]).constant_state]:
+        raise ValueError(
+            f"the model has {model.config.mixers[growing[0]]['type']} attention, whose cache grows with the text: "
+            "captured decoding needs a state of constant size, so generate without it"
         )
     if any(attention.arm == "teacher" for attention in model.mixer_attentions()):
         raise ValueError("captured decoding is not for the teacher arm, whose cache grows with every token")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import initialization as init
 
 
@@ -91,6 +92,7 @@ class LandmarkTokens(nn.Module):
         self.include_in_loss = config.include_landmark_in_loss
         self.embedding = nn.Parameter(torch.empty(width, dtype=torch.float32))
         self.output = nn.Parameter(torch.empty(width, dtype=torch.float32)) if self.include_in_loss else None
+        self.call: tuple[Landmarks, Tensor] | None = None  # the last one, for the loss of published labels
 
     def reset_parameters(self) -> None:
         for row in self.parameters():
@@ -102,6 +104,39 @@ class LandmarkTokens(nn.Module):
         self.embedding.copy_(embeddings.float().mean(0))
         if self.output is not None:
             self.output.copy_(outputs.float().mean(0))
+
+
+def published_loss(
+    tokens: LandmarkTokens, head: Callable[[Tensor], Tensor], logits: Tensor, labels: Tensor, num_items_in_batch=None
+) -> Tensor:
+    """The published labels: a block's last token predicts the landmark, the landmark predicts the next token, and both
+    choose among the vocabulary and the landmark.
+
+    Args:
+        tokens: with the last call of the base model, which this uses up.
+        head: of the model. logits: `(B, T, V)`, a landmark's where one follows. labels: `(B, T)`, -100 = none.
+        num_items_in_batch: labels of the whole global batch; None: those here.
+
+    Returns:
+        Nats per target, landmarks among them.
+    """
+    assert tokens.call is not None and tokens.output is not None, "the base model ran, with an output row"
+    (landmarks, states), tokens.call = tokens.call, None
+    count, row = logits.shape[-1], tokens.output
+
+    def total(states: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        extra = states.to(row.dtype) @ row
+        logits = torch.cat([logits.to(extra.dtype), extra[..., None]], dim=-1)
+        return functional.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-100, reduction="sum")
+
+    after = landmarks.extract(states, after=True)
+    loss = total(after[:, :-1], logits[:, :-1], labels[:, 1:])
+    last = landmarks.extract(states)[landmarks.ends & (labels != -100)]
+    landmark = labels.new_full(last.shape[:1], count)
+    loss = loss + total(last, head(last), landmark)
+    words = (labels[:, 1:] != -100).sum()
+    share = words / (words + len(landmark)).clamp(min=1)
+    return loss * share / (words.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
 
 
 def through_landmarks(forward: Callable) -> Callable:
@@ -137,8 +172,9 @@ def through_landmarks(forward: Callable) -> Callable:
         given["attention_mask"] = None if landmarks.position_is_simple else landmarks.position >= 0
         given["position_ids"] = landmarks.position.clamp(min=0)
         output = forward(self, **given, return_dict=True, landmarks=landmarks)
-        output.landmarks, last = landmarks, output["last_hidden_state"]
-        output.with_landmarks = last
+        last = output["last_hidden_state"]
+        if tokens.include_in_loss:
+            tokens.call = landmarks, last
         output["last_hidden_state"] = landmarks.extract(last, after=tokens.include_in_loss)
         if output.get("hidden_states") is not None:
             before = (landmarks.extract(x) for x in output["hidden_states"][:-1])

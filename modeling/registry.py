@@ -22,7 +22,8 @@ from .cache_layers import GainCellStateLayer, LinearStateLayer
 class Mechanism:
     """What the rest of the project needs to know about an attention.
 
-    state_bytes takes (config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes).
+    state_bytes takes (config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes). transfers: whether
+    attention transfer has something to train in it. constant_state: whether its state never grows.
     """
 
     attention: type[nn.Module]
@@ -31,6 +32,8 @@ class Mechanism:
     state_bytes: Callable[..., int]
     title: str
     paper: str
+    transfers: bool = True
+    constant_state: bool = True
 
 
 ATTENTIONS = {
@@ -57,6 +60,8 @@ ATTENTIONS = {
         landmark_state_bytes,
         "landmark attention (a grouped softmax over the blocks that it retrieves)",
         "https://arxiv.org/abs/2305.16300",
+        transfers=False,
+        constant_state=False,
     ),
 }
 
