@@ -154,14 +154,18 @@ class _Settings(NamedTuple):
     scaling: float
 
 
-def _select(scores: Tensor, count: int, selection: str) -> list:
+RECENCY = 1e-5  # what a block's score loses for each block of its age when blocks are selected, so that ties are none
+
+
+def _select(scores: Tensor, ages: list[int], count: int, selection: str) -> list:
     """The chosen candidates, oldest first, as `[head][query]` lists, from scores `(H, Q, candidates)`."""
     if selection == "head":
-        scores = scores.softmax(-1).amax(1, keepdim=True).expand_as(scores)
+        scores = scores.log_softmax(-1).amax(1, keepdim=True).expand_as(scores)
     elif selection == "token":
-        scores = scores.softmax(-1).amax(0, keepdim=True).expand_as(scores)
+        scores = scores.log_softmax(-1).amax(0, keepdim=True).expand_as(scores)
     elif selection != "token_and_head":
         raise ValueError(f"selection must be token_and_head, head or token, not {selection!r}")
+    scores = scores - RECENCY * torch.tensor(ages, dtype=scores.dtype, device=scores.device)
     return scores.topk(count, -1).indices.sort(-1).values.tolist()
 
 
@@ -185,7 +189,7 @@ def _own_block(query: Tensor, places: list[int], own: _Block, stored: list[_Bloc
     for c, block in enumerate(past):
         start = home - (own.number - block.number) * size if recent(block) else 0
         scores[..., c] = (query @ rotary.key(block.landmark, start)[..., None])[..., 0]
-    chosen = _select(scores, count, selection)
+    chosen = _select(scores, [own.number - block.number for block in past], count, selection)
     key = rotary.key(own.key, home)
     output = query.new_zeros(*query.shape[:2], own.value.shape[-1])
     for head in range(query.shape[0]):

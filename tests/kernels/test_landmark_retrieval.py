@@ -130,6 +130,8 @@ def by_tokens(
                         merit = {i: max(share(h, other, i) for other in tokens) for i in cached}
                     elif selection == "token":
                         merit = {i: max(share(other, p, i) for other in range(heads)) for i in cached}
+                    # Ours: the newer of near equals, by a factor e^-0.00001 for each block of age.
+                    merit = {i: m * math.exp(-1e-5 * (n - i)) for i, m in merit.items()}
                     chosen = sorted(sorted(cached, key=merit.__getitem__, reverse=True)[:count])
                     local = {
                         t: exponential(h, p, t, t) for t in range(full, p + 1) if t % block_size != block_size - 1

@@ -1,0 +1,199 @@
+"""The chunked paths of landmark attention against their definitions: all ways in which rows and blocks can lie."""
+
+import pytest
+import torch
+from landmark_toys import Blocks, draw, retrieval_call, rotary_tables, shuffled
+from torch.testing import assert_close
+
+from linearize.kernels.landmark import reference
+from linearize.kernels.landmark.reference import retrieval_reference
+from linearize.modeling import op_landmark_chunked, op_landmark_retrieval
+from linearize.modeling.op_landmark import SELECTIONS, LandmarkBlocks, landmark_attention, landmark_retrieval_attention
+
+EXACT = {"rtol": 0, "atol": 1e-10}
+
+
+@pytest.fixture(params=["one tile", "small tiles"])
+def tiles(request, monkeypatch):
+    if request.param == "small tiles":
+        monkeypatch.setattr(op_landmark_chunked, "TILE_ELEMENTS", 1)
+        monkeypatch.setattr(op_landmark_retrieval, "TILE_ELEMENTS", 1)
+
+
+def dense(inputs, **options):
+    return landmark_attention(*inputs, backend="chunked", **options)[0]
+
+
+def definition(inputs, **options):
+    plain = {"offset": 0, "scaling": None, "attention_mask": None, "cu_seqlens": None}
+    return reference(*inputs, **{**plain, **options})[0]
+
+
+@pytest.mark.parametrize(
+    "block_size, offset, length", [(2, 0, 9), (4, 0, 16), (4, 3, 17), (3, 2, 1), (5, 1, 23), (8, 0, 5)]
+)
+def test_blocks_of_any_size_from_any_place(block_size, offset, length, tiles):
+    inputs = draw(length)
+    options = {"block_size": block_size, "offset": offset}
+    assert_close(dense(inputs, **options), definition(inputs, **options), **EXACT)
+
+
+def test_more_than_64_blocks(tiles):
+    inputs = draw(2 * 70, heads=2, groups=1)
+    assert_close(dense(inputs, block_size=2), definition(inputs, block_size=2), **EXACT)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padding_and_a_place_for_each_row(side, tiles):
+    inputs = draw(19, batch=3)
+    place = torch.arange(19)
+    spans = {
+        "left": [(0, 19), (4, 19), (11, 19)],
+        "right": [(0, 19), (0, 7), (0, 1)],
+        "both": [(2, 18), (4, 9), (0, 0)],
+    }
+    mask = torch.stack([(place >= a) & (place < b) for a, b in spans[side]])
+    options = {"block_size": 4, "offset": torch.tensor([0, 3, 2]), "attention_mask": mask, "scaling": 0.4}
+    found = dense(inputs, **options)
+    assert_close(found, definition(inputs, **options), **EXACT)
+    assert not found.transpose(1, 2)[~mask].any()
+
+
+def test_packed_rows(tiles):
+    inputs = draw(20, batch=1)
+    bounds = torch.tensor([0, 7, 7, 8, 20], dtype=torch.int32)
+    options = {"block_size": 4, "cu_seqlens": bounds, "offset": torch.tensor([1, 0, 3, 2])}
+    assert_close(dense(inputs, **options), definition(inputs, **options), **EXACT)
+
+
+def test_gradients(tiles):
+    results = []
+    for run in (dense, definition):
+        inputs = [x.requires_grad_() for x in draw(14)]
+        output = run(inputs, block_size=4, offset=1)
+        output.mul(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum().backward()
+        results.append([x.grad for x in inputs])
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, **EXACT)
+
+
+def test_half_precision_keeps_its_type():
+    inputs = [x.bfloat16() for x in draw(21)]
+    found = dense(inputs, block_size=4)
+    assert found.dtype == torch.bfloat16
+    assert_close(found.double(), definition([x.double() for x in inputs], block_size=4), rtol=0, atol=0.06)
+
+
+def finite(call):
+    """The same call with zeros where nothing is to be read: the fast path multiplies it by a weight of 0."""
+    (query, key, value, blocks), options = call
+    parts = [x.nan_to_num() for x in (query, key, value)]
+    return (*parts, LandmarkBlocks(*(x.nan_to_num() for x in blocks[:3]), blocks[3])), options
+
+
+def both(call, **more):
+    args, options = finite(call)
+    plain = {"selection": "token_and_head", "max_blocks": None, "scaling": None}
+    expected = retrieval_reference(*call[0][:3], Blocks(*call[0][3]), **{**plain, **call[1], **more})
+    found = landmark_retrieval_attention(*args, **options, **more, backend="chunked")
+    return found, expected.nan_to_num()
+
+
+ROTARY = {"rotated": rotary_tables(200), "scaled": rotary_tables(200, factor=1.3), "still": None}
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("rotary", ROTARY)
+@pytest.mark.parametrize("block_size, top_k", [(3, 1), (4, 3), (2, 5), (4, 40)])
+def test_the_best_blocks(block_size, top_k, rotary, selection, tiles):
+    call = retrieval_call(draw(27), block_size, ROTARY[rotary])
+    assert_close(*both(call, top_k=top_k, selection=selection), **EXACT)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("spans", [[(0, 5), (0, 27), (9, 20)], [(26, 27), (3, 4), (14, 15)], [(6, 8), (7, 9), (0, 2)]])
+def test_rows_at_different_places(spans, side, selection, tiles):
+    call = retrieval_call(draw(27, batch=3), 4, ROTARY["rotated"], spans=spans, side=side)
+    assert_close(*both(call, top_k=2, selection=selection, scaling=0.3), **EXACT)
+
+
+@pytest.mark.parametrize("max_blocks", [2, 3, 100])
+def test_only_the_last_blocks(max_blocks):
+    call = retrieval_call(draw(31), 3, ROTARY["rotated"])
+    assert_close(*both(call, top_k=2, max_blocks=max_blocks), **EXACT)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_slots_in_any_order_and_missing_blocks(selection):
+    args, options = retrieval_call(draw(31), 4, ROTARY["rotated"])
+    blocks = shuffled(args[3])
+    blocks = blocks._replace(index=torch.where(blocks.index == 2, -1, blocks.index))
+    assert_close(*both(((*args[:3], blocks), options), top_k=3, selection=selection), **EXACT)
+
+
+def test_the_first_block_has_none_before_it():
+    call = retrieval_call(draw(3), 4, ROTARY["rotated"])
+    assert call[0][3].index.shape[1] == 0
+    assert_close(*both(call, top_k=2), **EXACT)
+
+
+def test_of_equal_landmarks_the_newest_is_read():
+    query, key, value = draw(24, heads=2, groups=1)
+    key[:, :, 3::4] = 1.0
+    call = retrieval_call((query, key, value), 4, None)
+    found, expected = both(call, top_k=2)
+    assert_close(found, expected, **EXACT)
+    near, _ = both(call, top_k=2, max_blocks=2)
+    assert_close(found, near, **EXACT)
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_gradients_of_retrieval(selection, tiles):
+    results = []
+    for run in (landmark_retrieval_attention, retrieval_reference):
+        tensors = [x.requires_grad_() for x in draw(19)]
+        args, options = finite(retrieval_call(tensors, 4, ROTARY["rotated"]))
+        more = {"top_k": 2, "selection": selection, "max_blocks": None, "scaling": None}
+        output = run(*args, **options, **more)
+        output.mul(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum().backward()
+        results.append([x.grad for x in tensors])
+    for found, expected in zip(*results, strict=True):
+        assert_close(found, expected, **EXACT)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"top_k": 0}, "at least 1 block"),
+        ({"top_k": 3, "max_blocks": 2}, "at least top_k"),
+        ({"selection": "best"}, "choose one of"),
+        ({"rotary": rotary_tables(10)}, "top_k \\+ 2 blocks need 16"),
+        ({"backend": "triton"}, "no Triton kernel"),
+    ],
+)
+def test_refusals_of_retrieval(change, sentence):
+    args, options = finite(retrieval_call(draw(9), 4, ROTARY["rotated"]))
+    with pytest.raises(ValueError, match=sentence):
+        landmark_retrieval_attention(*args, **{**options, "top_k": 2, **change})
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"block_size": 1}, "at least 2"),
+        ({"offset": 4}, "a place in a block"),
+        ({"cu_seqlens": torch.tensor([0, 9])}, "batch size 1"),
+    ],
+)
+def test_refusals(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        landmark_attention(*draw(9), **{"block_size": 4, **change})
+
+
+def test_wrong_shapes_are_refused():
+    query, key, value = draw(9)
+    with pytest.raises(ValueError, match="do not divide"):
+        landmark_attention(query[:, :3], key, value, block_size=4)
+    with pytest.raises(ValueError, match="the same tokens"):
+        landmark_attention(query, key[:, :, :4], value, block_size=4)
