@@ -14,24 +14,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from linearize.failures import stage
-from linearize.pretraining import PretrainConfig, PretrainingConfig, pretrain
-from linearize.run_directory import CONFIG, FINAL, RunDirectory
+from linearize.pretraining import PretrainingConfig
+from linearize.run_directory import FINAL
 from linearize.settings import AdaptationConfig, DataConfig, DistillationConfig, RunSettings, TransferConfig
 from linearize.settings_io import resolve
 from linearize.settings_values import convert_fields, require
-
-REPORT = "report.json"
-STAGES = ("teacher", "start", "linear", "adapted", "refined", "nonlinear")
-
+from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun
 
 TRAINED = {
-    "teacher": "teacher, trained on the same tokens",
+    "teacher": TEACHER,
     "linear": "linear cell, after stage A",
     "refined": "nonlinear cell, adapted and refined",
     "nonlinear": "nonlinear cell, after stage B",
@@ -125,23 +122,10 @@ class GainCellRunConfig(RunSettings):
         return {**self.attention, "type": "gain_cell", "cell_kind": kind}
 
 
-class GainCellDirectory(RunDirectory):
+class GainCellDirectory(StagedDirectory):
     """The directory of a run onto gain cells."""
 
-    contents = (CONFIG, *STAGES, "logs", "checkpoints", "plots", FINAL, REPORT)
-
-    def is_complete(self) -> bool:
-        """Whether the run that lies there has ended."""
-        return self.final.is_dir() and (self.path / REPORT).is_file()
-
-
-@dataclass
-class Row:
-    """One model of the report: its name, the tokens it was trained on here, and its held-out perplexity."""
-
-    name: str
-    tokens: int
-    perplexity: float | None
+    stages = ("teacher", "start", "linear", "adapted", "refined", "nonlinear")
 
 
 def run_gain_cell(config: GainCellRunConfig | Mapping[str, Any] | str | PathLike[str]) -> Path:
@@ -163,27 +147,17 @@ def run_gain_cell(config: GainCellRunConfig | Mapping[str, Any] | str | PathLike
     return _Stages(settings, directory).run()
 
 
-class _Stages:
+class _Stages(StagedRun):
     """One call of `run_gain_cell`."""
 
+    labels = TRAINED
+
     def __init__(self, settings: GainCellRunConfig, directory: GainCellDirectory) -> None:
-        from accelerate import PartialState
-
-        from linearize.conversion import load_tokenizer
-        from linearize.data import main_process_first, prepare_data
-
-        self.settings, self.directory, self.path = settings, directory, directory.path
-        self.state = PartialState(cpu=settings.device == "cpu")
-        with stage("preparing the data"):
-            self.tokenizer = load_tokenizer(settings.model_name_or_path)
-            self.train, validation = prepare_data(settings.data, self.tokenizer)
-        shown = max(1, settings.linear.eval_tokens // settings.data.sequence_length)
-        self.validation = [validation[i] for i in range(min(shown, len(validation)))]
+        super().__init__(settings, directory, settings.linear.eval_tokens)
+        self.batch_size = settings.adaptation.batch_size
         mine = range(self.state.process_index, len(self.train), self.state.num_processes)
         self.measured_on = [self.train[i] for i in mine[: settings.statistics_sequences]]
-        self.rows: list[Row] = []
         self.adaptation: dict[str, Any] | None = None
-        main_process_first(lambda: directory.prepare() if self.state.is_main_process else None)
 
     def run(self) -> Path:
         from linearize.conversion import load_model
@@ -191,7 +165,7 @@ class _Stages:
         settings = self.settings
         self._measure("teacher", 0, load_model(settings.model_name_or_path))
         if settings.train_teacher:
-            self._train_teacher()
+            self._train_teacher((settings.linear, settings.refinement, settings.nonlinear))
         self._make_start()
         linear = self._train("linear", self.path / "start", settings.linear)
         adapted = self._adapt(linear)
@@ -199,7 +173,14 @@ class _Stages:
             adapted = self._train("refined", adapted, settings.refinement)
         final = self._train("nonlinear", adapted, settings.nonlinear)
         if self.state.is_main_process:
-            self._finish(final)
+            known = {row.name for row in self.rows}
+            last = TRAINED["refined"] if TRAINED["refined"] in known else "nonlinear cell, adapted"
+            curves = (
+                Curve("linear", "linear cell", "linear cell, before stage A"),
+                Curve("nonlinear", "nonlinear cell", last),
+                Curve("teacher", "teacher", "teacher"),
+            )
+            self._finish(final, curves, adaptation=self.adaptation)
         self.state.wait_for_everyone()
         return self.path
 
@@ -228,53 +209,16 @@ class _Stages:
         self._measure("linear cell, before stage A", 0, student)
         self._save(student, start)
 
-    def _train(self, name: str, start: Path, training: PretrainingConfig) -> Path:
-        """All weights, on from `start`; the directory of what comes out."""
-        settings = self.settings
-        result = pretrain(
-            PretrainConfig(
-                output_dir=str(self.path / name),
-                resume_from_checkpoint=settings.resume_from_checkpoint,
-                seed=settings.seed,
-                device=settings.device,
-                model_name_or_path=str(start),
-                tokenizer_name_or_path=settings.model_name_or_path,
-                data=settings.data,
-                training=training,
-                distillation=self._distillation(name),
-                report_to=settings.report_to,
-            )
-        )
-        if result.report is not None:
-            before = self._tokens_before(name)
-            self.rows.append(Row(TRAINED[name], before + result.report.tokens, result.report.perplexity))
-        return result.final
-
     def _distillation(self, name: str) -> DistillationConfig | None:
-        """What a stage learns from."""
-        config, trained = self.settings.distillation, self.path / "teacher" / FINAL
-        if name == "teacher":
-            return None
+        """The refinement learns from stage A's model alone."""
         if name == "refined":
             return DistillationConfig(teacher=str(self.path / "linear" / FINAL), labels_weight=0.0)
-        if config is None or config.teacher is not None:
-            return config
-        return replace(config, teacher=str(trained if trained.is_dir() else self.settings.model_name_or_path))
+        return super()._distillation(name)
 
     def _tokens_before(self, name: str) -> int:
         earlier = {"refined": ("linear",), "nonlinear": ("refined", "linear")}.get(name, ())
         known = {row.name: row.tokens for row in self.rows}
         return next((known[TRAINED[other]] for other in earlier if TRAINED[other] in known), 0)
-
-    def _train_teacher(self) -> None:
-        """The softmax teacher, by stage B's schedule over the tokens of all stages."""
-        settings, tokens = self.settings, 0
-        for training in (settings.linear, settings.refinement, settings.nonlinear):
-            if training is not None:
-                plan = training.plan(settings.data.sequence_length, self.state.num_processes)
-                tokens += plan.steps * plan.tokens_per_step
-        schedule = replace(settings.nonlinear, tokens=tokens, max_steps=None)
-        self._train("teacher", Path(settings.model_name_or_path), schedule)
 
     def _adapt(self, linear: Path) -> Path:
         """The nonlinear cell with stage A's weights and statistics."""
@@ -315,72 +259,3 @@ class _Stages:
         other.load_state_dict(student.state_dict())
         other.generation_config = student.generation_config
         return other.eval()
-
-    def _save(self, student: Any, path: Path) -> None:
-        from linearize.hub import make_record, save_final
-
-        if self.state.is_main_process:
-            recipe = {"attention": self.settings.attention}
-            save_final(student, self.tokenizer, path, make_record(self.settings.model_name_or_path, recipe=recipe))
-        self.state.wait_for_everyone()
-
-    def _measure(self, name: str, tokens: int, model: Any) -> None:
-        """Held-out perplexity, in float32 and on the main process."""
-        if not self.validation or not self.state.is_main_process:
-            return
-        from linearize.evaluation import perplexity
-        from linearize.evaluation.arms import is_student
-
-        model = model.to(self.state.device).float()
-        arm, size = "mixed" if is_student(model) else None, self.settings.adaptation.batch_size
-        result = perplexity(model, self.validation, arm=arm, batch_size=size, description=name)
-        self.rows.append(Row(name, tokens, result.perplexity))
-
-    def _finish(self, final: Path) -> None:
-        """Copy the last model to `final`; write, plot and print the figures."""
-        import shutil
-
-        from linearize.checkpointing import atomic_directory, write_file
-
-        with stage("saving the model"):
-            with atomic_directory(self.directory.final) as target:
-                shutil.copytree(final, target, dirs_exist_ok=True)
-            values = {"rows": [asdict(row) for row in self.rows], "adaptation": self.adaptation}
-            self._plot()
-            write_file(self.path / REPORT, (json.dumps(values, indent=1) + "\n").encode())
-        for row in self.rows:
-            figure = "-" if row.perplexity is None else f"{row.perplexity:.2f}"
-            print(f"{row.name:40s} {row.tokens:>14,} tokens   perplexity {figure}", flush=True)
-        print(f"Saved {self.directory.final}", flush=True)
-
-    def _plot(self) -> None:
-        """Perplexity over tokens: the curves of the training stages, one after the other, beside the teacher's."""
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
-
-        known = {row.name: row.perplexity for row in self.rows}
-        last = TRAINED["refined"] if TRAINED["refined"] in known else "nonlinear cell, adapted"
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.subplots()
-        for name, label, start in (
-            ("linear", "linear cell", "linear cell, before stage A"),
-            ("nonlinear", "nonlinear cell", last),
-            ("teacher", "teacher", "teacher"),
-        ):
-            path = self.path / name / REPORT
-            if not path.is_file():
-                continue
-            report = json.loads(path.read_text(encoding="utf-8"))
-            before, each = self._tokens_before(name), report["tokens"] / max(report["steps"], 1)
-            first = known.get(start)
-            curve: list[tuple[float, float]] = [] if first is None else [(before, first)]
-            curve += [(before + step * each, value) for step, value in report["validation"]]
-            axes.plot([x / 1e6 for x, _ in curve], [y for _, y in curve], marker=".", label=label)
-        axes.set(xlabel="tokens, millions", ylabel="held-out perplexity", yscale="log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.grid(alpha=0.3, axis="y")
-        axes.legend(frameon=False)
-        (self.path / "plots").mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.path / "plots" / "perplexity.png", dpi=130)

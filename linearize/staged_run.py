@@ -1,0 +1,197 @@
+"""What runs of several trained stages share: their directory, the stages, and the figures at the end.
+
+Each stage is a directory of the run; one that is there is not made again, so a stopped run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+from linearize.failures import stage
+from linearize.pretraining import PretrainConfig, PretrainingConfig, pretrain
+from linearize.run_directory import CONFIG, FINAL, RunDirectory
+from linearize.settings import DistillationConfig
+
+REPORT = "report.json"
+TEACHER = "teacher, trained on the same tokens"
+
+
+class StagedDirectory(RunDirectory):
+    """The directory of a run of stages.
+
+    Attributes:
+        stages: names of the stages' directories, in the order of the run.
+    """
+
+    stages: ClassVar[tuple[str, ...]]
+
+    def __init_subclass__(cls) -> None:
+        cls.contents = (CONFIG, *cls.stages, "logs", "checkpoints", "plots", FINAL, REPORT)
+
+    def is_complete(self) -> bool:
+        """Whether the run that lies there has ended."""
+        return self.final.is_dir() and (self.path / REPORT).is_file()
+
+
+@dataclass
+class Row:
+    """One model of the report: its name, the tokens it was trained on here, and its held-out perplexity."""
+
+    name: str
+    tokens: int
+    perplexity: float | None
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One line of the plot: the stage whose validation it shows, its label, and the row that it starts from."""
+
+    stage: str
+    label: str
+    start: str
+
+
+class StagedRun:
+    """One call of a run of stages; a subclass says which, in `run`.
+
+    Args:
+        settings: of the run, with `model_name_or_path`, `data`, `distillation`, `resume_from_checkpoint`, `seed`,
+            `device` and `report_to`.
+        directory: checked.
+        eval_tokens: of the validation text to score models on that no stage has scored.
+
+    Attributes:
+        labels: name of the report's row of each trained stage. batch_size: sequences to measure at once.
+        rows: the report so far, filled on the main process.
+    """
+
+    labels: ClassVar[Mapping[str, str]]
+    batch_size = 1
+
+    def __init__(self, settings: Any, directory: StagedDirectory, eval_tokens: int) -> None:
+        from accelerate import PartialState
+
+        from linearize.conversion import load_tokenizer
+        from linearize.data import main_process_first, prepare_data
+
+        self.settings, self.directory, self.path = settings, directory, directory.path
+        self.state = PartialState(cpu=settings.device == "cpu")
+        with stage("preparing the data"):
+            self.tokenizer = load_tokenizer(settings.model_name_or_path)
+            self.train, validation = prepare_data(settings.data, self.tokenizer)
+        shown = max(1, eval_tokens // settings.data.sequence_length)
+        self.validation = [validation[i] for i in range(min(shown, len(validation)))]
+        self.rows: list[Row] = []
+        main_process_first(lambda: directory.prepare() if self.state.is_main_process else None)
+
+    def _train(self, name: str, start: Path, training: PretrainingConfig) -> Path:
+        """A stage of training, on from `start`; the directory of what comes out."""
+        settings = self.settings
+        result = pretrain(
+            PretrainConfig(
+                output_dir=str(self.path / name),
+                resume_from_checkpoint=settings.resume_from_checkpoint,
+                seed=settings.seed,
+                device=settings.device,
+                model_name_or_path=str(start),
+                tokenizer_name_or_path=settings.model_name_or_path,
+                data=settings.data,
+                training=training,
+                distillation=self._distillation(name),
+                report_to=settings.report_to,
+            )
+        )
+        if result.report is not None:
+            tokens = self._tokens_before(name) + result.report.tokens
+            self.rows.append(Row(self.labels[name], tokens, result.report.perplexity))
+        return result.final
+
+    def _distillation(self, name: str) -> DistillationConfig | None:
+        """What a stage learns from: the teacher that was trained first, else the untouched one."""
+        config, trained = self.settings.distillation, self.path / "teacher" / FINAL
+        if name == "teacher" or config is None:
+            return None
+        if config.teacher is not None:
+            return config
+        return replace(config, teacher=str(trained if trained.is_dir() else self.settings.model_name_or_path))
+
+    def _tokens_before(self, name: str) -> int:
+        """Tokens that the model a stage starts from was trained on here."""
+        return 0
+
+    def _train_teacher(self, stages: Sequence[PretrainingConfig | None]) -> None:
+        """The softmax teacher, by the last stage's schedule over the tokens of all."""
+        tokens = 0
+        for training in filter(None, stages):
+            plan = training.plan(self.settings.data.sequence_length, self.state.num_processes)
+            tokens += plan.steps * plan.tokens_per_step
+        schedule = replace(next(filter(None, reversed(stages))), tokens=tokens, max_steps=None)
+        self._train("teacher", Path(self.settings.model_name_or_path), schedule)
+
+    def _save(self, student: Any, path: Path) -> None:
+        from linearize.hub import make_record, save_final
+
+        if self.state.is_main_process:
+            recipe = {"attention": self.settings.attention}
+            save_final(student, self.tokenizer, path, make_record(self.settings.model_name_or_path, recipe=recipe))
+        self.state.wait_for_everyone()
+
+    def _measure(self, name: str, tokens: int, model: Any) -> None:
+        """Held-out perplexity, in float32 and on the main process."""
+        if not self.validation or not self.state.is_main_process:
+            return
+        from linearize.evaluation import perplexity
+        from linearize.evaluation.arms import is_student
+
+        model = model.to(self.state.device).float()
+        arm = "mixed" if is_student(model) else None
+        result = perplexity(model, self.validation, arm=arm, batch_size=self.batch_size, description=name)
+        self.rows.append(Row(name, tokens, result.perplexity))
+
+    def _finish(self, final: Path, curves: Sequence[Curve], **values: Any) -> None:
+        """On the main process: copy the last model to `final`; write, plot and print the figures."""
+        import shutil
+
+        from linearize.checkpointing import atomic_directory, write_file
+
+        with stage("saving the model"):
+            with atomic_directory(self.directory.final) as target:
+                shutil.copytree(final, target, dirs_exist_ok=True)
+            self._plot(curves)
+            content = {"rows": [asdict(row) for row in self.rows], **values}
+            write_file(self.path / REPORT, (json.dumps(content, indent=1) + "\n").encode())
+        for row in self.rows:
+            figure = "-" if row.perplexity is None else f"{row.perplexity:.2f}"
+            print(f"{row.name:40s} {row.tokens:>14,} tokens   perplexity {figure}", flush=True)
+        print(f"Saved {self.directory.final}", flush=True)
+
+    def _plot(self, curves: Sequence[Curve]) -> None:
+        """Perplexity over tokens: the curves of the training stages, one after the other, beside the teacher's."""
+        from matplotlib.figure import Figure
+        from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
+        known = {row.name: row.perplexity for row in self.rows}
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for line in curves:
+            path = self.path / line.stage / REPORT
+            if not path.is_file():
+                continue
+            report = json.loads(path.read_text(encoding="utf-8"))
+            before, each = self._tokens_before(line.stage), report["tokens"] / max(report["steps"], 1)
+            first = known.get(line.start)
+            curve: list[tuple[float, float]] = [] if first is None else [(before, first)]
+            curve += [(before + step * each, value) for step, value in report["validation"]]
+            axes.plot([x / 1e6 for x, _ in curve], [y for _, y in curve], marker=".", label=line.label)
+        axes.set(xlabel="tokens, millions", ylabel="held-out perplexity", yscale="log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(ScalarFormatter())
+        axes.grid(alpha=0.3, axis="y")
+        axes.legend(frameon=False)
+        (self.path / "plots").mkdir(parents=True, exist_ok=True)
+        figure.savefig(self.path / "plots" / "perplexity.png", dpi=130)
