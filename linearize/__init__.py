@@ -16,6 +16,9 @@ from linearize.modeling import (
     GainCellNoise,
     GainCellState,
     HybridLinearState,
+    LandmarkAttention,
+    LandmarkAttentionConfig,
+    LandmarkBlocks,
     LinearAttention,
     LinearAttentionConfig,
     LinearizedGPT2Config,
@@ -30,6 +33,8 @@ from linearize.modeling import (
     cosine_attention,
     gain_cell_attention,
     hybrid_linear_attention,
+    landmark_attention,
+    landmark_retrieval_attention,
 )
 
 if TYPE_CHECKING:
@@ -38,6 +43,7 @@ if TYPE_CHECKING:
     from linearize.finetuning import finetune
     from linearize.gain_cell_stages import run_gain_cell
     from linearize.hub import push
+    from linearize.landmark_stages import run_landmark
     from linearize.pipeline import run
     from linearize.pretraining import pretrain
     from linearize.transfer import transfer_attention
@@ -56,6 +62,7 @@ _PIPELINE = {
     "run": "pipeline",
     "pretrain": "pretraining",
     "run_gain_cell": "gain_cell_stages",
+    "run_landmark": "landmark_stages",
     "make_diff": "weight_diff",
     "recover": "weight_diff",
 }
@@ -76,6 +83,9 @@ __all__ = [
     "GainCellNoise",
     "GainCellState",
     "HybridLinearState",
+    "LandmarkAttention",
+    "LandmarkAttentionConfig",
+    "LandmarkBlocks",
     "LinearAttention",
     "LinearAttentionConfig",
     "LinearizedGPT2Config",
@@ -94,6 +104,8 @@ __all__ = [
     "finetune",
     "gain_cell_attention",
     "hybrid_linear_attention",
+    "landmark_attention",
+    "landmark_retrieval_attention",
     "load_student",
     "load_tokenizer",
     "make_diff",
@@ -102,5 +114,6 @@ __all__ = [
     "recover",
     "run",
     "run_gain_cell",
+    "run_landmark",
     "transfer_attention",
 ]

@@ -28,6 +28,7 @@ from linearize.context_flags import (
 from linearize.errors import UserError
 from linearize.failures import command, stage
 from linearize.gain_cell_stages import GainCellRunConfig
+from linearize.landmark_stages import LandmarkRunConfig
 from linearize.pretraining import PretrainConfig
 from linearize.settings import RunConfig, RunSettings
 from linearize.settings_flags import normalise, with_settings
@@ -431,6 +432,16 @@ def gain_cell(context: typer.Context, *, config: Config = None, overrides: dict[
     linearize.run_gain_cell(run_settings(config, overrides, context.obj, GainCellRunConfig))
 
 
+@app.command()
+@command
+@with_settings(*field_types(LandmarkRunConfig), settings=LandmarkRunConfig)
+def landmark(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
+    """Train a model onto landmark attention, all weights, at a short context."""
+    import linearize
+
+    linearize.run_landmark(run_settings(config, overrides, context.obj, LandmarkRunConfig))
+
+
 def run_settings(
     config: str | None, overrides: dict[str, Any], default_config: str | None, settings: type[Settings]
 ) -> Settings:
@@ -470,7 +481,7 @@ def run_recipe(default_config: str, argv: Sequence[str] | None = None, *, name: 
     Args:
         default_config: Preset for a run that names neither a config nor a run to resume.
         argv: Flags; default those of this process.
-        name: The command: `run`, `pretrain` or `gain-cell`.
+        name: The command: `run`, `pretrain`, `gain-cell` or `landmark`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     return main([name, *arguments], default_config=default_config)

@@ -39,7 +39,8 @@ class LandmarkAttentionConfig:
     offload: bool = False
     """Keep blocks in CPU memory and their landmarks on the GPU; a step moves only the blocks that are read."""
     block_dropout: float = 0.0
-    """In training, the share of a row's blocks that is not offered; what is left is read as in retrieval."""
+    """In training, the largest share of a row's blocks that is not offered (each row draws its own, from 0 on); what
+    is left is read as in retrieval."""
     include_landmark_in_loss: bool = False
     """The published labels: a block's last token predicts the landmark, and the landmark the next token."""
     contract: int = CONTRACT
@@ -136,7 +137,8 @@ class LandmarkAttention(nn.Module):
                 placed, value, landmarks, size, self.config.max_blocks, self.config.offload
             )
         if dropped:
-            kept = torch.rand(blocks.index.shape, device=query.device) >= self.config.block_dropout
+            share = self.config.block_dropout * torch.rand(blocks.index.shape[0], 1, device=query.device)
+            kept = torch.rand(blocks.index.shape, device=query.device) >= share
             blocks = blocks._replace(index=torch.where(kept, blocks.index, -1))
         return landmark_retrieval_attention(
             query, local[0], local[1], blocks,

@@ -1,0 +1,154 @@
+"""A pretrained model onto landmark attention, all weights trained at a short context.
+
+    teacher    the yardstick: the softmax teacher trained on the same tokens
+    start      the teacher's weights with landmarks, untrained
+    landmark   trained; from the labels, and from the teacher's distribution and hidden states where asked for
+
+Each is a directory of the run; one that is there is not made again, so a stopped run goes on where it was. With LoRA
+in place of all weights: `linearize run llama3_8b_landmark`.
+
+Source: Mohtashami and Jaggi 2023 (arXiv 2305.16300), which trains on labels with every block open; the teacher, and
+blocks that are left out in training so that retrieval is trained too, are this project's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from linearize.errors import UserError
+from linearize.pretraining import PretrainingConfig
+from linearize.settings import DataConfig, DistillationConfig, RunSettings
+from linearize.settings_io import resolve
+from linearize.settings_values import convert_fields, require
+from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun
+
+BEFORE, AFTER = "landmark attention, untrained", "landmark attention, trained"
+
+
+@dataclass
+class LandmarkRunConfig(RunSettings):
+    """A whole run onto landmark attention."""
+
+    preset_folder: ClassVar[str] = "landmark"
+
+    model_name_or_path: str = "mistralai/Mistral-7B-v0.1"
+    """The teacher: a Hub id or a local directory."""
+    output_dir: str = "out_landmark"
+    """The run directory: config.yaml, a directory for each stage, plots, report.json and final."""
+    overwrite: bool = False
+    """Replace a run that `output_dir` already holds."""
+    resume_from_checkpoint: bool = False
+    """Continue the run in `output_dir`, in the stage where it stopped."""
+    seed: int = 0
+    """Seed of the order of the data and of the blocks that are left out."""
+    device: Literal["auto", "cpu"] = "auto"
+    """The process's GPU, else the CPU; or the CPU."""
+    attention: dict[str, Any] = field(default_factory=lambda: {"type": "landmark"})
+    """Settings of landmark attention: block_size, top_k, block_dropout and others."""
+    sliding_window: Literal["keep", "lift"] = "lift"
+    """What the teacher arm of a Mistral with a sliding window sees; landmark layers never have it."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training and validation text."""
+    training: PretrainingConfig = field(default_factory=PretrainingConfig)
+    """The steps of the landmark model, and of the teacher."""
+    train_teacher: bool = True
+    """Train the teacher first, on as many tokens: the fair yardstick."""
+    distillation: DistillationConfig | None = field(default_factory=DistillationConfig)
+    """Learn from a teacher as well; `teacher` none: the one that was trained first, else the untouched one. None: the
+    labels alone, as published."""
+    report_to: list[str] = field(default_factory=lambda: ["none"])
+    """Trackers of transformers' Trainer: trackio, wandb, tensorboard, all or none."""
+
+    def __post_init__(self) -> None:
+        convert_fields(self, "")
+        self.attention.setdefault("type", "landmark")
+        self._check_run()
+        require(
+            self.attention["type"] == "landmark",
+            f"attention.type is {self.attention['type']!r}, but this run trains landmark attention.",
+        )
+        require(
+            self.distillation is None or not self.attention.get("include_landmark_in_loss"),
+            "attention.include_landmark_in_loss is the published loss, without a teacher: set distillation to none.",
+        )
+
+
+class LandmarkDirectory(StagedDirectory):
+    """The directory of a run onto landmark attention."""
+
+    stages = ("teacher", "start", "landmark")
+
+
+def run_landmark(config: LandmarkRunConfig | Mapping[str, Any] | str | PathLike[str]) -> Path:
+    """Convert, train, measure each model on the validation text, and save the last one.
+
+    Args:
+        config: Settings, a mapping of them, a YAML file, or the name of a shipped preset.
+
+    Returns:
+        The run directory; `final` in it is the converted repository, `report.json` has the figures.
+
+    Raises:
+        UserError: Input that the user can mend; what is done stays.
+        KeyboardInterrupt: After Ctrl-C in training, with a checkpoint left.
+    """
+    settings = resolve(config, settings=LandmarkRunConfig)
+    directory = LandmarkDirectory(settings)
+    directory.check()
+    _check_model(settings)
+    return _Stages(settings, directory).run()
+
+
+def _check_model(settings: LandmarkRunConfig) -> None:
+    """Refuse a teacher that cannot be converted with these settings, before anything is trained."""
+    from linearize.conversion import load_config, student_config
+    from linearize.modeling import BACKBONES
+
+    teacher = load_config(settings.model_name_or_path)
+    if (backbone := BACKBONES.get(teacher.model_type)) is None:
+        raise UserError(
+            f"{settings.model_name_or_path} is a {teacher.model_type} model, which cannot be converted: supported are "
+            f"{', '.join(BACKBONES)}"
+        )
+    student_config(teacher, backbone.config, settings.attention, None, None, (), settings.sliding_window)
+
+
+class _Stages(StagedRun):
+    """One call of `run_landmark`."""
+
+    labels: ClassVar[Mapping[str, str]] = {"teacher": TEACHER, "landmark": AFTER}
+
+    def __init__(self, settings: LandmarkRunConfig, directory: LandmarkDirectory) -> None:
+        super().__init__(settings, directory, settings.training.eval_tokens)
+
+    def run(self) -> Path:
+        from linearize.conversion import load_model
+
+        settings = self.settings
+        self._measure("teacher", 0, load_model(settings.model_name_or_path))
+        if settings.train_teacher:
+            self._train_teacher((settings.training,))
+        final = self._train("landmark", self._make_start(), settings.training)
+        if self.state.is_main_process:
+            curves = (Curve("landmark", "landmark attention", BEFORE), Curve("teacher", "teacher", "teacher"))
+            self._finish(final, curves)
+        self.state.wait_for_everyone()
+        return self.path
+
+    def _make_start(self) -> Path:
+        from linearize.conversion import convert, load_student
+
+        start, settings = self.path / "start", self.settings
+        if (start / "config.json").is_file():
+            self._measure(BEFORE, 0, load_student(start))
+            return start
+        student = convert(
+            settings.model_name_or_path, settings.attention, dtype="float32", sliding_window=settings.sliding_window
+        )
+        self._measure(BEFORE, 0, student)
+        self._save(student, start)
+        return start
