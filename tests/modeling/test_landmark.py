@@ -1,0 +1,298 @@
+"""Models with landmark attention: landmarks that nobody sees, labels, blocks in the cache, what is refused."""
+
+import pytest
+import torch
+from tiny_models import make_gpt2, make_mistral, make_student, make_teacher, perturb
+from torch.nn import functional
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from linearize import LandmarkAttentionConfig, convert
+from linearize.modeling.landmark_tokens import Landmarks
+
+TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2, "mistral": make_mistral}
+
+
+def make(kind="llama", **settings):
+    mixer = {"type": "landmark", "block_size": 4, "top_k": 2, **settings}
+    model = make_student(TEACHERS[kind](), {"landmark": mixer})
+    perturb(model)
+    return model
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(3, 97, (2, 29), generator=torch.Generator().manual_seed(1))
+
+
+# --- where the landmarks stand
+
+
+def test_a_landmark_follows_every_block_of_real_tokens():
+    real = torch.tensor([[1, 1, 1, 1, 1, 1, 1], [0, 0, 1, 1, 1, 1, 0]]).bool()
+    plan = Landmarks.plan(real, None, 4, simple=False)
+    assert plan.position.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8], [-1, -1, -1, 0, 1, 2, 3, 4, -1]]
+    assert plan.source.tolist() == [[0, 1, 2, 7, 3, 4, 5, 7, 6], [8, 0, 1, 2, 3, 4, 7, 5, 6]]
+    later = Landmarks.plan(torch.ones(2, 1).bool(), torch.tensor([6, 5]), 4, simple=True)
+    assert later.position.tolist() == [[6, 7], [-1, 5]]
+    embeddings = torch.randn(2, 7, 3)
+    with_landmarks = plan.insert(embeddings, torch.tensor([7.0, 8.0, 9.0]))
+    assert torch.equal(plan.extract(with_landmarks), embeddings)
+    assert with_landmarks[0, 3].tolist() == [7, 8, 9] and not with_landmarks[1, 0].any()
+
+
+def test_a_landmark_is_one_more_embedding_of_the_sequence(ids):
+    """By hand: landmarks as ordinary embeddings of a model whose own are switched off by a plan of none."""
+    model = make(top_k=20)
+    with torch.no_grad():
+        found = model(ids[:1, :8]).logits
+        base = model.model
+        rows = base.embed_tokens(ids[:1, :8])
+        mark = base.mixer.embedding[None, None]
+        by_hand = torch.cat([rows[:, :3], mark, rows[:, 3:6], mark, rows[:, 6:]], dim=1)
+        place = torch.tensor([0, 1, 2, 4, 5, 6, 8, 9])
+        plan = Landmarks(
+            torch.arange(10)[None], True, 10, torch.zeros(1, 10), torch.arange(10)[None], torch.zeros(1, 10)
+        )
+        plan.rotary = base.rotary_tables(100)
+        base.place_landmarks = lambda *args: plan
+        plan.insert = lambda embeddings, landmark: embeddings
+        states = base(inputs_embeds=by_hand, use_cache=False).last_hidden_state
+        expected = model.lm_head(states[:, place])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+def test_states_and_logits_are_free_of_landmarks(kind, ids):
+    model = make(kind)
+    output = model(ids, output_hidden_states=True)
+    assert output.logits.shape[:2] == ids.shape
+    assert {x.shape[1] for x in output.hidden_states} == {29}
+    assert output.past_key_values.get_seq_length() == 29
+    last = model.base_model(ids).last_hidden_state
+    torch.testing.assert_close(output.hidden_states[-1], last, rtol=0, atol=1e-5)
+    states, *_ = model.base_model(ids, return_dict=False)
+    torch.testing.assert_close(states, last, rtol=0, atol=1e-5)
+
+
+# --- labels
+
+
+def test_the_ordinary_loss_knows_no_landmark(ids):
+    model = make()
+    output = model(ids, labels=ids)
+    expected = functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(output.loss, expected)
+
+
+def test_published_labels(ids):
+    """A block's last token predicts the landmark, the landmark the next token, among the vocabulary and it."""
+    model = make(include_landmark_in_loss=True, top_k=20)
+    labels = ids.clone()
+    labels[0, :5] = -100
+    caught = []
+    model.model.norm.register_forward_hook(lambda module, args, output: caught.append(output))
+    found = model(ids, labels=labels)
+    states = caught[0]  # (2, 29 + 9, width)
+    wide = torch.cat([model.lm_head(states), (states @ model.model.mixer.output)[..., None]], dim=-1)
+    places = [i + i // 3 for i in range(29)]
+    terms = []
+    for row in range(2):
+        for t in range(29):
+            if t % 3 == 2 and labels[row, t] != -100:  # the landmark, entry 97
+                terms.append(functional.cross_entropy(wide[row, places[t]], torch.tensor(97)))
+            if t < 28 and labels[row, t + 1] != -100:
+                terms.append(functional.cross_entropy(wide[row, places[t] + (t % 3 == 2)], labels[row, t + 1]))
+    torch.testing.assert_close(found.loss, torch.stack(terms).mean())
+    after = torch.tensor([place + (t % 3 == 2) for t, place in enumerate(places)])
+    torch.testing.assert_close(found.logits, model.lm_head(states[:, after]))
+    assert found.logits.shape[-1] == 97
+    found.loss.backward()
+    assert model.model.mixer.output.grad.abs().sum() > 0 and model.model.mixer.embedding.grad.abs().sum() > 0
+
+
+def test_published_labels_over_a_global_batch(ids):
+    model = make(include_landmark_in_loss=True)
+    whole = model(ids, labels=ids).loss
+    half = [model(row[None], labels=row[None], num_items_in_batch=56).loss for row in ids]
+    torch.testing.assert_close(whole, sum(half), rtol=1e-5, atol=0)
+
+
+# --- training
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # the name that 5.17 knows
+def test_gradient_checkpointing_changes_nothing(ids):
+    model = make(block_dropout=0.5).train()
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        torch.manual_seed(3)
+        model.zero_grad()
+        model(ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    assert "model.mixer.embedding" in gradients[0]
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+def test_all_blocks_are_open_in_training_and_some_with_dropout(ids):
+    model = make(top_k=2)
+    everything = make(top_k=20)
+    with torch.no_grad():
+        full = everything(ids).logits
+        assert not torch.allclose(model(ids).logits, full, atol=1e-3)
+        torch.testing.assert_close(model.train()(ids).logits, full, rtol=0, atol=1e-5)
+        dropping = make(top_k=20, block_dropout=0.9)
+        torch.testing.assert_close(dropping(ids).logits, full, rtol=0, atol=1e-5)
+        torch.manual_seed(0)
+        assert not torch.allclose(dropping.train()(ids).logits, full, atol=1e-3)
+    assert model.train()(ids).past_key_values is None
+
+
+def test_only_the_landmark_is_new_and_starts_from_the_mean(tmp_path):
+    teacher = make_teacher()
+    teacher.bfloat16().save_pretrained(tmp_path / "teacher")
+    student = convert(tmp_path / "teacher", LandmarkAttentionConfig(block_size=8, include_landmark_in_loss=True))
+    assert set(student.mixer_state_dict()) == {"model.mixer.embedding", "model.mixer.output"}
+    embeddings = teacher.get_input_embeddings().weight
+    assert student.dtype == torch.bfloat16 and student.model.mixer.embedding.dtype == torch.float32
+    torch.testing.assert_close(student.model.mixer.embedding, embeddings.float().mean(0))
+    torch.testing.assert_close(student.model.mixer.output, teacher.lm_head.weight.float().mean(0))
+    assert student.get_input_embeddings().weight.shape == embeddings.shape
+    student.save_pretrained(tmp_path / "student")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype="auto")
+    ids = torch.randint(3, 97, (1, 40))
+    assert torch.equal(again(ids).logits, student(ids).logits)
+
+
+# --- retrieval
+
+
+@pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("settings", [{"offload": True}, {"max_blocks": 9}, {"max_blocks": 9, "offload": True}])
+def test_where_blocks_lie_changes_nothing(kind, settings, ids):
+    """29 tokens are 9 blocks, so that the last 9 are all."""
+    plain, other = make(kind), make(kind, **settings)
+    other.load_state_dict(plain.state_dict())
+    caches = [DynamicCache(config=model.config) for model in (plain, other)]
+    for piece in ids.split([9, 1, 1, 13, 5], dim=1):
+        logits = [
+            model(piece, past_key_values=cache).logits for model, cache in zip((plain, other), caches, strict=True)
+        ]
+        torch.testing.assert_close(*logits, rtol=0, atol=1e-5)
+
+
+def test_with_as_many_blocks_as_there_are_nothing_is_left_out(ids):
+    model, few = make(top_k=9), make(top_k=2)
+    dense = make(top_k=100)
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, dense(ids).logits, rtol=0, atol=1e-5)
+        assert not torch.allclose(few(ids).logits, dense(ids).logits, atol=1e-3)
+
+
+@pytest.mark.parametrize("max_blocks", [2, 5])
+def test_the_cache_stays_within_its_blocks(max_blocks):
+    model = make(max_blocks=max_blocks)
+    ids = torch.randint(3, 97, (1, 400), generator=torch.Generator().manual_seed(2))
+    cache, sizes = DynamicCache(config=model.config), []
+    with torch.no_grad():
+        pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([150, 1, 49, 100, 1, 99], dim=1)]
+        whole = model(ids, use_cache=False).logits
+        torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=2e-5)
+        for piece in ids.split(1, dim=1):
+            model(piece, past_key_values=cache)
+            sizes.append(cache.layers[0].nbytes())
+    assert len(set(sizes[50:])) == 1
+    assert cache.layers[0].state.index.shape[1] <= 2 * 16 + 1
+
+
+def test_blocks_are_not_copied_again_for_every_token(monkeypatch):
+    """Slots grow by half, so that moving them costs a constant number of copies a block."""
+    import linearize.modeling.cache_landmark as cache_landmark
+
+    moved, original = [], cache_landmark._moved
+    monkeypatch.setattr(cache_landmark, "_moved", lambda state, slots: moved.append(slots) or original(state, slots))
+    model, cache = make(), None
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        for token in torch.randint(3, 97, (1, 300)).split(1, dim=1):
+            model(token, past_key_values=cache)
+    assert len(moved) <= 3 * 6 and max(moved) <= 1.5 * 101
+
+
+@pytest.mark.parametrize("selection", ["head", "token"])
+def test_other_selections_in_pieces(selection, ids):
+    """By `token`, pieces give the whole; by `head`, pieces of whole blocks do, whose tokens choose together."""
+    model = make(selection=selection)
+    sizes = [9, 6, 12, 2] if selection == "head" else [5, 1, 9, 14]
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        pieces = [model(piece, past_key_values=cache).logits for piece in ids.split(sizes, dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids, use_cache=False).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 7, 100])
+def test_generate_in_chunks_of_any_size(chunk, ids):
+    model = make()
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    expected = model.generate(ids, **options)
+    assert torch.equal(model.generate(ids, prefill_chunk_size=chunk, **options), expected)
+
+
+def test_rows_of_different_lengths_and_beams(ids):
+    model = make("mistral", max_blocks=6)
+    options = {"max_new_tokens": 7, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, "num_beams": 3}
+    mask = torch.ones_like(ids)
+    ids[0, :10], mask[0, :10] = 0, 0
+    together = model.generate(ids, attention_mask=mask, **options)
+    alone = model.generate(ids[:1, 10:], attention_mask=mask[:1, 10:], **options)
+    assert torch.equal(together[:1, 10:], alone)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    [
+        ({"block_size": 1}, "at least 2"),
+        ({"top_k": 0}, "at least 1 block"),
+        ({"top_k": 5, "max_blocks": 4}, "at least top_k"),
+        ({"selection": "best"}, "choose one of"),
+        ({"block_dropout": 1.0}, "below 1"),
+        ({"contract": 9}, "contract 9"),
+    ],
+)
+def test_settings_that_cannot_be(settings, sentence):
+    with pytest.raises(Exception, match=sentence):
+        LandmarkAttentionConfig(**settings)
+
+
+def test_no_other_layers_and_one_block_size():
+    mixers = {"a": {"type": "landmark", "block_size": 4}, "b": {"type": "landmark", "block_size": 8}}
+    with pytest.raises(Exception, match="block_size differs"):
+        make_student(make_teacher(), mixers, ["a", "b", "a"])
+    with pytest.raises(Exception, match="no softmax layers"):
+        make_student(make_teacher(), mixers, ["a", "softmax", "a"])
+
+
+def test_what_a_growing_cache_cannot_do(ids):
+    model = make()
+    with pytest.raises(ValueError, match="state of constant size"), model.captured_decoding():
+        pass
+    with pytest.raises(ValueError, match="assisted generation is not supported"):
+        model.generate(ids[:1], assistant_model=make(), max_new_tokens=4, do_sample=False)
+
+
+def test_what_has_no_place_for_landmarks(ids):
+    model = make("gpt2")
+    with pytest.raises(ValueError, match="token_type_ids"):
+        model(ids, token_type_ids=torch.zeros_like(ids))
+    with pytest.raises(ValueError, match="2-dimensional"):
+        model(ids, attention_mask=torch.ones(2, 1, 29, 29))
+    with pytest.raises(ValueError, match="exactly one"):
+        model()
+    long = torch.randint(3, 97, (1, 200))  # 266 with landmarks, of 256 positions
+    with pytest.raises(ValueError, match="learned positions"):
+        model(long)
