@@ -98,7 +98,8 @@ class PretrainingConfig(StageSettings):
     train: Literal["all", "scalers"] = "all"
     """What trains: all weights, or the range scalers of gain-cell attention alone."""
     compile: bool = False
-    """Compile the part of gain-cell attention that reads its cells (torch.compile; GPU): about twice as fast."""
+    """Compile the inner functions of gain-cell and landmark attention (torch.compile; GPU): about twice as fast with
+    gain cells."""
     logging_steps: int = 10
     """Steps between lines of the log."""
     save_steps: int = 500
@@ -274,7 +275,7 @@ def pretrain(config: PretrainConfig | Mapping[str, Any] | str | PathLike[str]) -
     from linearize.checkpointing import checkpoint_to_resume, require_same_run
     from linearize.data import main_process_first, prepare_data
     from linearize.data_documents import tokenizer_identity
-    from linearize.modeling.op_gain_cell_chunked import compiled_training
+    from linearize.modeling.compiled import compiled_training
     from linearize.pretraining_model import build_distiller, build_model, make_tokenizer
     from linearize.pretraining_trainer import DistillationTrainer, PretrainingTrainer, pretraining_arguments
     from linearize.training_log import TrainingLog

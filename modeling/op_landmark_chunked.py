@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from .compiled import for_training
+
 HIDDEN = -1e30  # a logit of nothing; finite, since infinities give NaN in gradients
 TILE_ELEMENTS = 2**25  # scores that a tile may hold
 
@@ -35,9 +37,9 @@ def run_landmark(query, key, value, *, block_size, offset, scaling, attention_ma
         stop = _tile_end(start, count, query.shape[0] * heads * block_size**2)
         tile = (blocks[0][:, :, :, start:stop], blocks[1][:, :, :stop], blocks[2][:, :, :stop], grid.real[:, :stop])
         if torch.is_grad_enabled() and query.requires_grad and count > stop - start:
-            outputs.append(checkpoint(_attend, *tile, scaling, use_reentrant=False))
+            outputs.append(checkpoint(for_training(_attend), *tile, scaling, use_reentrant=False))
         else:
-            outputs.append(_attend(*tile, scaling))
+            outputs.append(for_training(_attend)(*tile, scaling))
         start = stop
     output = torch.cat(outputs, dim=3).flatten(1, 2).flatten(2, 3)
     return grid.collect(output).to(dtype), None

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from .compiled import for_training
 from .op_landmark_chunked import HIDDEN, weighted
 
 SELECTIONS = ("token_and_head", "head", "token")
@@ -61,9 +62,9 @@ def run_retrieval(query, key, value, blocks, *, position, first, top_k, selectio
         part = slice(start, start + step)
         tile = (groups[:, :, part], key[:, :, part], value[:, :, part], lanes.own[:, part], lanes.place[:, part])
         if torch.is_grad_enabled() and query.requires_grad and count > step:
-            outputs.append(checkpoint(_attend, call, *tile, use_reentrant=False))
+            outputs.append(checkpoint(for_training(_attend), call, *tile, use_reentrant=False))
         else:
-            outputs.append(_attend(call, *tile))
+            outputs.append(for_training(_attend)(call, *tile))
     return lanes.collect(torch.cat(outputs, dim=2)).to(query.dtype)
 
 

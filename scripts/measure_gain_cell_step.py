@@ -17,7 +17,7 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from linearize.conversion import convert
-from linearize.modeling.op_gain_cell_chunked import compiled_training
+from linearize.modeling.compiled import compiled_training
 
 SHAPES = {"gpt2_29m": (64, 512), "smollm2_135m": (16, 1024)}
 

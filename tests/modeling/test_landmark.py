@@ -1,5 +1,7 @@
 """Models with landmark attention: landmarks that nobody sees, labels, blocks in the cache, what is refused."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from tiny_models import make_gpt2, make_mistral, make_student, make_teacher, perturb
@@ -7,6 +9,7 @@ from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from linearize import LandmarkAttentionConfig, convert
+from linearize.modeling.compiled import compiled_training
 from linearize.modeling.landmark_tokens import Landmarks
 
 TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2, "mistral": make_mistral}
@@ -148,6 +151,20 @@ def test_all_blocks_are_open_in_training_and_some_with_dropout(ids):
         torch.manual_seed(0)
         assert not torch.allclose(dropping.train()(ids).logits, full, atol=1e-3)
     assert model.train()(ids).past_key_values is None
+
+
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_compiled_training_changes_nothing(share, ids):
+    model = make(top_k=4, block_dropout=share).train()
+    gradients = []
+    for compiled in (nullcontext(), compiled_training()):
+        torch.manual_seed(3)
+        model.zero_grad()
+        with compiled:
+            model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    for plain, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, other, rtol=1e-4, atol=1e-6)
 
 
 def test_only_the_landmark_is_new_and_starts_from_the_mean(tmp_path):

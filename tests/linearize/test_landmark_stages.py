@@ -1,0 +1,152 @@
+"""Runs onto landmark attention, at toy size on the demo text: all weights, LoRA, and how far the result reads."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import make_mistral, make_teacher
+from tiny_runs import make_teacher_directory
+from transformers import AutoModelForCausalLM
+
+import linearize
+from linearize import UserError
+from linearize.cli import main
+from linearize.landmark_stages import AFTER, BEFORE, LandmarkRunConfig, run_landmark
+from linearize.settings import RunConfig
+from linearize.settings_io import preset_names, resolve
+from linearize.staged_run import TEACHER
+
+DEMO_TEXT = Path(linearize.__file__).parent / "demo_text"
+
+
+@pytest.fixture
+def data(tmp_path):
+    return {
+        "dataset": str(DEMO_TEXT / "train.jsonl.gz"),
+        "validation": str(DEMO_TEXT / "validation.jsonl.gz"),
+        "sequence_length": 64,
+        "max_tokens": 20_000,
+        "cache_dir": str(tmp_path / "cache"),
+    }
+
+
+@pytest.fixture
+def settings(tmp_path, data):
+    return {
+        "model_name_or_path": str(make_teacher_directory(tmp_path / "teacher", make=make_mistral)),
+        "output_dir": str(tmp_path / "out"),
+        "device": "cpu",
+        "attention": {"block_size": 8, "top_k": 3, "block_dropout": 0.8},
+        "data": data,
+        "training": {
+            "max_steps": 6, "batch_size": 4, "tokens_per_step": 256, "learning_rate": 3e-3, "warmup_steps": 1,
+            "eval_steps": 3, "eval_tokens": 1024, "save_steps": 3,
+        },
+    }  # fmt: skip
+
+
+def test_all_weights(settings, tmp_path, capsys):
+    out = run_landmark(settings)
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert [(row["name"], row["tokens"]) for row in rows] == [
+        ("teacher", 0),
+        (TEACHER, 1536),
+        (BEFORE, 0),
+        (AFTER, 1536),
+    ]
+    found = {row["name"]: row["perplexity"] for row in rows}
+    assert found[AFTER] < found[BEFORE] and found[TEACHER] < found["teacher"]
+    assert (out / "plots" / "perplexity.png").stat().st_size > 5000
+    start = linearize.load_student(out / "start").state_dict()
+    final = AutoModelForCausalLM.from_pretrained(out / "final", trust_remote_code=True)
+    assert final.config.mixer(0).block_dropout == 0.8 and final.config.sliding_window is None
+    moved = {name for name, weight in final.state_dict().items() if not torch.equal(weight, start[name])}
+    assert {"model.mixer.embedding", "model.layers.0.self_attn.q_proj.weight"} <= moved
+    assert AFTER in capsys.readouterr().out
+    with pytest.raises(UserError, match="already holds a run"):
+        run_landmark(settings)
+
+    # How far it reads: prompts of 200 tokens are 29 blocks, of which it reads 3.
+    arguments = [
+        "--passkey",
+        "200",
+        "--natural",
+        "200",
+        "--trials",
+        "4",
+        "--depths",
+        "2",
+        "--output",
+        str(tmp_path / "far"),
+    ]
+    assert main(["evaluate", str(out / "final"), *arguments]) == 0
+    assert json.loads((tmp_path / "far" / "passkey.json").read_text())
+
+
+def test_published_labels(settings):
+    attention = {**settings["attention"], "include_landmark_in_loss": True}
+    out = run_landmark({**settings, "attention": attention, "distillation": None, "train_teacher": False})
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["teacher", BEFORE, AFTER]
+    assert rows[2]["perplexity"] < rows[1]["perplexity"]
+    final = linearize.load_student(out / "final").state_dict()
+    start = linearize.load_student(out / "start").state_dict()
+    assert not torch.equal(final["model.mixer.output"], start["model.mixer.output"])
+
+
+def test_lora_and_the_landmark(tmp_path, data):
+    """The recipe of an 8B model on a tiny one: no transfer; adapters and the landmark's embedding train."""
+    teacher = make_teacher_directory(tmp_path / "teacher", make=make_teacher)
+    flags = {
+        "model_name_or_path": teacher, "output_dir": tmp_path / "out", "dtype": "float32", "device": "cpu",
+        "attention.block_size": 8, "data.dataset": data["dataset"], "data.validation": data["validation"],
+        "data.sequence_length": 64, "data.max_tokens": 20_000, "data.cache_dir": data["cache_dir"],
+        "finetune.tokens": 1024, "finetune.tokens_per_step": 256, "finetune.mixer_learning_rate": 0.1,
+        "evaluation.max_tokens": 1024,
+    }  # fmt: skip
+    arguments = [str(part) for name, value in flags.items() for part in (f"--{name}", value)]
+    assert main(["run", "--config", "llama3_8b_landmark", *arguments]) == 0
+    student = linearize.load_student(tmp_path / "out" / "final")
+    embeddings = student.get_input_embeddings().weight
+    assert not torch.allclose(student.model.mixer.embedding, embeddings.float().mean(0), atol=1e-3)
+    assert student.config.mixer(0).block_size == 8
+
+
+def test_attention_transfer_is_refused(tmp_path, data, capsys):
+    teacher = make_teacher_directory(tmp_path / "teacher", make=make_teacher)
+    arguments = ["--model_name_or_path", str(teacher), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    arguments += ["--attention.type", "landmark", "--data.dataset", data["dataset"], "--data.sequence_length", "64"]
+    assert main(["run", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert "set transfer to none" in error and "Traceback" not in error and not (tmp_path / "out").exists()
+
+
+def test_presets_are_valid():
+    assert set(preset_names(LandmarkRunConfig)) == {"mistral_7b_full", "published", "smollm2_landmark"}
+    for name in preset_names(LandmarkRunConfig):
+        linearize.LandmarkAttentionConfig(**resolve(name, settings=LandmarkRunConfig).attention)
+    published = resolve("published", settings=LandmarkRunConfig)
+    assert published.training.max_steps * published.training.tokens_per_step == 15_000 * 128 * 512
+    for name in ("llama3_8b_landmark", "mistral_7b_landmark"):
+        preset = resolve(name, settings=RunConfig)
+        assert preset.transfer is None and preset.attention["type"] == "landmark"
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--attention.type", "linear"], "trains landmark attention"),
+        (["--attention.top_k", "0"], "at least 1 block"),
+        (["--attention.block_size", "1"], "at least 2"),
+        (["--attention.max_blocks", "3"], "at least top_k"),
+        (["--attention.include_landmark_in_loss", "true"], "set distillation to none"),
+        (["--sliding_window", "halve"], "sliding_window"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, sentence, tmp_path, capsys):
+    teacher = make_teacher_directory(tmp_path / "teacher", make=make_teacher)
+    arguments = ["--model_name_or_path", str(teacher), "--output_dir", str(tmp_path / "out"), *flags]
+    assert main(["landmark", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error and not (tmp_path / "out").exists()
