@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize.cli_diff import differ
+from linearize.cli_import import importer
 from linearize.context_flags import (
     ContextSeed,
     Depths,
@@ -43,7 +44,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-importer = typer.Typer(help="Checkpoints of published research code.", no_args_is_help=True)
 app.add_typer(importer, name="import")
 app.add_typer(differ, name="diff")
 
@@ -241,23 +241,6 @@ def evaluate(
         device=device,
         output=output,
     )
-
-
-@importer.command("gain-cell")
-@command
-def import_gain_cell(
-    source: Annotated[str, typer.Argument(help="The checkpoint (.pt) of the published gain-cell code.")],
-    output: Output,
-    tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Directory or Hub id of the tokenizer to save along.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the directory.")] = False,
-) -> None:
-    """Make a converted repository of a checkpoint of the published gain-cell code (GPT-2)."""
-    from linearize.commands import import_published_gain_cell
-
-    _check_output(output, overwrite)
-    import_published_gain_cell(source, output, tokenizer)
 
 
 @app.command("export-vectors")

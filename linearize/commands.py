@@ -1,4 +1,4 @@
-"""What `linearize evaluate`, `chat`, `export-vectors` and `info --hardware` do once their flags are read."""
+"""What `linearize evaluate`, `chat`, `export-vectors`, `info --hardware` and `import` do once their flags are read."""
 
 from __future__ import annotations
 
@@ -25,23 +25,29 @@ def choose_device(name: str) -> Any:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def choose_dtype(name: str) -> Any:
+    """`auto`, or a dtype of torch."""
+    import torch
+
+    if name not in DTYPES:
+        raise UserError(f"--dtype is {name!r}, but it must be one of {', '.join(DTYPES)}.")
+    return name if name == "auto" else getattr(torch, name)
+
+
 def load(source: str, dtype: str, device: str, contexts: Any = None) -> tuple[Any, Any, bool]:
     """A model with its tokenizer, on its device, and whether it is a converted one.
 
     Args:
         contexts: a `ContextPlan` whose scaling of the RoPE a stock model gets.
     """
-    import torch
     from transformers import AutoModelForCausalLM
 
     from linearize.conversion import load_student, load_tokenizer
     from linearize.evaluation.rope_scaling import check_scaled
     from linearize.load_errors import explained
 
-    if dtype not in DTYPES:
-        raise UserError(f"--dtype is {dtype!r}, but it must be one of {', '.join(DTYPES)}.")
+    weights = choose_dtype(dtype)
     place = choose_device(device)
-    weights = dtype if dtype == "auto" else getattr(torch, dtype)
     source = _model_of(source)
     config = _config(source)
     converted = hasattr(config, "mixer_types")
@@ -305,3 +311,49 @@ def import_published_gain_cell(source: str, output: str, tokenizer_name: str | N
     print(f"Saved {output}: {read['cell_kind']} cell, window {read['window']}, {levels}")
     if tokenizer is None:
         print("No tokenizer is in it: published checkpoints use GPT-2's; give --tokenizer gpt2 to save it along.")
+
+
+def import_published_landmark(
+    source: str,
+    output: str,
+    *,
+    mem_id: int | None,
+    mem_freq: int | None,
+    block_size: int | None,
+    top_k: int | None,
+    tokenizer: str | None,
+    revision: str | None,
+    dtype: str,
+) -> None:
+    """Write the repository of a published landmark checkpoint."""
+    from linearize.checkpoint_files import find_checkpoint
+    from linearize.hub import make_record, save_final
+    from linearize.landmark_import import import_landmark
+    from linearize.weight_diff_sources import check_apart
+
+    weights = choose_dtype(dtype)
+    if Path(source).is_dir():
+        check_apart(output, find_checkpoint(source))
+    with stage("reading the checkpoint", "choose a smaller --dtype"):
+        found = import_landmark(
+            source,
+            mem_id=mem_id,
+            mem_freq=mem_freq,
+            block_size=block_size,
+            top_k=top_k,
+            tokenizer=tokenizer,
+            revision=revision,
+            dtype=weights,
+        )
+    record = make_record(source, revision=found.source.origin.revision, recipe={"imported": found.settings})
+    with stage("saving the model"):
+        save_final(found.model, found.tokenizer, output, record)
+    for note in found.notes:
+        print(note)
+    settings = found.settings
+    where = "its landmark" if settings["include_landmark_in_loss"] else "its last token"
+    print(
+        f"Saved {output}: blocks of {settings['block_size']} tokens with their landmark, {settings['top_k']} read "
+        f"at a time; behind a block, {where} predicts the next token; {found.model.config.vocab_size} ids, "
+        f"{settings['mem_id']} was the landmark"
+    )

@@ -89,12 +89,12 @@ def convert(
             where_from, extra = source, where
         load: Any = backbone.default.from_pretrained  # returns a pair when asked for the loading report
         model, info = load(where_from, config=config, output_loading_info=True, **extra, **options)
-    _check_loaded(source, info, model)
+    check_loaded(source, info, model)
     keep_differentiable(model)
     start_landmarks(model)
     model.name_or_path = source
     if not is_gguf(source):
-        _take_generation_config(model, source, where)
+        take_generation_config(model, source, where)
     return model.eval()
 
 
@@ -271,7 +271,8 @@ def _unsupported(source: str, config: PreTrainedConfig) -> str:
     )
 
 
-def _check_loaded(source: str, info: dict, model: PreTrainedModel) -> None:
+def check_loaded(source: str, info: dict, model: PreTrainedModel) -> None:
+    """Refuse a checkpoint that lacks weights, or has other ones, by what loading it has reported."""
     missing = sorted(name for name in info["missing_keys"] if ".mixer." not in name)
     if missing:
         raise UserError(f"{source} lacks {len(missing)} weights of its architecture, first {missing[0]}")
@@ -281,7 +282,7 @@ def _check_loaded(source: str, info: dict, model: PreTrainedModel) -> None:
         raise UserError(f"{source} holds weights of another shape than its config.json says, first {clash[0]}")
 
 
-def _take_generation_config(model: PreTrainedModel, source: str, where: dict) -> None:
+def take_generation_config(model: PreTrainedModel, source: str, where: dict) -> None:
     """A converted model generates with the teacher's settings; a checkpoint without any keeps the default."""
     from transformers import GenerationConfig
 

@@ -29,8 +29,7 @@ def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
         f"# {title(record, config)}",
         introduction(record, config),
         f"## Quick start\n\n```python\n{QUICK_START.format(name=name)}\n```\n\n"
-        "The model code comes with the repository; the `linearize` package is not needed. "
-        "Generation keeps a state of constant size.",
+        "The model code comes with the repository; the `linearize` package is not needed. " + state_sentence(config),
         evaluation_section(record),
         training_section(record),
         papers_section(config),
@@ -86,11 +85,20 @@ def introduction(record: Mapping[str, Any], config: Any) -> str:
         lines.append(f"Layers `{name}`: {settings['type']} attention, {values}.")
     if converted < config.num_hidden_layers and config.softmax_window is not None:
         lines.append(f"Softmax layers see the last {config.softmax_window:,} tokens, as the teacher's do.")
-    if not trained(record):
+    if (record.get("recipe") or {}).get("imported"):
+        lines.append("Imported from a checkpoint of the published code, which trained it.")
+    elif not trained(record):
         lines.append(
             "**Nothing has been trained yet: expect poor text until attention transfer and finetuning have run.**"
         )
     return "\n".join(lines)
+
+
+def state_sentence(config: Any) -> str:
+    """What generation has to keep."""
+    if any(mixer["type"] == "landmark" and mixer["max_blocks"] is None for mixer in config.mixers.values()):
+        return "Generation keeps all blocks of the text and reads the few that it retrieves."
+    return "Generation keeps a state of constant size."
 
 
 def evaluation_section(record: Mapping[str, Any]) -> str:

@@ -1,0 +1,124 @@
+"""Weights of a published checkpoint, in safetensors or as PyTorch's pickles, mapped from the disk and not read into
+memory.
+
+Of a pickle nothing but tensors and plain values is loaded (`weights_only=True`); none of its code runs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from linearize.errors import UserError
+from linearize.hub import published_name
+from linearize.load_errors import explained
+from linearize.tensor_files import INDEX, SAFETENSORS, is_plain_path, some, weight_file_names
+from linearize.weight_diff_record import Origin
+from linearize.weight_diff_sources import Source
+
+BIN = "pytorch_model.bin"
+BIN_INDEX = f"{BIN}.index.json"
+SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+"""What is fetched first: the settings, the tokenizer, and the index that names the weights."""
+
+
+def find_checkpoint(name: str | os.PathLike[str], revision: str | None = None) -> Source:
+    """The local directory of a checkpoint; of one on the Hub, settings, tokenizer and one set of weights are fetched.
+
+    Args:
+        name: A directory or a Hub id.
+        revision: Of the Hub repository.
+
+    Raises:
+        UserError: There is no such checkpoint, or it cannot be fetched.
+    """
+    source = os.fspath(name)
+    if Path(source).is_dir():
+        return Source(source, Path(source), Origin(published_name(source), on_hub=False, revision=None))
+    with explained(source):
+        path = _fetch(source, revision)
+    return Source(source, path, Origin(source, on_hub=True, revision=path.name))
+
+
+def _fetch(name: str, revision: str | None) -> Path:
+    """Repositories often hold their weights twice: safetensors come before pickles, as transformers chooses."""
+    from huggingface_hub import snapshot_download
+
+    def fetch(files: list[str], commit: str | None) -> Path:
+        return Path(snapshot_download(name, revision=commit, allow_patterns=files, dry_run=False))
+
+    path = fetch(SMALL_FILES, revision)
+    if not (path / f"model{INDEX}").is_file():
+        fetch([f"model{SAFETENSORS}"], path.name)
+        if not (path / f"model{SAFETENSORS}").is_file() and not (path / BIN_INDEX).is_file():
+            return fetch([BIN], path.name)
+    return fetch(weight_names(path, name), path.name)
+
+
+def weight_names(directory: Path, source: str) -> list[str]:
+    """Names of the files that hold the weights.
+
+    Args:
+        directory: Of the checkpoint.
+        source: What the user called it, for the sentences.
+
+    Raises:
+        UserError: There are none, or their index cannot be read.
+    """
+    if (directory / f"model{SAFETENSORS}").is_file() or (directory / f"model{INDEX}").is_file():
+        return weight_file_names(directory, source)
+    if (directory / BIN).is_file():
+        return [BIN]
+    index = directory / BIN_INDEX
+    if not index.is_file():
+        raise UserError(f"{source} has no model{SAFETENSORS} and no {BIN}, in one file or in shards: complete it")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index} is no index of weight files: restore it") from error
+    if strange := [name for name in names if not is_plain_path(name) or not name.endswith(".bin")]:
+        raise UserError(f"{index} names {strange[0]!r}, which is no .bin file: restore the index")
+    return names
+
+
+def map_weights(source: Source) -> dict[str, Tensor]:
+    """All tensors by name. They lie in the page cache of the system, which gives them up when memory is short; only
+    pickles of PyTorch before 1.6 are read into memory.
+
+    Raises:
+        UserError: A file is missing, damaged, or holds more than tensors.
+    """
+    names = weight_names(source.path, source.name)
+    if missing := [name for name in names if not (source.path / name).is_file()]:
+        raise UserError(f"{source.name} lacks {some(missing)}, which its index names: complete the checkpoint")
+    weights: dict[str, Tensor] = {}
+    for name in names:
+        with explained(source.name):
+            found = (_map_safetensors if name.endswith(SAFETENSORS) else _map_pickle)(source.path / name)
+        if twice := weights.keys() & found.keys():
+            raise UserError(f"{source.name} holds {min(twice)} in two files: save the model again")
+        weights |= found
+    return weights
+
+
+def _map_safetensors(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def _map_pickle(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:  # pickle and zip errors of many kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{path} cannot be read as a file of tensors ({reason}): download it again") from error
+    if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        raise UserError(f"{path} holds other things than tensors by name: give what save_pretrained wrote")
+    return dict(found)
