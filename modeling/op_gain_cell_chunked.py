@@ -201,6 +201,7 @@ def _devices(slot: Tensor, groups: int, dim: int, settings: Settings, dtype: tor
 
 # --- reading
 
+
 def _attend(pulses: Tensor, cells: Cells, count: Tensor | None, settings: Settings) -> Tensor:
     """Outputs `(B, H, T, D)` of all queries, segment by segment."""
     cell, window, _, noise = settings

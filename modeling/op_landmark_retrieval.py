@@ -17,7 +17,7 @@ from .op_landmark_chunked import HIDDEN, weighted
 
 SELECTIONS = ("token_and_head", "head", "token")
 RECENCY = 1e-5  # what a block's score loses for each block of its age, when blocks are selected
-TILE_ELEMENTS = 2**26  # numbers of retrieved keys that a tile may hold
+TILE_ELEMENTS = 2**26  # numbers of retrieved keys, or of logits, that a tile may hold
 
 
 class LandmarkBlocks(NamedTuple):
@@ -53,10 +53,16 @@ def run_retrieval(query, key, value, blocks, *, position, first, top_k, selectio
     count, size = key.shape[2:4]
     lanes = _Lanes(position, first, count, size)
     scaling = dim**-0.5 if scaling is None else scaling
-    call = _Call(blocks, min(top_k, blocks.index.shape[1]), selection, max_blocks, rotary, scaling)
+    stored = blocks.index.shape[1]
+    if top_k >= stored:
+        selection = "head"  # whichever it is, all are selected
+    call = _Call(blocks, min(top_k, stored), selection, max_blocks, rotary, scaling)
     groups = lanes.spread(query)  # (B, H, U, w, D)
-    shared = 1 if selection == "head" else lanes.width
-    step = max(1, TILE_ELEMENTS // max(1, batch * heads * shared * call.top_k * size * dim))
+    if _reads_all(call, lanes.width, query.device):
+        elements = lanes.width * blocks.index.shape[1] * max(size, dim)
+    else:
+        elements = (1 if call.selection == "head" else lanes.width) * call.top_k * size * dim
+    step = max(1, TILE_ELEMENTS // max(1, batch * heads * elements))
     outputs = []
     for start in range(0, count, step):
         part = slice(start, start + step)
@@ -66,6 +72,11 @@ def run_retrieval(query, key, value, blocks, *, position, first, top_k, selectio
         else:
             outputs.append(for_training(_attend)(call, *tile))
     return lanes.collect(torch.cat(outputs, dim=2)).to(query.dtype)
+
+
+def _reads_all(call: _Call, width: int, device) -> bool:
+    """Whether a tile multiplies all stored blocks: its lanes select for themselves, and the blocks are at hand."""
+    return call.selection != "head" and width > 1 and call.blocks.key.device == device
 
 
 class _Lanes:
@@ -119,9 +130,8 @@ def _attend(call, query, key, value, own, place):
     found = open_.sum(-1).clamp(max=call.top_k)  # (B, u), the K of each group
     scores = _landmark_scores(call, turned, age, open_, found)
     slots = _select(call, scores, age, open_, place)  # (B, H, u, v, K); v = w, or 1 where lanes share
-    slots, valid, behind = _lay_out(slots, age, found)
-    remote, retrieved = _read(call, turned, scores, slots, valid, behind)
-    return _combine(logits, local, remote, retrieved)
+    read = _read_all if _reads_all(call, query.shape[3], query.device) else _read_few
+    return _combine(logits, local, *read(call, turned, scores, *_lay_out(slots, age, found)))
 
 
 def _rotations(call: _Call, query: Tensor, place: Tensor, size: int) -> Tensor:
@@ -202,8 +212,12 @@ def _lay_out(slots: Tensor, age: Tensor, found: Tensor) -> tuple[Tensor, Tensor,
     return slots, valid, torch.where(valid, behind, 0)
 
 
-def _read(call, turned, scores, slots, valid, behind):
-    """Logits `(B, H, u, v, K, w/v, F)` of the selected blocks' tokens, and their values `(B, H, u, v, K, F, D)`."""
+def _read_few(call, turned, scores, slots, valid, behind):
+    """Fetch the selected blocks, `(B, H, u, v, K)`, and nothing else.
+
+    Returns:
+        Logits `(B, H, u, w, K * F)`, and what multiplies weights of that shape with the values.
+    """
     batch, heads, u, v, count = slots.shape
     share = turned.shape[3] // v
     groups, stored = call.blocks.key.shape[1:3]
@@ -216,23 +230,49 @@ def _read(call, turned, scores, slots, valid, behind):
         picked = x.flatten(0, 2).index_select(0, flat.to(x.device))
         return picked.to(slots.device, non_blocking=True).view(*slots.shape, *x.shape[3:])
 
-    key, value = fetch(call.blocks.key), fetch(call.blocks.value)[..., :-1, :]
+    key, value = fetch(call.blocks.key), fetch(call.blocks.value)[..., :-1, :].flatten(4, 5)
     wide = behind.repeat_interleave(share, dim=3) if share > 1 else behind
     query = _at(turned, wide).unflatten(3, (v, share)).transpose(4, 5)  # (B, H, u, v, K, w/v, D)
     logits = _product(query, key.transpose(-1, -2), call.scaling)[..., :-1]
     wide = slots.repeat_interleave(share, dim=3) if share > 1 else slots
     gate = scores.gather(-1, wide).unflatten(3, (v, share)).transpose(4, 5)
     logits = logits + (gate - logits.logsumexp(-1))[..., None]
-    return logits.masked_fill(~valid[..., None, None], HIDDEN), value
+    logits = (
+        logits.masked_fill(~valid[..., None, None], HIDDEN).transpose(4, 5).reshape(batch, heads, u, v * share, -1)
+    )
+
+    def read(weights: Tensor) -> Tensor:
+        weights = weights.unflatten(3, (v, share)).to(value.dtype)
+        return (weights @ value).flatten(3, 4)
+
+    return logits, read
 
 
-def _combine(logits, local, remote, retrieved):
-    """One softmax over local logits `(B, H, u, w, F)` and those of `_read`; values `(B, H, u, F, D)` and its."""
-    batch, heads, u, w, _ = logits.shape
-    v, count, share, tokens = remote.shape[3:]
-    flat = remote.transpose(4, 5).reshape(batch, heads, u, w, count * tokens)
-    highest = torch.maximum(logits.amax(-1, keepdim=True), flat.amax(-1, keepdim=True))
-    near, far = ((x - highest).exp() * (x > HIDDEN / 2) for x in (logits, flat))
+def _read_all(call, turned, scores, slots, valid, behind):
+    """As `_read_few`, with every stored block multiplied and what a lane did not select hidden: the lanes of a group
+    select different blocks, of which each lane's own copy would be far more to move than this is to compute."""
+    heads, u, w = turned.shape[1:4]
+    key, value = call.blocks.key, call.blocks.value[..., :-1, :].flatten(2, 3)
+    each = heads // key.shape[1]
+    empty = torch.zeros(scores.shape, dtype=torch.long, device=slots.device)
+    query = _at(turned, empty.scatter(-1, slots, behind))  # (B, H, u, w, N, D)
+    chosen = (empty > 0).scatter(-1, slots, valid)
+    query = query.unflatten(1, (-1, each)).flatten(2, 4).transpose(2, 3)  # (B, G, N, H/G * u * w, D)
+    logits = _product(query, key.transpose(-1, -2), call.scaling)[..., :-1]
+    logits = logits.transpose(2, 3).unflatten(2, (each, u, w)).flatten(1, 2)  # (B, H, u, w, N, F)
+    logits = logits + (scores - logits.logsumexp(-1))[..., None]
+    logits = logits.masked_fill(~chosen[..., None], HIDDEN).flatten(4)
+
+    def read(weights: Tensor) -> Tensor:
+        rows = weights.unflatten(1, (-1, each)).flatten(2, 4).to(value.dtype)
+        return (rows @ value).unflatten(2, (each, u, w)).flatten(1, 2)
+
+    return logits, read
+
+
+def _combine(near: Tensor, local: Tensor, far: Tensor, read) -> Tensor:
+    """One softmax over local logits `(B, H, u, w, F)`, with values `(B, H, u, F, D)`, and those of selected blocks."""
+    highest = torch.maximum(near.amax(-1, keepdim=True), far.amax(-1, keepdim=True))
+    near, far = ((x - highest).exp() * (x > HIDDEN / 2) for x in (near, far))
     total = (near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)).clamp(min=1e-20)
-    read = far.view(batch, heads, u, v, share, count * tokens).to(retrieved.dtype) @ retrieved.flatten(4, 5)
-    return ((near.to(local.dtype) @ local).to(near.dtype) + read.view(batch, heads, u, w, -1).to(near.dtype)) / total
+    return ((near.to(local.dtype) @ local).to(near.dtype) + read(far).to(near.dtype)) / total
