@@ -3,10 +3,28 @@
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
 from .attention_linear import LinearAttention, LinearAttentionConfig
+from .modeling_bert import (
+    LinearizedBertConfig,
+    LinearizedBertForMaskedLM,
+    LinearizedBertForQuestionAnswering,
+    LinearizedBertForSequenceClassification,
+    LinearizedBertForTokenClassification,
+    LinearizedBertModel,
+)
 from .modeling_gpt2 import LinearizedGPT2Config, LinearizedGPT2ForCausalLM, LinearizedGPT2Model
 from .modeling_llama import LinearizedLlamaConfig, LinearizedLlamaForCausalLM, LinearizedLlamaModel
 from .modeling_mistral import LinearizedMistralConfig, LinearizedMistralForCausalLM, LinearizedMistralModel
@@ -20,15 +38,31 @@ from .registry import ATTENTIONS
 class Backbone:
     """The student of a stock `model_type`: its config and the class that each Auto class loads.
 
-    lora_targets are the names of its attention's projections, which stage 2 adapts where nothing else is asked for.
+    default is the student of a checkpoint whose class has none of its own. lora_targets are the names of its
+    attention's projections, which stage 2 adapts where nothing else is asked for. encoder: it sees a text both ways,
+    and generates none.
     """
 
     config: type[PreTrainedConfig]
     models: dict[Any, type[PreTrainedModel]]
     default: type[PreTrainedModel]
     lora_targets: tuple[str, ...]
+    encoder: bool = False
+
+    def auto_class(self, architectures: list[str] | None) -> Any:
+        """The Auto class of a checkpoint, stock or converted, from its config's `architectures`."""
+        names = [f"Linearized{name.removeprefix('Linearized')}" for name in architectures or ()]
+        names = [SAME_STUDENT.get(name, name) for name in names]
+        known = {model.__name__: auto_class for auto_class, model in self.models.items()}
+        return next((known[name] for name in names if name in known), known[self.default.__name__])
+
+    def model(self, architectures: list[str] | None) -> type[PreTrainedModel]:
+        """The student's class of a checkpoint, stock or converted."""
+        return self.models[self.auto_class(architectures)]
 
 
+SAME_STUDENT = {"LinearizedBertForPreTraining": "LinearizedBertForMaskedLM"}
+"""A stock class with two heads -> the student that has one of them."""
 ROTARY_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BACKBONES = {
     "llama": Backbone(
@@ -48,6 +82,19 @@ BACKBONES = {
         {AutoModelForCausalLM: LinearizedGPT2ForCausalLM},
         LinearizedGPT2ForCausalLM,
         ("c_attn", "c_proj"),
+    ),
+    "bert": Backbone(
+        LinearizedBertConfig,
+        {
+            AutoModel: LinearizedBertModel,
+            AutoModelForMaskedLM: LinearizedBertForMaskedLM,
+            AutoModelForSequenceClassification: LinearizedBertForSequenceClassification,
+            AutoModelForTokenClassification: LinearizedBertForTokenClassification,
+            AutoModelForQuestionAnswering: LinearizedBertForQuestionAnswering,
+        },
+        LinearizedBertModel,
+        ("query", "key", "value"),
+        encoder=True,
     ),
 }
 
@@ -91,6 +138,12 @@ __all__ = [
     "HybridLinearState",
     "LinearAttention",
     "LinearAttentionConfig",
+    "LinearizedBertConfig",
+    "LinearizedBertForMaskedLM",
+    "LinearizedBertForQuestionAnswering",
+    "LinearizedBertForSequenceClassification",
+    "LinearizedBertForTokenClassification",
+    "LinearizedBertModel",
     "LinearizedGPT2Config",
     "LinearizedGPT2ForCausalLM",
     "LinearizedGPT2Model",

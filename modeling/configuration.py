@@ -4,7 +4,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from .cache_layers import softmax_layer
-from .registry import mechanism
+from .registry import ATTENTIONS, mechanism
 
 SOFTMAX = "softmax"
 
@@ -53,6 +53,21 @@ class MixerConfigMixin:
         if heads % groups:
             raise ValueError(f"{heads} attention heads do not divide among {groups} key/value heads")
         self.mixers = {name: asdict(self._typed(settings)) for name, settings in self.mixers.items()}
+
+    def require_bidirectional(self) -> None:
+        """Refuse mechanisms that an encoder cannot have; `prepare_mixers` goes before.
+
+        Raises:
+            ValueError: one sentence.
+        """
+        assert self.mixers is not None, "prepare_mixers fills it"
+        for settings in self.mixers.values():
+            if not mechanism(settings["type"]).bidirectional:
+                known = ", ".join(name for name, entry in ATTENTIONS.items() if entry.bidirectional)
+                raise ValueError(
+                    f"{settings['type']} attention sees only the tokens before it, and an encoder needs both sides: "
+                    f"choose one of {known}"
+                )
 
     def mixer(self, layer_idx: int):
         """The typed settings of a layer, or None where it stays softmax."""

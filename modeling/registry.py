@@ -19,7 +19,8 @@ from .cache_layers import GainCellStateLayer, LinearStateLayer
 class Mechanism:
     """What the rest of the project needs to know about an attention.
 
-    state_bytes takes (config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes).
+    state_bytes takes (config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes). bidirectional:
+    whether its forward takes `causal=False`, which encoders need.
     """
 
     attention: type[nn.Module]
@@ -28,6 +29,7 @@ class Mechanism:
     state_bytes: Callable[..., int]
     title: str
     paper: str
+    bidirectional: bool
 
 
 ATTENTIONS = {
@@ -38,6 +40,7 @@ ATTENTIONS = {
         linear_state_bytes,
         "hybrid linear attention (Hedgehog feature maps with a softmax window)",
         "https://arxiv.org/abs/2410.10254",
+        bidirectional=True,
     ),
     "gain_cell": Mechanism(
         GainCellAttention,
@@ -46,6 +49,7 @@ ATTENTIONS = {
         gain_cell_state_bytes,
         "analog gain-cell attention (voltages on a ring of cells, a clamp instead of softmax)",
         "https://arxiv.org/abs/2409.19315",
+        bidirectional=False,
     ),
 }
 
