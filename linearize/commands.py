@@ -34,7 +34,7 @@ def load(source: str, dtype: str, device: str, contexts: Any = None) -> tuple[An
     import torch
     from transformers import AutoModelForCausalLM
 
-    from linearize.conversion import load_student, load_tokenizer
+    from linearize.conversion import load_student, load_tokenizer, refuse_encoder
     from linearize.evaluation.rope_scaling import check_scaled
     from linearize.load_errors import explained
 
@@ -44,6 +44,7 @@ def load(source: str, dtype: str, device: str, contexts: Any = None) -> tuple[An
     weights = dtype if dtype == "auto" else getattr(torch, dtype)
     source = _model_of(source)
     config = _config(source)
+    refuse_encoder(source, config)
     converted = hasattr(config, "mixer_types")
     scaled = _scaled_config(source, config, contexts)
     with stage("loading the model", "choose a smaller --dtype"):

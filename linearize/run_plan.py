@@ -111,10 +111,12 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         UserError: the teacher cannot be read or is too short for the sequences, settings do not fit it, or a package
             is missing.
     """
+    from linearize.conversion import refuse_encoder
     from linearize.training_loop import exact_plan
 
     check_environment(config)
     teacher = read_teacher(config)
+    refuse_encoder(config.model_name_or_path, teacher)
     converted = hasattr(teacher, "mixer_types") or is_converted(config.model_name_or_path)
     if not converted:
         check_attention(config, teacher)

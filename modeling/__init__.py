@@ -112,6 +112,12 @@ def backbone_of(config: PreTrainedConfig) -> Backbone:
     return BACKBONES[config.model_type.removeprefix(PREFIX)]
 
 
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a teacher's or a student's config is that of an encoder; False where there is no backbone for it."""
+    backbone = BACKBONES.get(config.model_type.removeprefix(PREFIX))
+    return backbone is not None and backbone.encoder
+
+
 def register() -> None:
     """Tell the Auto classes about the students, and students to take their code along when saved."""
     for backbone in BACKBONES.values():
@@ -157,4 +163,5 @@ __all__ = [
     "cosine_attention",
     "gain_cell_attention",
     "hybrid_linear_attention",
+    "is_encoder",
 ]

@@ -133,10 +133,12 @@ class MixerModelMixin(ModelBase):
     Attributes:
         layers_path: of the list of layers in the base model. attention_path: of the attention in a layer.
         too_long: what to do about a text past the last learned position.
+        optional_weights: prefixes of names that a teacher's checkpoint may lack.
     """
 
     layers_path, attention_path = "layers", "self_attn"
     too_long = "shorten the text, or generate fewer new tokens"
+    optional_weights: tuple[str, ...] = ()
     _is_stateful = True
     _supports_flash_attn = _supports_flex_attn = False
     _can_compile_fullgraph = False

@@ -99,6 +99,7 @@ class LinearizedBertPreTrainedModel(MixerModelMixin, BertPreTrainedModel):
 
 
 class LinearizedBertModel(LinearizedBertPreTrainedModel, BertModel):
+    optional_weights = ("pooler.",)  # of checkpoints that were saved under a head without one
     # Heads of checkpoints that were saved with one.
     _keys_to_ignore_on_load_unexpected = [r"^cls\.", r"^classifier\.", r"^qa_outputs\."]
 
