@@ -40,6 +40,7 @@ from linearize.modeling import (
 
 if TYPE_CHECKING:
     from linearize.conversion import convert, load_student, load_tokenizer
+    from linearize.encoder_stages import run_encoder
     from linearize.evaluation import evaluate
     from linearize.finetuning import finetune
     from linearize.gain_cell_stages import run_gain_cell
@@ -61,6 +62,7 @@ _PIPELINE = {
     "push": "hub",
     "run": "pipeline",
     "pretrain": "pretraining",
+    "run_encoder": "encoder_stages",
     "run_gain_cell": "gain_cell_stages",
     "make_diff": "weight_diff",
     "recover": "weight_diff",
@@ -113,6 +115,7 @@ __all__ = [
     "push",
     "recover",
     "run",
+    "run_encoder",
     "run_gain_cell",
     "transfer_attention",
 ]

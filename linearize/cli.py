@@ -1,9 +1,9 @@
 """The command line: `linearize convert | transfer | finetune | evaluate | chat | info | push | run | pretrain |
-gain-cell | import | diff | export-vectors`.
+gain-cell | encoder | import | diff | export-vectors`.
 
-Every setting of `linearize/settings.py` (of `linearize/pretraining.py` for `pretrain`) is a flag of the commands that
-use it (`--transfer.tokens 1000000`). Bad input ends with one sentence and exit code 2, Ctrl-C with 130
-(`linearize/failures.py`).
+Every setting of `linearize/settings.py` (of their own files for `pretrain`, `gain-cell` and `encoder`) is a flag of
+the commands that use it (`--transfer.tokens 1000000`). Bad input ends with one sentence and exit code 2, Ctrl-C with
+130 (`linearize/failures.py`).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from linearize.context_flags import (
     RopeScalingFlag,
     TrialNumbers,
 )
+from linearize.encoder_settings import EncoderRunConfig
 from linearize.errors import UserError
 from linearize.failures import command, stage
 from linearize.gain_cell_stages import GainCellRunConfig
@@ -67,7 +68,11 @@ TRAINING = (
 )
 
 
-KINDS: dict[str, type[RunSettings]] = {"pretrain": PretrainConfig, "gain-cell": GainCellRunConfig}
+KINDS: dict[str, type[RunSettings]] = {
+    "pretrain": PretrainConfig,
+    "gain-cell": GainCellRunConfig,
+    "encoder": EncoderRunConfig,
+}
 
 
 @app.command()
@@ -434,6 +439,16 @@ def gain_cell(context: typer.Context, *, config: Config = None, overrides: dict[
     linearize.run_gain_cell(run_settings(config, overrides, context.obj, GainCellRunConfig))
 
 
+@app.command()
+@command
+@with_settings(*field_types(EncoderRunConfig), settings=EncoderRunConfig)
+def encoder(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
+    """Convert a BERT and train it: attention transfer, then its sentence embeddings or masked language modelling."""
+    import linearize
+
+    linearize.run_encoder(run_settings(config, overrides, context.obj, EncoderRunConfig))
+
+
 def run_settings(
     config: str | None, overrides: dict[str, Any], default_config: str | None, settings: type[Settings]
 ) -> Settings:
@@ -456,7 +471,8 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
 
     Args:
         argv: Arguments; default those of this process.
-        default_config: What `run`, `pretrain` and `gain-cell` take when neither a config nor a run to resume is named.
+        default_config: What `run`, `pretrain`, `gain-cell` and `encoder` take when neither a config nor a run to
+            resume is named.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = normalise(words, KINDS.get(words[0] if words else "", RunConfig))
@@ -473,7 +489,7 @@ def run_recipe(default_config: str, argv: Sequence[str] | None = None, *, name: 
     Args:
         default_config: Preset for a run that names neither a config nor a run to resume.
         argv: Flags; default those of this process.
-        name: The command: `run`, `pretrain` or `gain-cell`.
+        name: The command: `run`, `pretrain`, `gain-cell` or `encoder`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     return main([name, *arguments], default_config=default_config)

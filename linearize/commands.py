@@ -9,6 +9,7 @@ from typing import Any
 from linearize.errors import UserError
 from linearize.failures import stage
 from linearize.hub import find_converted, is_converted
+from linearize.modeling import is_encoder
 
 HARDWARE = ("gain-cell",)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -123,6 +124,12 @@ def evaluate_model(
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("limit", limit)):
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}, but it must be at least 1.")
+    if is_encoder(_config(_model_of(source))):
+        if tasks or noise is not None or cell_sweeps or contexts.lengths() or speed:
+            raise UserError(f"{source} is an encoder, which is measured by its embeddings: give --text FILE alone.")
+        how: dict[str, Any] = {"batch_size": batch_size, "controls": controls, "max_length": sequence_length}
+        evaluate_encoder(source, texts, text_field, teacher, device=device, output=output, **how)
+        return
     deviations = None if noise is None else parse_noise(noise)
     draws = 16 if trials is None else parse_trials(trials).default
     if output is None and (noise is not None or cell_sweeps or contexts.lengths()):
@@ -170,6 +177,52 @@ def evaluate_model(
                 output_path=path_of_scores,
                 arm=arm,
             ).show()
+
+
+def evaluate_encoder(
+    source: str,
+    texts: Sequence[str],
+    text_field: str,
+    teacher: str | None,
+    *,
+    batch_size: int,
+    controls: bool,
+    max_length: int,
+    device: str,
+    output: str | None,
+) -> None:
+    """Print how an encoder's sentence embeddings compare with its teacher's, and write it where `output` says.
+
+    A stock encoder is its own teacher; so are the weights of a converted one of which the mechanism alone has trained.
+    """
+    from linearize.conversion import load_encoder, load_tokenizer
+    from linearize.data_rows import read_documents
+    from linearize.evaluation.arms import has_branches, is_student
+    from linearize.evaluation.embeddings import TEACHER, EmbeddingEvaluation
+    from linearize.hub import read_record
+
+    place, source = choose_device(device), _model_of(source)
+    with stage("loading the model"):
+        model: Any = load_encoder(source).to(place)
+        tokenizer = load_tokenizer(source)
+        original: Any = load_encoder(teacher).to(place) if teacher else None
+    trained = set((read_record(source).get("tokens") or {}) if Path(source).is_dir() else {}) - {"transfer"}
+    if is_student(model) and original is None and trained:
+        raise UserError(f"All weights of {source} have trained: name the model it was made from with --teacher.")
+    length = min(max_length, model.config.max_position_embeddings)
+    with stage("evaluation", f"lower --batch_size (now {batch_size})"):
+        documents = read_documents(list(texts), text_field)
+        evaluation = EmbeddingEvaluation(documents, tokenizer, batch_size=batch_size, max_length=length)
+        evaluation.measure(TEACHER, model if original is None else original, "teacher")
+        if is_student(model):
+            evaluation.measure("student", model)
+            for arm in ("softmax", "linear") if controls and has_branches(model) else ():
+                evaluation.measure(f"student, {arm} arm", model, arm)
+        elif original is not None:
+            evaluation.measure(source, model, "teacher")
+    evaluation.report.show()
+    if output:
+        print(f"Saved {', '.join(map(str, evaluation.report.save(output)))}")
 
 
 def _show_and_save(report: Any, output: str | None) -> None:

@@ -157,14 +157,16 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = torch.float32) ->
         return load(source, dtype=dtype).eval()
 
 
-def load_encoder(path: str | Path, *, dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
+def load_encoder(
+    path: str | Path, *, dtype: str | torch.dtype = torch.float32, revision: str | None = None
+) -> PreTrainedModel:
     """Load an encoder with the head it was saved with: a converted repository, else a stock checkpoint.
 
     Raises:
         UserError: it cannot be read, or is no encoder.
     """
     source = str(path)
-    config = load_config(source)
+    config = load_config(source, revision=revision)
     if not is_encoder(config):
         known = ", ".join(name for name, backbone in BACKBONES.items() if backbone.encoder)
         raise UserError(f"{source} is a {config.model_type} model, which is no encoder: known are {known}")
@@ -172,7 +174,7 @@ def load_encoder(path: str | Path, *, dtype: str | torch.dtype = torch.float32) 
         return load_student(source, dtype=dtype)
     auto_class = BACKBONES[config.model_type].auto_class(config.architectures)
     with quiet_transformers(), explained(source):
-        return auto_class.from_pretrained(source, dtype=dtype).eval()
+        return auto_class.from_pretrained(source, dtype=dtype, revision=revision).eval()
 
 
 def refuse_encoder(source: str, config: PreTrainedConfig) -> None:

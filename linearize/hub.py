@@ -89,6 +89,7 @@ def make_record(
     peak_memory_bytes: Mapping[str, int | None] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     tasks: Mapping[str, Any] | None = None,
+    embeddings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The contents of `linearize.json`.
 
@@ -101,8 +102,10 @@ def make_record(
         peak_memory_bytes: Peak accelerator memory by stage, bytes.
         evaluation: `evaluation.Report.to_dict()`.
         tasks: `evaluation.TaskReport.to_dict()`.
+        embeddings: `evaluation.embeddings.EmbeddingReport.to_dict()`, of an encoder.
     """
     name = os.fspath(teacher)
+    measured = {"embeddings": dict(embeddings)} if embeddings else {}
     return {
         "teacher": published_name(name),
         "teacher_revision": revision,
@@ -113,6 +116,7 @@ def make_record(
         "peak_memory_bytes": dict(peak_memory_bytes or {}),
         "evaluation": dict(evaluation) if evaluation else None,
         "tasks": dict(tasks) if tasks else None,
+        **measured,
         "versions": library_versions(),
     }
 

@@ -157,6 +157,10 @@ def evaluation_section(record: Mapping[str, Any]) -> str:
         from linearize.evaluation.report import Report
 
         parts.append(Report.from_dict(record["evaluation"]).markdown().strip())
+    if record.get("embeddings"):
+        from linearize.evaluation.embeddings import EmbeddingReport
+
+        parts.append(EmbeddingReport.from_dict(record["embeddings"]).markdown().strip())
     if record.get("tasks"):
         from linearize.evaluation.tasks import TaskReport, TaskScore
 

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -15,6 +15,11 @@ from linearize import memory
 from linearize.errors import UserError
 from linearize.hub import is_converted
 from linearize.settings import FinetuneConfig, RunConfig, StepPlan, TransferConfig
+
+if TYPE_CHECKING:
+    from linearize.encoder_settings import EncoderRunConfig
+
+Settings = TypeVar("Settings", RunConfig, "EncoderRunConfig")
 
 
 @dataclass(frozen=True)
@@ -185,7 +190,7 @@ def _sizes_of(config: RunConfig, student: Any) -> RunConfig:
     return dataclasses.replace(config, attention=dict(first), softmax_layers=softmax)
 
 
-def complete_attention(config: RunConfig) -> RunConfig:
+def complete_attention(config: Settings) -> Settings:
     """The settings with every setting of the mechanism, checked, so that `config.yaml` says what later defaults would
     change.
 

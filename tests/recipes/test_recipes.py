@@ -12,6 +12,7 @@ import yaml
 from fakehub import FakeHub
 from tiny_runs import BLOCK_PACKAGE, make_teacher_directory, tiny_config, without_package, write_text
 
+from linearize.encoder_settings import EncoderRunConfig
 from linearize.gain_cell_stages import GainCellRunConfig
 from linearize.pretraining import PretrainConfig
 from linearize.settings import RunConfig
@@ -21,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "linearize_llama3.py"
 PRETRAIN = ROOT / "recipes" / "pretrain.py"
 GPT2 = ROOT / "recipes" / "linearize_gpt2.py"
-SETTINGS = {RECIPE: RunConfig, PRETRAIN: PretrainConfig, GPT2: GainCellRunConfig}
+BERT = ROOT / "recipes" / "linearize_bert.py"
+SETTINGS = {RECIPE: RunConfig, PRETRAIN: PretrainConfig, GPT2: GainCellRunConfig, BERT: EncoderRunConfig}
 """Recipe -> what its YAML files and flags set."""
 
 LOAD = """
