@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from linearize import data_packing
 from linearize.data import cache_root, main_process_first, open_data
-from linearize.data_documents import BATCH_RECORDS, resolve_format, tokenizer_identity
+from linearize.data_documents import BATCH_RECORDS, resolve_format, string_field, tokenizer_identity
 from linearize.data_sources import Source, open_files
 from linearize.errors import UserError
 
@@ -114,10 +114,7 @@ def _texts(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
     """The number and the text of each document."""
     resolve_format(source, "text", text_field, "")
     for number, (where, record) in enumerate(source.records()):
-        text = record.get(text_field)
-        if not isinstance(text, str):
-            raise UserError(f"The field {text_field!r} in {where} is a {type(text).__name__}, but it must be text.")
-        yield number, text
+        yield number, string_field(record, text_field, where)
 
 
 def _carved(source: Source, config: EncoderDataConfig) -> set[int]:

@@ -85,9 +85,7 @@ def distill_embeddings(
     for name, what in (("hidden_size", "width"), ("num_hidden_layers", "number of layers")):
         ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
         if ours != theirs and (name == "hidden_size" or config.hidden_weight):
-            raise UserError(
-                f"The {what} of the teacher is {theirs}, but the student's is {ours}: name its own teacher."
-            )
+            raise UserError(f"The {what} of the teacher is {theirs}, but {ours} of the student: name its own teacher.")
     base = student.base_model
     kind = partial(EmbeddingTrainer, teacher.base_model.eval().requires_grad_(False))
     parameters = [p for name, p in _trained(student, base, config) if not name.startswith("pooler.")]
@@ -206,10 +204,9 @@ def _run(
 @contextlib.contextmanager
 def without_dropout(model: nn.Module) -> Iterator[None]:
     """No dropout within the block, in training mode too."""
-    places: list[tuple[nn.Module, str]] = [
-        (module, "p") for module in model.modules() if isinstance(module, nn.Dropout)
-    ]
-    places += [(module, "attention_dropout") for module in model.modules() if hasattr(module, "attention_dropout")]
+    modules = list(model.modules())
+    places: list[tuple[nn.Module, str]] = [(module, "p") for module in modules if isinstance(module, nn.Dropout)]
+    places += [(module, "attention_dropout") for module in modules if hasattr(module, "attention_dropout")]
     before = [(module, name, getattr(module, name)) for module, name in places]
     for module, name in places:
         setattr(module, name, 0.0)

@@ -8,9 +8,9 @@ One GPU, your own text (.txt, .jsonl or .parquet), a tenth of its documents or 2
     accelerate launch recipes/linearize_bert.py --data.dataset text.jsonl --data.dataset_config none \
         --data.validation none --output_dir out
 
-Another teacher and a smaller window; flags win over the file, and every setting is a flag (--help):
+Another teacher, two of its layers left softmax; flags win over the file, and every setting is a flag (--help):
 
-    accelerate launch recipes/linearize_bert.py --model_name_or_path my/encoder --attention.window 4 --output_dir out
+    accelerate launch recipes/linearize_bert.py --model_name_or_path my/encoder --softmax_layers 0,5 --output_dir out
 
 Eight GPUs, masked language modelling:
 
