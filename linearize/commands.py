@@ -206,9 +206,10 @@ def evaluate_encoder(
         model: Any = load_encoder(source).to(place)
         tokenizer = load_tokenizer(source)
         original: Any = load_encoder(teacher).to(place) if teacher else None
-    trained = set((read_record(source).get("tokens") or {}) if Path(source).is_dir() else {}) - {"transfer"}
-    if is_student(model) and original is None and trained:
-        raise UserError(f"All weights of {source} have trained: name the model it was made from with --teacher.")
+    record = read_record(source) if Path(source).is_dir() else {}
+    untouched = bool(record) and not set(record.get("tokens") or {}) - {"transfer"}
+    if is_student(model) and original is None and not untouched:
+        raise UserError(f"The weights of {source} are not its teacher's: name the teacher with --teacher.")
     length = min(max_length, model.config.max_position_embeddings)
     with stage("evaluation", f"lower --batch_size (now {batch_size})"):
         documents = read_documents(list(texts), text_field)
@@ -337,6 +338,8 @@ def estimate_model(source: str, hardware: str, *, window: int | None, cell: str 
         raise UserError(f"--hardware is {hardware!r}, but it must be one of {', '.join(HARDWARE)}.")
     chosen = None if cell is None else load_cell(cell)
     config = _config(_model_of(source))
+    if is_encoder(config):
+        raise UserError(f"{source} is an encoder, which gain cells cannot run: their ring holds earlier tokens alone.")
     if gain_cell_layers(config) and (window is not None or cell is not None):
         raise UserError(f"The gain-cell layers of {source} have their own window and cell: omit --window and --cell.")
     return hardware_report(source, config, DEFAULT_WINDOW if window is None else window, chosen)

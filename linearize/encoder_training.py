@@ -295,10 +295,13 @@ class MaskedTrainer(EncoderTrainer):
         super().__init__(*arguments, **others)
 
     def prepare_batches(self, batches: list[Any]) -> list[Any]:
-        """Hides tokens: other ones in each step and on each process, the same again after a resume."""
-        draw = random.Random(f"masks {self.args.seed} {self.state.global_step} {self.args.process_index}")
-        generator = torch.Generator().manual_seed(draw.getrandbits(63))
-        return [self.masking.hide(batch, generator) for batch in batches]
+        """Hides tokens: other ones in each micro-batch, the same again after a resume and on any number of
+        processes."""
+        world, rank = self.args.world_size, self.args.process_index
+        numbers = [f"masks {self.args.seed} {self.state.global_step} {i * world + rank}" for i in range(len(batches))]
+        seeds = [random.Random(number).getrandbits(63) for number in numbers]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return [self.masking.hide(batch, draws) for batch, draws in zip(batches, generators, strict=True)]
 
     def counted(self, batch: Any) -> Tensor:
         """Its hidden tokens."""

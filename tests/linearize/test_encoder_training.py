@@ -367,7 +367,7 @@ def test_the_command_and_the_evaluation(settings, tmp_path, capsys):
     record["tokens"]["distillation"] = 5
     (tmp_path / "out" / "final" / "linearize.json").write_text(json.dumps(record))
     assert main(["evaluate", final, *flags]) == 2
-    assert "name the model it was made from with --teacher" in capsys.readouterr().err
+    assert "name the teacher with --teacher" in capsys.readouterr().err
     assert main(["evaluate", final, *flags, "--speed"]) == 2
     assert "measured by its embeddings" in capsys.readouterr().err
 

@@ -221,6 +221,7 @@ def test_a_pipeline_without_the_package(converted, tmp_path):
         (["run", "--model_name_or_path", "{teacher}", "--output_dir", "{out}"], "train it with `linearize encoder`"),
         (["transfer", "{converted}", "{out}"], "train it with `linearize encoder`"),
         (["chat", "{converted}", "--prompt", "hello"], "predicts no next token"),
+        (["info", "{teacher}", "--hardware", "gain-cell"], "which gain cells cannot run"),
         (["pretrain", "--model_name_or_path", "{converted}", "--output_dir", "{out}"], "ends a text"),
     ],
 )
