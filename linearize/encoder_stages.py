@@ -127,6 +127,8 @@ class _EncoderRun:
         from linearize.encoder_training import check_masked_head
         from linearize.masking import Masking
         from linearize.modeling import is_encoder
+        from linearize.training_log import tracker_names
+        from linearize.training_loop import exact_plan
 
         settings = self.settings
         source, length = settings.model_name_or_path, settings.data.sequence_length
@@ -138,6 +140,10 @@ class _EncoderRun:
                 f"data.sequence_length is {length}, but the teacher has {config.max_position_embeddings} positions: "
                 "lower it."
             )
+        tracker_names(settings.report_to)
+        for name in AFTER:  # refused now, not after the stages before
+            if (section := getattr(settings, name)) is not None:
+                exact_plan(section, length, self.state.num_processes, name)
         self.tokenizer = load_tokenizer(source, revision=settings.revision)
         torch.manual_seed(settings.seed)
         where: dict[str, Any] = {"softmax_layers": settings.softmax_layers, "revision": settings.revision}

@@ -329,7 +329,8 @@ def _operations(directory: Path, repo_id: str, present: list[str]) -> list[Any]:
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    files = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
+    found = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
+    files = {name: file for name, file in found.items() if not name.startswith(".")}
     stale = [name for name in present if name not in files and name.endswith(OWNED_SUFFIXES)]
     operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in stale]
     for name, file in sorted(files.items()):

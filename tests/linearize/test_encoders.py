@@ -2,10 +2,13 @@
 
 import json
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from fakehub import FakeHub
 from tiny_models import make_bert, make_student, perturb
 from tiny_runs import MODULES, make_bert_directory, without_package
 from transformers import (
@@ -29,6 +32,7 @@ from linearize.evaluation import info, linear_share
 from linearize.hub import _operations, make_record, save_final
 from linearize.sentence_files import sentence_transformer_files
 
+ROOT = Path(__file__).parents[2]
 LINEAR = {"type": "linear", "window": 4, "sinks": 2}
 TEXT = "the river ran past a small red house where two old cats slept"
 HEADS = {
@@ -129,6 +133,28 @@ def test_convert_carries_the_sentence_transformers_files(teacher, converted):
         assert (converted / name).read_bytes() == (teacher / name).read_bytes()
     pushed = {operation.path_in_repo for operation in _operations(converted, "me/model", [])}
     assert {*names, "config.json", "modeling_bert.py", "model.safetensors"} <= pushed
+
+
+HUB = """
+import sys
+from linearize.cli import main
+assert main(["convert", "someone/encoder", sys.argv[1], "--attention.window", "4"]) == 0
+assert main(["push", sys.argv[1], "tester/encoder"]) == 0
+"""
+
+
+@pytest.mark.slow
+def test_an_encoder_of_the_hub_and_back(teacher, tmp_path):
+    with FakeHub() as hub:
+        hub.add_directory("someone/encoder", teacher)
+        environment = {**hub.environment(tmp_path / "home"), "PYTHONPATH": str(ROOT), "HF_TOKEN": "hf_valid"}
+        command = [sys.executable, "-c", HUB, str(tmp_path / "out")]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = hub.files("tester/encoder")
+    for name in ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json"):
+        assert files[name] == (teacher / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert {"config_sentence_transformers.json", "2_Normalize/config.json"}.isdisjoint(files)
 
 
 def test_sentence_transformers_files_that_cannot_be_taken(tmp_path):
@@ -232,7 +258,9 @@ def test_what_encoders_cannot_do_is_one_sentence(arguments, sentence, teacher, c
     assert sentence in error and "Traceback" not in error and not (tmp_path / "out").exists()
 
 
-def test_finetuning_refuses_an_encoder(tmp_path):
+def test_finetuning_and_perplexity_refuse_an_encoder(tmp_path):
     student = make_student(make_bert(), {"linear": LINEAR})
+    with pytest.raises(UserError, match="predicts no next token"):
+        linearize.evaluation.perplexity(student, [])
     with pytest.raises(UserError, match="is an encoder"):
         linearize.finetune(student, [], linearize.settings.FinetuneConfig(), output_dir=tmp_path)
