@@ -12,7 +12,6 @@ from linearize.errors import UserError
 from linearize.evaluation.memory import LENGTHS, StateBytes, layer_bytes, state_bytes, state_table
 from linearize.evaluation.tables import Table, format_bytes, markdown_tables, show_tables
 from linearize.hub import find_converted, read_record
-from linearize.modeling import is_encoder
 
 MIXER_PART = ".mixer."
 
@@ -98,7 +97,8 @@ def info(directory: str | os.PathLike[str], lengths: Sequence[int] = LENGTHS) ->
     layers = list(config.mixer_types)
     record = read_record(folder)
     dtype = getattr(config, "dtype", None)
-    keeping = [] if is_encoder(config) else list(dict.fromkeys(layers))
+    state = state_bytes(config, lengths)
+    keeping = dict.fromkeys(layers) if state else ()  # an encoder keeps nothing
     return Info(
         path=str(directory),
         model_type=config.model_type,
@@ -109,7 +109,7 @@ def info(directory: str | os.PathLike[str], lengths: Sequence[int] = LENGTHS) ->
         layer_state={name: layer_bytes(config, layers.index(name), lengths[0]) for name in keeping},
         parameters=parameters[0] if parameters else None,
         mixer_parameters=parameters[1] if parameters else None,
-        state=state_bytes(config, lengths) if keeping else [],
+        state=state,
         sliding_window=config.softmax_window,
     )
 
