@@ -1,5 +1,5 @@
 # `make demo` and `make test` work in a bare checkout: each sets up .venv (once; about 5 minutes and 2 GB) and fetches a real
-# Llama checkpoint (93 MB) before it starts.
+# Llama checkpoint (93 MB), tests a real BERT one too (84 MB), before it starts.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,13 +12,13 @@ export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
 
-.PHONY: demo test install checkpoint style quality tests test-gpu build clean
+.PHONY: demo test install checkpoint minilm style quality tests test-gpu build clean
 
 demo: install checkpoint ## convert, train and measure SmolLM2-135M on the CPU
 	@echo "== Demo: SmolLM2-135M to hybrid linear attention, on this machine"
 	$(BIN)/python scripts/demo.py
 
-test: install quality checkpoint tests ## what CI runs
+test: install quality checkpoint minilm tests ## what CI runs
 	@echo "== All checks and tests passed"
 
 install: $(VENV)/installed ## set up .venv
@@ -32,6 +32,10 @@ $(VENV)/installed: pyproject.toml constraints.txt
 checkpoint: install ## fetch SmolLM2-135M-Instruct for the demo and the tests
 	@echo "== Checkpoint: SmolLM2-135M-Instruct in $(SMOLLM2)"
 	$(BIN)/python scripts/fetch_smollm2.py
+
+minilm: install ## fetch all-MiniLM-L6-v2 for the tests
+	@echo "== Checkpoint: all-MiniLM-L6-v2 in .cache/all-minilm-l6-v2"
+	$(BIN)/python scripts/fetch_minilm.py
 
 style: install ## format and mend what ruff can
 	$(BIN)/ruff check --fix .

@@ -21,6 +21,12 @@ from linearize.modeling import (
     LandmarkBlocks,
     LinearAttention,
     LinearAttentionConfig,
+    LinearizedBertConfig,
+    LinearizedBertForMaskedLM,
+    LinearizedBertForQuestionAnswering,
+    LinearizedBertForSequenceClassification,
+    LinearizedBertForTokenClassification,
+    LinearizedBertModel,
     LinearizedGPT2Config,
     LinearizedGPT2ForCausalLM,
     LinearizedGPT2Model,
@@ -39,6 +45,7 @@ from linearize.modeling import (
 
 if TYPE_CHECKING:
     from linearize.conversion import convert, load_student, load_tokenizer
+    from linearize.encoder_stages import run_encoder
     from linearize.evaluation import evaluate
     from linearize.finetuning import finetune
     from linearize.gain_cell_stages import run_gain_cell
@@ -61,6 +68,7 @@ _PIPELINE = {
     "push": "hub",
     "run": "pipeline",
     "pretrain": "pretraining",
+    "run_encoder": "encoder_stages",
     "run_gain_cell": "gain_cell_stages",
     "run_landmark": "landmark_stages",
     "make_diff": "weight_diff",
@@ -88,6 +96,12 @@ __all__ = [
     "LandmarkBlocks",
     "LinearAttention",
     "LinearAttentionConfig",
+    "LinearizedBertConfig",
+    "LinearizedBertForMaskedLM",
+    "LinearizedBertForQuestionAnswering",
+    "LinearizedBertForSequenceClassification",
+    "LinearizedBertForTokenClassification",
+    "LinearizedBertModel",
     "LinearizedGPT2Config",
     "LinearizedGPT2ForCausalLM",
     "LinearizedGPT2Model",
@@ -113,6 +127,7 @@ __all__ = [
     "push",
     "recover",
     "run",
+    "run_encoder",
     "run_gain_cell",
     "run_landmark",
     "transfer_attention",

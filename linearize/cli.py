@@ -1,9 +1,9 @@
 """The command line: `linearize convert | transfer | finetune | evaluate | chat | info | push | run | pretrain |
-gain-cell | import | diff | export-vectors`.
+gain-cell | landmark | encoder | import | diff | export-vectors`.
 
-Every setting of `linearize/settings.py` (of `linearize/pretraining.py` for `pretrain`) is a flag of the commands that
-use it (`--transfer.tokens 1000000`). Bad input ends with one sentence and exit code 2, Ctrl-C with 130
-(`linearize/failures.py`).
+Every setting of `linearize/settings.py` (of their own files for the commands of `cli_runs.py`) is a flag of the
+commands that use it (`--transfer.tokens 1000000`). Bad input ends with one sentence and exit code 2, Ctrl-C with
+130 (`linearize/failures.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import typer
 
 from linearize.cli_diff import differ
 from linearize.cli_import import importer
+from linearize.cli_runs import KINDS, TRAINING, Config, add_run_commands
 from linearize.context_flags import (
     ContextSeed,
     Depths,
@@ -28,13 +29,9 @@ from linearize.context_flags import (
 )
 from linearize.errors import UserError
 from linearize.failures import command, stage
-from linearize.gain_cell_stages import GainCellRunConfig
-from linearize.landmark_stages import LandmarkRunConfig
-from linearize.pretraining import PretrainConfig
-from linearize.settings import RunConfig, RunSettings
+from linearize.settings import RunConfig
 from linearize.settings_flags import normalise, with_settings
-from linearize.settings_io import Settings, resolve
-from linearize.settings_values import field_types
+from linearize.settings_io import resolve
 
 app = typer.Typer(
     help="Convert softmax transformers to linear attention, and train, measure and publish them.",
@@ -52,23 +49,6 @@ Output = Annotated[str, typer.Argument(help="Directory to write.")]
 Data = Annotated[
     list[str] | None, typer.Option("--data", help="Text to train on: path(s) or a Hub id; short for --data.dataset.")
 ]
-Config = Annotated[
-    str | None, typer.Option("--config", help="YAML file, or the name of a shipped preset, that the flags lay over.")
-]
-TRAINING = (
-    "seed",
-    "dtype",
-    "device",
-    "load_in_4bit",
-    "load_in_8bit",
-    "overwrite",
-    "resume_from_checkpoint",
-    "report_to",
-    "op_backend",
-)
-
-
-KINDS: dict[str, type[RunSettings]] = {"pretrain": PretrainConfig, "gain-cell": GainCellRunConfig}
 
 
 @app.command()
@@ -86,7 +66,9 @@ def convert(
 
     import linearize
     from linearize.hub import loaded_commit, make_record, save_final
+    from linearize.modeling import is_encoder
     from linearize.run_plan import check_attention, complete_attention, read_teacher
+    from linearize.sentence_files import sentence_transformer_files
     from linearize.settings_io import to_values
 
     settings = resolve(config, {"dtype": "float32", **overrides, "model_name_or_path": model, "output_dir": output})
@@ -100,8 +82,9 @@ def convert(
     student: Any = linearize.convert(model, settings.attention, **where, dtype=dtype)
     recipe = {name: to_values(settings)[name] for name in ("attention", "softmax_layers", "sliding_window")}
     revision = loaded_commit(model, settings.revision)
+    files = sentence_transformer_files(model, revision=settings.revision) if is_encoder(student.config) else None
     with stage("saving the model"):
-        save_final(student, tokenizer, output, make_record(model, revision=revision, recipe=recipe))
+        save_final(student, tokenizer, output, make_record(model, revision=revision, recipe=recipe), files)
     print(
         f"Saved {output}: {len(student.mixer_attentions())} of {student.config.num_hidden_layers} layers converted, "
         "untrained"
@@ -354,86 +337,7 @@ def push(
     print(f"Pushed to {upload(directory, repo_id, private=private, token=token, message=message)}")
 
 
-RUN_SETTINGS = (
-    "model_name_or_path",
-    "revision",
-    "output_dir",
-    *TRAINING,
-    "attention",
-    "softmax_layers",
-    "sliding_window",
-    "data",
-    "transfer",
-    "finetune",
-    "evaluation",
-    "push_to_hub",
-)
-
-
-@app.command()
-@command
-@with_settings(*RUN_SETTINGS)
-def run(
-    context: typer.Context,
-    preset: Annotated[
-        str | None,
-        typer.Argument(metavar="[CONFIG]", help="YAML file or the name of a shipped preset; the same as --config."),
-    ] = None,
-    *,
-    config: Config = None,
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="Check everything and print the plan, then end.")] = False,
-    overrides: dict[str, Any],
-) -> None:
-    """Convert, transfer, finetune, evaluate and save, as a YAML file and flags say (flags win)."""
-    import linearize
-    from linearize.pipeline import plan
-
-    settings = run_settings(preset or config, overrides, context.obj, RunConfig)
-    if dry_run:
-        plan(settings).show()
-    else:
-        linearize.run(settings)
-
-
-@app.command()
-@command
-@with_settings(*field_types(PretrainConfig), settings=PretrainConfig)
-def pretrain(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
-    """Train a stock softmax model from scratch on text, as a YAML file and flags say (flags win)."""
-    import linearize
-
-    linearize.pretrain(run_settings(config, overrides, context.obj, PretrainConfig))
-
-
-@app.command("gain-cell")
-@command
-@with_settings(*field_types(GainCellRunConfig), settings=GainCellRunConfig)
-def gain_cell(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
-    """Train a model onto analog gain cells: linear cell, adaptation, nonlinear cell."""
-    import linearize
-
-    linearize.run_gain_cell(run_settings(config, overrides, context.obj, GainCellRunConfig))
-
-
-@app.command()
-@command
-@with_settings(*field_types(LandmarkRunConfig), settings=LandmarkRunConfig)
-def landmark(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
-    """Train a model onto landmark attention, all weights, at a short context."""
-    import linearize
-
-    linearize.run_landmark(run_settings(config, overrides, context.obj, LandmarkRunConfig))
-
-
-def run_settings(
-    config: str | None, overrides: dict[str, Any], default_config: str | None, settings: type[Settings]
-) -> Settings:
-    """The settings of a run; one that resumes needs to name its directory alone."""
-    resume, output = overrides.get("resume_from_checkpoint"), overrides.get("output_dir")
-    if config is None and resume and output and (Path(output) / "config.yaml").is_file():
-        config = str(Path(output) / "config.yaml")
-        overrides = {"overwrite": False, **overrides}
-    return resolve(config or default_config, overrides, settings=settings)
+add_run_commands(app)
 
 
 def _check_output(output: str, overwrite: bool) -> None:
@@ -447,7 +351,8 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
 
     Args:
         argv: Arguments; default those of this process.
-        default_config: What `run`, `pretrain` and `gain-cell` take when neither a config nor a run to resume is named.
+        default_config: What a command of `cli_runs.py` takes when neither a config nor a run to
+            resume is named.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     arguments = normalise(words, KINDS.get(words[0] if words else "", RunConfig))
@@ -464,7 +369,7 @@ def run_recipe(default_config: str, argv: Sequence[str] | None = None, *, name: 
     Args:
         default_config: Preset for a run that names neither a config nor a run to resume.
         argv: Flags; default those of this process.
-        name: The command: `run`, `pretrain`, `gain-cell` or `landmark`.
+        name: The command: `run`, `pretrain`, `gain-cell`, `landmark` or `encoder`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     return main([name, *arguments], default_config=default_config)

@@ -9,6 +9,7 @@ from typing import Any
 from linearize.errors import UserError
 from linearize.failures import stage
 from linearize.hub import find_converted, is_converted
+from linearize.modeling import is_encoder
 
 HARDWARE = ("gain-cell",)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
@@ -42,7 +43,7 @@ def load(source: str, dtype: str, device: str, contexts: Any = None) -> tuple[An
     """
     from transformers import AutoModelForCausalLM
 
-    from linearize.conversion import load_student, load_tokenizer
+    from linearize.conversion import load_student, load_tokenizer, refuse_encoder
     from linearize.evaluation.rope_scaling import check_scaled
     from linearize.load_errors import explained
 
@@ -50,6 +51,7 @@ def load(source: str, dtype: str, device: str, contexts: Any = None) -> tuple[An
     place = choose_device(device)
     source = _model_of(source)
     config = _config(source)
+    refuse_encoder(source, config)
     converted = hasattr(config, "mixer_types")
     scaled = _scaled_config(source, config, contexts)
     with stage("loading the model", "choose a smaller --dtype"):
@@ -128,6 +130,12 @@ def evaluate_model(
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("limit", limit)):
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}, but it must be at least 1.")
+    if is_encoder(_config(_model_of(source))):
+        if tasks or noise is not None or cell_sweeps or contexts.lengths() or speed:
+            raise UserError(f"{source} is an encoder, which is measured by its embeddings: give --text FILE alone.")
+        how: dict[str, Any] = {"batch_size": batch_size, "controls": controls, "max_length": sequence_length}
+        evaluate_encoder(source, texts, text_field, teacher, device=device, output=output, **how)
+        return
     deviations = None if noise is None else parse_noise(noise)
     draws = 16 if trials is None else parse_trials(trials).default
     if output is None and (noise is not None or cell_sweeps or contexts.lengths()):
@@ -175,6 +183,53 @@ def evaluate_model(
                 output_path=path_of_scores,
                 arm=arm,
             ).show()
+
+
+def evaluate_encoder(
+    source: str,
+    texts: Sequence[str],
+    text_field: str,
+    teacher: str | None,
+    *,
+    batch_size: int,
+    controls: bool,
+    max_length: int,
+    device: str,
+    output: str | None,
+) -> None:
+    """Print how an encoder's sentence embeddings compare with its teacher's, and write it where `output` says.
+
+    A stock encoder is its own teacher; so are the weights of a converted one of which the mechanism alone has trained.
+    """
+    from linearize.conversion import load_encoder, load_tokenizer
+    from linearize.data_rows import read_documents
+    from linearize.evaluation.arms import has_branches, is_student
+    from linearize.evaluation.embeddings import TEACHER, EmbeddingEvaluation
+    from linearize.hub import read_record
+
+    place, source = choose_device(device), _model_of(source)
+    with stage("loading the model"):
+        model: Any = load_encoder(source).to(place)
+        tokenizer = load_tokenizer(source)
+        original: Any = load_encoder(teacher).to(place) if teacher else None
+    record = read_record(source) if Path(source).is_dir() else {}
+    untouched = bool(record) and not set(record.get("tokens") or {}) - {"transfer"}
+    if is_student(model) and original is None and not untouched:
+        raise UserError(f"The weights of {source} are not its teacher's: name the teacher with --teacher.")
+    length = min(max_length, model.config.max_position_embeddings)
+    with stage("evaluation", f"lower --batch_size (now {batch_size})"):
+        documents = read_documents(list(texts), text_field)
+        evaluation = EmbeddingEvaluation(documents, tokenizer, batch_size=batch_size, max_length=length)
+        evaluation.measure(TEACHER, model if original is None else original, "teacher")
+        if is_student(model):
+            evaluation.measure("student", model)
+            for arm in ("softmax", "linear") if controls and has_branches(model) else ():
+                evaluation.measure(f"student, {arm} arm", model, arm)
+        elif original is not None:
+            evaluation.measure(source, model, "teacher")
+    evaluation.report.show()
+    if output:
+        print(f"Saved {', '.join(map(str, evaluation.report.save(output)))}")
 
 
 def _show_and_save(report: Any, output: str | None) -> None:
@@ -289,6 +344,8 @@ def estimate_model(source: str, hardware: str, *, window: int | None, cell: str 
         raise UserError(f"--hardware is {hardware!r}, but it must be one of {', '.join(HARDWARE)}.")
     chosen = None if cell is None else load_cell(cell)
     config = _config(_model_of(source))
+    if is_encoder(config):
+        raise UserError(f"{source} is an encoder, which gain cells cannot run: their ring holds earlier tokens alone.")
     if gain_cell_layers(config) and (window is not None or cell is not None):
         raise UserError(f"The gain-cell layers of {source} have their own window and cell: omit --window and --cell.")
     return hardware_report(source, config, DEFAULT_WINDOW if window is None else window, chosen)

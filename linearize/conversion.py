@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from linearize.errors import UserError
 from linearize.load_errors import explained
-from linearize.modeling import BACKBONES, PREFIX
+from linearize.modeling import BACKBONES, PREFIX, is_encoder
 from linearize.quantization import keep_differentiable
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,8 @@ def convert(
 ) -> PreTrainedModel:
     """Give a pretrained model another attention; nothing is trained.
 
-    The teacher's weights load by name; only the mechanism's own parameters are new, in float32.
+    The teacher's weights load by name; only the mechanism's own parameters are new, in float32. The student of an
+    encoder has the head that `architectures` in the teacher's config names, or none where no student has that head.
 
     Args:
         model_name_or_path: Hub id, local directory, or a `.gguf` file.
@@ -87,13 +88,14 @@ def convert(
             extra: dict[str, Any] = {"state_dict": weights}
         else:
             where_from, extra = source, where
-        load: Any = backbone.default.from_pretrained  # returns a pair when asked for the loading report
+        # from_pretrained returns a pair when asked for the loading report.
+        load: Any = backbone.model(teacher_config.architectures).from_pretrained
         model, info = load(where_from, config=config, output_loading_info=True, **extra, **options)
     check_loaded(source, info, model)
     keep_differentiable(model)
     start_landmarks(model)
     model.name_or_path = source
-    if not is_gguf(source):
+    if not is_gguf(source) and model.can_generate():
         take_generation_config(model, source, where)
     return model.eval()
 
@@ -135,7 +137,8 @@ def load_student(
             f"{source} is a {config.model_type} model, not a converted one: run `linearize convert` on it first"
         )
     with quiet_transformers(), explained(source):
-        load: Any = AutoModelForCausalLM.from_pretrained
+        backbone = BACKBONES[config.model_type.removeprefix(PREFIX)]
+        load: Any = backbone.auto_class(config.architectures).from_pretrained
         model, info = load(
             source, dtype=dtype, token=token, trust_remote_code=False, output_loading_info=True, **options
         )
@@ -149,14 +152,49 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = torch.float32) ->
     """Load a causal language model: a converted repository by `load_student`, else a stock checkpoint.
 
     Raises:
-        UserError: it cannot be read.
+        UserError: it cannot be read, or is an encoder.
     """
     source = str(path)
-    if load_config(source).model_type.startswith(PREFIX):
+    config = load_config(source)
+    refuse_encoder(source, config)
+    if config.model_type.startswith(PREFIX):
         return load_student(source, dtype=dtype)
     with quiet_transformers(), explained(source):
         load: Any = AutoModelForCausalLM.from_pretrained
         return load(source, dtype=dtype).eval()
+
+
+def load_encoder(
+    path: str | Path, *, dtype: str | torch.dtype = torch.float32, revision: str | None = None
+) -> PreTrainedModel:
+    """Load an encoder with the head it was saved with: a converted repository, else a stock checkpoint.
+
+    Raises:
+        UserError: it cannot be read, or is no encoder.
+    """
+    source = str(path)
+    config = load_config(source, revision=revision)
+    if not is_encoder(config):
+        known = ", ".join(name for name, backbone in BACKBONES.items() if backbone.encoder)
+        raise UserError(f"{source} is a {config.model_type} model, which is no encoder: known are {known}")
+    if config.model_type.startswith(PREFIX):
+        return load_student(source, dtype=dtype)
+    auto_class = BACKBONES[config.model_type].auto_class(config.architectures)
+    with quiet_transformers(), explained(source):
+        return auto_class.from_pretrained(source, dtype=dtype, revision=revision).eval()
+
+
+def refuse_encoder(source: str, config: PreTrainedConfig) -> None:
+    """Say what trains and measures encoders, where a model that generates text is needed.
+
+    Raises:
+        UserError: the config is an encoder's.
+    """
+    if is_encoder(config):
+        raise UserError(
+            f"{source} is an encoder, which predicts no next token: train it with `linearize encoder`, and measure "
+            "its embeddings with `linearize evaluate DIRECTORY --text FILE`"
+        )
 
 
 def load_config(source: str, *, revision: str | None = None, token: str | None = None) -> PreTrainedConfig:
@@ -271,10 +309,13 @@ def _unsupported(source: str, config: PreTrainedConfig) -> str:
     )
 
 
-def check_loaded(source: str, info: dict, model: PreTrainedModel) -> None:
+def check_loaded(source: str, info: dict, model: Any) -> None:
     """Refuse a checkpoint that lacks weights, or has other ones, by what loading it has reported."""
     missing = sorted(name for name in info["missing_keys"] if ".mixer." not in name)
-    if missing:
+    optional = [name for name in missing if name.startswith(model.optional_weights)]
+    if optional:
+        logger.warning("%s lacks %s: what needs them means nothing until trained", source, ", ".join(optional))
+    if missing := [name for name in missing if name not in optional]:
         raise UserError(f"{source} lacks {len(missing)} weights of its architecture, first {missing[0]}")
     if odd := sorted(info["unexpected_keys"]):
         raise UserError(f"{source} holds {len(odd)} weights that its architecture does not have, first {odd[0]}")

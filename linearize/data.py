@@ -172,7 +172,7 @@ def _check_length(sequence_length: int) -> None:
 
 def _prepare(config: "DataConfig", tokenizer: Any) -> tuple[TokenBlocks, TokenBlocks]:
     root = cache_root(config.cache_dir)
-    train_source, validation_source = _open_sources(config)
+    train_source, validation_source = open_data(config)
     identity = data_documents.tokenizer_identity(tokenizer)
     train_key, train_documents = _tokenized(root, train_source, config, tokenizer, identity)
     held_out_key, held_out_documents = "", None
@@ -213,7 +213,8 @@ def open_training_source(config: "DataConfig") -> Source:
     )
 
 
-def _open_sources(config: "DataConfig") -> tuple[Source, Source | None]:
+def open_data(config: "DataConfig") -> tuple[Source, Source | None]:
+    """The records to train on, and those of `data.validation` where it is set."""
     train = open_training_source(config)
     if config.validation is None:
         return train, None

@@ -131,7 +131,8 @@ def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
 
 
-def _string(record: dict[str, Any], field: str, where: str) -> str:
+def string_field(record: dict[str, Any], field: str, where: str) -> str:
+    """The text in a field of a record; none counts as empty."""
     if field not in record:
         raise UserError(f"There is no field {field!r} in {where}; its fields are {', '.join(sorted(record))}.")
     value = record[field]
@@ -145,7 +146,7 @@ def _string(record: dict[str, Any], field: str, where: str) -> str:
 
 def _text(batch: list[Record], tokenizer: Any, field: str) -> Iterator[Segment]:
     leading, trailing = leading_ids(tokenizer), [tokenizer.eos_token_id]
-    texts = [text for where, record in batch if (text := _string(record, field, where)).strip()]
+    texts = [text for where, record in batch if (text := string_field(record, field, where)).strip()]
     pieces = [(piece, first, last) for text in texts for piece, first, last in split_text(text)]
     for start in range(0, len(pieces), BATCH_RECORDS):
         group = pieces[start : start + BATCH_RECORDS]
@@ -176,8 +177,8 @@ def _instructions(batch: list[Record], tokenizer: Any, completion_only: bool) ->
     leading = leading_ids(tokenizer)
     prompts, responses = [], []
     for where, record in batch:
-        fields = {name: _string(record, name, where) for name in ("instruction", "output")}
-        fields["input"] = _string(record, "input", where) if "input" in record else ""
+        fields = {name: string_field(record, name, where) for name in ("instruction", "output")}
+        fields["input"] = string_field(record, "input", where) if "input" in record else ""
         if not fields["instruction"].strip() and not fields["output"].strip():
             continue
         template = ALPACA_PROMPT_WITH_INPUT if fields["input"] else ALPACA_PROMPT

@@ -8,7 +8,7 @@ sees. Sources: Hinton et al. 2015 (arXiv 1503.02531), the logits; Sanh et al. 20
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -90,14 +90,25 @@ class Distiller:
         )
         hidden = ours[-1].new_zeros((), dtype=sums.total.dtype)
         if self.config.hidden_weight:
-            supervised = labels[:, 1:] != IGNORE_INDEX
-            for mine, target in zip(ours[1:], theirs[1:], strict=True):
-                distance = 1 - functional.cosine_similarity(at_least_float32(mine), at_least_float32(target), dim=-1)
-                hidden = hidden + (distance[:, :-1] * supervised).sum()
-            hidden = hidden / (len(ours) - 1) / denominator
+            supervised = functional.pad(labels[:, 1:] != IGNORE_INDEX, (0, 1))
+            hidden = hidden_distance(ours[1:], theirs[1:], supervised) / denominator
         total = sums.total + self.config.hidden_weight * hidden
         return DistillationLosses(total, sums.cross_entropy, sums.divergence, hidden.detach())
 
     def _states(self, model: Any, ids: Tensor) -> tuple[Tensor, ...]:
         """Embeddings, then the states after each block, the last after the final norm."""
         return model(input_ids=ids, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
+
+
+def hidden_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor], weights: Tensor) -> Tensor:
+    """Mean over layers of the weighted sum over places of 1 - cosine similarity, in float32 at least.
+
+    Args:
+        ours, theirs: states of each layer, `(B, T, E)`.
+        weights: `(B, T)`.
+    """
+    distances = [
+        1 - functional.cosine_similarity(at_least_float32(mine), at_least_float32(target), dim=-1)
+        for mine, target in zip(ours, theirs, strict=True)
+    ]
+    return torch.stack([(distance * weights).sum() for distance in distances]).mean()

@@ -33,6 +33,7 @@ from linearize.checkpointing import (
     readable_write_errors,
     require_same_run,
 )
+from linearize.conversion import refuse_encoder
 from linearize.errors import UserError
 from linearize.finetuning_trainer import FinetuningTrainer
 from linearize.stage_trainer import stage_arguments
@@ -115,6 +116,7 @@ def finetune(
             full disk.
         KeyboardInterrupt: After Ctrl-C, with a checkpoint left.
     """
+    refuse_encoder(model.name_or_path or type(model).__name__, model.config)
     if len(train) == 0:
         raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
     if model.dtype == torch.float16:

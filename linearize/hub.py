@@ -1,8 +1,8 @@
 """A converted repository on disk and on the Hub.
 
 A repository is complete by itself: weights in safetensors, the flat model code with `auto_map`, tokenizer, generation
-config, a model card and `linearize.json`, the record of how it was made.
-`AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)` needs nothing else.
+config, a model card and `linearize.json`, the record of how it was made. Loading it with its Auto class, such as
+`AutoModelForCausalLM.from_pretrained(repository, trust_remote_code=True)`, needs nothing else.
 """
 
 from __future__ import annotations
@@ -89,6 +89,7 @@ def make_record(
     peak_memory_bytes: Mapping[str, int | None] | None = None,
     evaluation: Mapping[str, Any] | None = None,
     tasks: Mapping[str, Any] | None = None,
+    embeddings: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The contents of `linearize.json`.
 
@@ -101,8 +102,10 @@ def make_record(
         peak_memory_bytes: Peak accelerator memory by stage, bytes.
         evaluation: `evaluation.Report.to_dict()`.
         tasks: `evaluation.TaskReport.to_dict()`.
+        embeddings: `evaluation.embeddings.EmbeddingReport.to_dict()`, of an encoder.
     """
     name = os.fspath(teacher)
+    measured = {"embeddings": dict(embeddings)} if embeddings else {}
     return {
         "teacher": published_name(name),
         "teacher_revision": revision,
@@ -113,6 +116,7 @@ def make_record(
         "peak_memory_bytes": dict(peak_memory_bytes or {}),
         "evaluation": dict(evaluation) if evaluation else None,
         "tasks": dict(tasks) if tasks else None,
+        **measured,
         "versions": library_versions(),
     }
 
@@ -136,6 +140,7 @@ def save_final(
     tokenizer: PreTrainedTokenizerBase | None,
     directory: str | os.PathLike[str],
     record: Mapping[str, Any],
+    files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write a complete converted repository; a directory that exists is replaced as a whole, and only at the end.
 
@@ -144,6 +149,7 @@ def save_final(
         tokenizer: Its tokenizer, chat template included.
         directory: Where to.
         record: See `make_record`.
+        files: More files, path -> contents, such as a sentence-transformers teacher's.
 
     Raises:
         UserError: The disk is full or the directory cannot be written; what was there is untouched.
@@ -154,6 +160,9 @@ def save_final(
         model.save_pretrained(partial, max_shard_size=MAX_SHARD_SIZE)
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        for name, content in (files or {}).items():
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            (partial / name).write_bytes(content)
         for name, text in _record_files(Path(directory).name, record, model.config).items():
             (partial / name).write_text(text, encoding="utf-8")
     return Path(directory)
@@ -320,13 +329,13 @@ def _operations(directory: Path, repo_id: str, present: list[str]) -> list[Any]:
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-    files = sorted(file for file in directory.iterdir() if file.is_file())
-    names = {file.name for file in files}
-    stale = [name for name in present if name not in names and name.endswith(OWNED_SUFFIXES)]
+    found = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
+    files = {name: file for name, file in found.items() if not name.startswith(".")}
+    stale = [name for name in present if name not in files and name.endswith(OWNED_SUFFIXES)]
     operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in stale]
-    for file in files:
+    for name, file in sorted(files.items()):
         content: Any = file
-        if file.name == CARD_FILE:
+        if name == CARD_FILE:
             content = file.read_text(encoding="utf-8").replace(f'"{directory.name}"', f'"{repo_id}"').encode("utf-8")
-        operations.append(CommitOperationAdd(path_in_repo=file.name, path_or_fileobj=content))
+        operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
     return operations

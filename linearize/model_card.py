@@ -9,10 +9,51 @@ from typing import Any
 import yaml
 
 BASE_TAGS = ["linearize", "linear-attention"]
-QUICK_START = """\
-from transformers import pipeline
+QUICK_STARTS = {
+    "AutoModelForCausalLM": (
+        "text-generation",
+        """\
 generator = pipeline("text-generation", "{name}", trust_remote_code=True)
-print(generator("The history of Rome began", max_new_tokens=40)[0]["generated_text"])"""
+print(generator("The history of Rome began", max_new_tokens=40)[0]["generated_text"])""",
+    ),
+    "AutoModel": (
+        "feature-extraction",
+        """\
+embed = pipeline("feature-extraction", "{name}", trust_remote_code=True)
+print(embed("The history of Rome began with a quarrel.", return_tensors=True)[0].mean(0))""",
+    ),
+    "AutoModelForMaskedLM": (
+        "fill-mask",
+        """\
+fill = pipeline("fill-mask", "{name}", trust_remote_code=True)
+print(fill(f"The history of Rome began with a {{fill.tokenizer.mask_token}}."))""",
+    ),
+    "AutoModelForSequenceClassification": (
+        "text-classification",
+        """\
+classify = pipeline("text-classification", "{name}", trust_remote_code=True)
+print(classify("The history of Rome began with a quarrel."))""",
+    ),
+    "AutoModelForTokenClassification": (
+        "token-classification",
+        """\
+classify = pipeline("token-classification", "{name}", trust_remote_code=True)
+print(classify("Romulus founded Rome."))""",
+    ),
+    "AutoModelForQuestionAnswering": (
+        "question-answering",
+        """\
+from transformers import AutoModelForQuestionAnswering, AutoTokenizer
+model = AutoModelForQuestionAnswering.from_pretrained("{name}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+inputs = tokenizer("Who founded Rome?", "Romulus founded Rome.", return_tensors="pt")
+answer = model(**inputs)
+place = slice(answer.start_logits.argmax(), answer.end_logits.argmax() + 1)
+print(tokenizer.decode(inputs.input_ids[0, place]))""",
+    ),
+}
+"""Auto class -> the Hub's name of the task, and what a reader copies."""
+IMPORT = "from transformers import pipeline\n"
 
 
 def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
@@ -28,8 +69,7 @@ def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
         f"---\n{metadata}\n---",
         f"# {title(record, config)}",
         introduction(record, config),
-        f"## Quick start\n\n```python\n{QUICK_START.format(name=name)}\n```\n\n"
-        "The model code comes with the repository; the `linearize` package is not needed. " + state_sentence(config),
+        quick_start(name, config),
         evaluation_section(record),
         training_section(record),
         papers_section(config),
@@ -37,10 +77,30 @@ def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def task(config: Any) -> tuple[str, str]:
+    """The Hub's name of the model's task, and the code that shows it."""
+    from linearize.modeling import backbone_of
+
+    return QUICK_STARTS[backbone_of(config).auto_class(config.architectures).__name__]
+
+
+def quick_start(name: str, config: Any) -> str:
+    """A few lines to run, and what they need."""
+    from linearize.modeling import is_encoder
+
+    code = task(config)[1].format(name=name)
+    code = code if code.startswith("from ") else IMPORT + code
+    state = "" if is_encoder(config) else f" {state_sentence(config)}"
+    return (
+        f"## Quick start\n\n```python\n{code}\n```\n\n"
+        f"The model code comes with the repository; the `linearize` package is not needed.{state}"
+    )
+
+
 def card_metadata(record: Mapping[str, Any], config: Any) -> dict[str, Any]:
     """What the Hub reads: base model, data, library, tags."""
     data = (record.get("recipe") or {}).get("data") or {}
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task(config)[0]}
     if record.get("teacher") and record.get("teacher_on_hub"):
         metadata |= {"base_model": record["teacher"], "base_model_relation": "finetune"}
     dataset = data.get("dataset")
@@ -88,9 +148,7 @@ def introduction(record: Mapping[str, Any], config: Any) -> str:
     if (record.get("recipe") or {}).get("imported"):
         lines.append("Imported from a checkpoint of the published code, which trained it.")
     elif not trained(record):
-        lines.append(
-            "**Nothing has been trained yet: expect poor text until attention transfer and finetuning have run.**"
-        )
+        lines.append("**Nothing has been trained yet: expect poor results until the stages of training have run.**")
     return "\n".join(lines)
 
 
@@ -108,6 +166,10 @@ def evaluation_section(record: Mapping[str, Any]) -> str:
         from linearize.evaluation.report import Report
 
         parts.append(Report.from_dict(record["evaluation"]).markdown().strip())
+    if record.get("embeddings"):
+        from linearize.evaluation.embeddings import EmbeddingReport
+
+        parts.append(EmbeddingReport.from_dict(record["embeddings"]).markdown().strip())
     if record.get("tasks"):
         from linearize.evaluation.tasks import TaskReport, TaskScore
 

@@ -7,7 +7,7 @@ import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -15,6 +15,11 @@ from linearize import memory
 from linearize.errors import UserError
 from linearize.hub import is_converted
 from linearize.settings import FinetuneConfig, RunConfig, StepPlan, TransferConfig
+
+if TYPE_CHECKING:
+    from linearize.encoder_settings import EncoderRunConfig
+
+Settings = TypeVar("Settings", RunConfig, "EncoderRunConfig")
 
 
 @dataclass(frozen=True)
@@ -111,11 +116,13 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         UserError: the teacher cannot be read or is too short for the sequences, settings do not fit it, or a package
             is missing.
     """
+    from linearize.conversion import refuse_encoder
     from linearize.training_loop import exact_plan
     from linearize.transfer import check_transfers
 
     check_environment(config)
     teacher = read_teacher(config)
+    refuse_encoder(config.model_name_or_path, teacher)
     converted = hasattr(teacher, "mixer_types") or is_converted(config.model_name_or_path)
     if not converted:
         check_attention(config, teacher)
@@ -185,7 +192,7 @@ def _sizes_of(config: RunConfig, student: Any) -> RunConfig:
     return dataclasses.replace(config, attention=dict(first), softmax_layers=softmax)
 
 
-def complete_attention(config: RunConfig) -> RunConfig:
+def complete_attention(config: Settings) -> Settings:
     """The settings with every setting of the mechanism, checked, so that `config.yaml` says what later defaults would
     change.
 

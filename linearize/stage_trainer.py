@@ -182,6 +182,14 @@ class StageTrainer(Trainer):
         """The optimiser's groups."""
         raise NotImplementedError
 
+    def prepare_batches(self, batches: list[Any]) -> list[Any]:
+        """A step's micro-batches as `losses` gets them."""
+        return batches
+
+    def counted(self, batch: Any) -> Tensor:
+        """What a micro-batch adds to the denominator of the losses: its supervised tokens."""
+        return supervised_tokens(batch["labels"])
+
     def plain_model(self) -> Any:
         """The transformers model inside what trains."""
         return self.trained
@@ -224,13 +232,14 @@ class StageTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Tensor]:
-        """Takes a step's micro-batches and counts the supervised tokens of all processes.
+        """Takes a step's micro-batches and counts the supervised tokens (or what `counted` says) of all processes.
 
         Counted here because the Trainer's own count takes the first label of each sequence along on some versions,
         depending on the class name.
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        count = torch.stack([supervised_tokens(batch["labels"]) for batch in batches]).sum().to(device)
+        batches = self.prepare_batches(batches)
+        count = torch.stack([self.counted(batch) for batch in batches]).sum().to(device)
         if self.args.world_size > 1:
             count = self.accelerator.reduce(count, reduction="sum")
         return batches, count.clamp(min=1)

@@ -144,10 +144,13 @@ class Batches:
         ]
 
     def step(self, step: int, device: torch.device) -> Iterator[dict[str, torch.Tensor]]:
-        """The micro-batches of a step: `input_ids` and `labels`, each `(batch_size, L)`."""
+        """The micro-batches of a step: what a sequence has, such as `input_ids` and `labels`, each `(batch_size,
+        L)`; padded rows cut to the longest."""
+        from linearize.data_rows import collate
+
         for indices in self.indices(step):
-            rows = [self.blocks[index] for index in indices]
-            yield {key: to_device(torch.stack([row[key] for row in rows]), device) for key in rows[0]}
+            batch = collate([self.blocks[index] for index in indices])
+            yield {key: to_device(tensor, device) for key, tensor in batch.items()}
 
     def _index(self, position: int) -> int:
         from linearize.data import epoch_order

@@ -109,7 +109,8 @@ def transfer_attention(
 
     Args:
         model: a converted model. Its dtype is the dtype of the arithmetic; the mechanism's parameters are float32.
-        train: the training sequences; every token counts, prompts included.
+        train: the training sequences; every token counts, prompts included, but for padding where rows have an
+            `attention_mask`.
         config: the settings of the stage.
         output_dir: run directory.
         seed: of the data's order and of window dropout. No other randomness enters.
@@ -296,7 +297,8 @@ class _Transfer:
         hidden = hides_window(self.config, step, self.plan.steps, self.seed)
         weights = branch_weights(self.config.branch, hidden)
         for batch in self.batches.step(step, self.device):
-            self.losses.run(batch["input_ids"], weights=weights, gradient_factor=1.0 / self.plan.accumulation)
+            mask = batch.get("attention_mask")
+            self.losses.run(batch["input_ids"], mask, weights=weights, gradient_factor=1.0 / self.plan.accumulation)
         average_gradients(self.parameters.values(), self.accelerator)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         values, norm_value, stop = self._shared_figures(norm, interrupt)
@@ -377,8 +379,8 @@ class _Transfer:
         for first in range(0, len(self.validation), self.world):
             # A sharded base gathers its weights in every forward, so that no process may leave one out.
             index = min(first + self.rank, len(self.validation) - 1)
-            ids = self.validation[index]["input_ids"][None].to(self.device)
-            self.losses.run(ids, weights=weights, gradient_factor=None)
+            row = {name: tensor[None].to(self.device) for name, tensor in self.validation[index].items()}
+            self.losses.run(row["input_ids"], row.get("attention_mask"), weights=weights, gradient_factor=None)
             means = torch.stack([values.mean() for values in self.losses.means(self.device).values()])
             if index == first + self.rank:
                 sums[1:] += means

@@ -194,7 +194,7 @@ class LayerLosses:
         place = self._places[attention.layer_idx]
         for arm, weight in self._weights.items():
             with torch.set_grad_enabled(self._gradient_factor is not None):
-                student = attention.mixer(query, key, value, padding_mask=padding_mask, arm=arm)
+                student = attention.mix(query, key, value, padding_mask=padding_mask, arm=arm)
                 loss = self.loss_function(student, teacher_output, padding_mask) * self.loss_scale
                 if self._gradient_factor is not None:
                     self._add_gradients(loss * (weight * self._gradient_factor / len(self.layers)))

@@ -3,11 +3,29 @@
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
 from .attention_landmark import LandmarkAttention, LandmarkAttentionConfig
 from .attention_linear import LinearAttention, LinearAttentionConfig
+from .modeling_bert import (
+    LinearizedBertConfig,
+    LinearizedBertForMaskedLM,
+    LinearizedBertForQuestionAnswering,
+    LinearizedBertForSequenceClassification,
+    LinearizedBertForTokenClassification,
+    LinearizedBertModel,
+)
 from .modeling_gpt2 import LinearizedGPT2Config, LinearizedGPT2ForCausalLM, LinearizedGPT2Model
 from .modeling_llama import LinearizedLlamaConfig, LinearizedLlamaForCausalLM, LinearizedLlamaModel
 from .modeling_mistral import LinearizedMistralConfig, LinearizedMistralForCausalLM, LinearizedMistralModel
@@ -22,15 +40,31 @@ from .registry import ATTENTIONS
 class Backbone:
     """The student of a stock `model_type`: its config and the class that each Auto class loads.
 
-    lora_targets are the names of its attention's projections, which stage 2 adapts where nothing else is asked for.
+    default is the student of a checkpoint whose class has none of its own. lora_targets are the names of its
+    attention's projections, which stage 2 adapts where nothing else is asked for. encoder: it sees a text both ways,
+    and generates none.
     """
 
     config: type[PreTrainedConfig]
     models: dict[Any, type[PreTrainedModel]]
     default: type[PreTrainedModel]
     lora_targets: tuple[str, ...]
+    encoder: bool = False
+
+    def auto_class(self, architectures: list[str] | None) -> Any:
+        """The Auto class of a checkpoint, stock or converted, from its config's `architectures`."""
+        names = [f"Linearized{name.removeprefix('Linearized')}" for name in architectures or ()]
+        names = [SAME_STUDENT.get(name, name) for name in names]
+        known = {model.__name__: auto_class for auto_class, model in self.models.items()}
+        return next((known[name] for name in names if name in known), known[self.default.__name__])
+
+    def model(self, architectures: list[str] | None) -> type[PreTrainedModel]:
+        """The student's class of a checkpoint, stock or converted."""
+        return self.models[self.auto_class(architectures)]
 
 
+SAME_STUDENT = {"LinearizedBertForPreTraining": "LinearizedBertForMaskedLM"}
+"""A stock class with two heads -> the student that has one of them."""
 ROTARY_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BACKBONES = {
     "llama": Backbone(
@@ -51,6 +85,19 @@ BACKBONES = {
         LinearizedGPT2ForCausalLM,
         ("c_attn", "c_proj"),
     ),
+    "bert": Backbone(
+        LinearizedBertConfig,
+        {
+            AutoModel: LinearizedBertModel,
+            AutoModelForMaskedLM: LinearizedBertForMaskedLM,
+            AutoModelForSequenceClassification: LinearizedBertForSequenceClassification,
+            AutoModelForTokenClassification: LinearizedBertForTokenClassification,
+            AutoModelForQuestionAnswering: LinearizedBertForQuestionAnswering,
+        },
+        LinearizedBertModel,
+        ("query", "key", "value"),
+        encoder=True,
+    ),
 }
 
 
@@ -65,6 +112,12 @@ def backbone_of(config: PreTrainedConfig) -> Backbone:
         KeyError: there is none.
     """
     return BACKBONES[config.model_type.removeprefix(PREFIX)]
+
+
+def is_encoder(config: PreTrainedConfig) -> bool:
+    """Whether a teacher's or a student's config is that of an encoder; False where there is no backbone for it."""
+    backbone = BACKBONES.get(config.model_type.removeprefix(PREFIX))
+    return backbone is not None and backbone.encoder
 
 
 def register() -> None:
@@ -96,6 +149,12 @@ __all__ = [
     "LandmarkBlocks",
     "LinearAttention",
     "LinearAttentionConfig",
+    "LinearizedBertConfig",
+    "LinearizedBertForMaskedLM",
+    "LinearizedBertForQuestionAnswering",
+    "LinearizedBertForSequenceClassification",
+    "LinearizedBertForTokenClassification",
+    "LinearizedBertModel",
     "LinearizedGPT2Config",
     "LinearizedGPT2ForCausalLM",
     "LinearizedGPT2Model",
@@ -109,6 +168,7 @@ __all__ = [
     "cosine_attention",
     "gain_cell_attention",
     "hybrid_linear_attention",
+    "is_encoder",
     "landmark_attention",
     "landmark_retrieval_attention",
 ]

@@ -214,10 +214,12 @@ class LinearAttention(nn.Module):
         assert state is not None
         return state
 
-    def linear_share(self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None = None) -> Tensor:
+    def linear_share(
+        self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None = None, causal: bool = True
+    ) -> Tensor:
         """The linear branch's share of the denominator, `(B, H, T)` in [0, 1]."""
         features, options = self._call_options("mixed")
-        return linear_share(query, key, value, *features, **options, attention_mask=padding_mask)
+        return linear_share(query, key, value, *features, **options, attention_mask=padding_mask, causal=causal)
 
     def _call_options(self, arm: str, log_weight: bool = False):
         if arm not in ARMS:

@@ -45,6 +45,7 @@ class MixerAttention(AttentionBase):
         observer: called in the teacher arm with `(attention, query, key, value, teacher_output, padding_mask)`:
             query `(B, H, T, D)`, key and value `(B, G, T, D)`, teacher_output `(B, H, T, D)` before the output
             projection. Attention transfer lives in it.
+        causal: whether a token sees only those before it; False in encoders.
     """
 
     config: Any
@@ -55,6 +56,7 @@ class MixerAttention(AttentionBase):
     mixer: nn.Module
     arm: str
     observer: Callable[..., None] | None
+    causal = True
 
     def add_mixer(self, config, num_heads: int, num_key_value_heads: int) -> None:
         settings = config.mixer(self.layer_idx)
@@ -62,6 +64,12 @@ class MixerAttention(AttentionBase):
         self.mixer = attention(settings, num_heads, num_key_value_heads, self.head_dim, self.scaling)
         self.cache_layer_type = mechanism(settings.type).cache_layer_type
         self.arm, self.observer = "mixed", None
+
+    def mix(self, query, key, value, padding_mask=None, cache_layer=None, arm="mixed", **extra) -> Tensor:
+        """The mechanism on queries, keys and values, as this backbone sees them (causal or not): `(B, H, T, D)`."""
+        return self.mixer(
+            query, key, value, padding_mask, cache_layer=cache_layer, arm=arm, causal=self.causal, **extra
+        )
 
     def attend(
         self, query, key, value, attention_mask, padding_mask, past_key_values, eager, landmarks=None, **kwargs
@@ -71,9 +79,7 @@ class MixerAttention(AttentionBase):
         if self.arm != "teacher":
             layer = None if past_key_values is None else self._cache_layer(past_key_values)
             extra = {} if landmarks is None else {"landmarks": landmarks}
-            return self.mixer(query, key, value, padding_mask, cache_layer=layer, arm=self.arm, **extra).transpose(
-                1, 2
-            )
+            return self.mix(query, key, value, padding_mask, layer, self.arm, **extra).transpose(1, 2)
         new_key, new_value = key, value
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -135,9 +141,13 @@ class MixerModelMixin(ModelBase):
 
     Attributes:
         layers_path: of the list of layers in the base model. attention_path: of the attention in a layer.
+        too_long: what to do about a text past the last learned position.
+        optional_weights: prefixes of names that a teacher's checkpoint may lack.
     """
 
     layers_path, attention_path = "layers", "self_attn"
+    too_long = "shorten the text, or generate fewer new tokens"
+    optional_weights: tuple[str, ...] = ()
     _is_stateful = True
     _supports_flash_attn = _supports_flex_attn = False
     _can_compile_fullgraph = False
@@ -162,8 +172,7 @@ class MixerModelMixin(ModelBase):
         """
         if self.max_positions is not None and tokens > self.max_positions:
             raise ValueError(
-                f"this model has {self.max_positions} learned positions and was given {tokens} tokens: shorten the "
-                "text, or generate fewer new tokens"
+                f"this model has {self.max_positions} learned positions and was given {tokens} tokens: {self.too_long}"
             )
 
     def add_landmarks(self) -> None:
@@ -368,22 +377,9 @@ class RotaryModel(ModelBase):
 
 def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_values) -> tuple[Any, Tensor | None]:
     """The masks of one forward: the softmax layers' (causal or a sliding window, as transformers makes it) and the
-    mixers'.
-
-    The mixers' is `(B, T)` of this call's tokens, or None when nothing is padded. It is ours because transformers'
-    recurrent mask is dropped on calls of one token. On a GPU a mask without padding is passed on, since to ask would
-    stop the host until the GPU is idle.
-    """
-    if attention_mask is not None and attention_mask.dim() != 2:
-        raise ValueError("a converted model takes a 2-dimensional attention_mask (batch, tokens), 1 = real token")
-    padding_mask = None
-    if attention_mask is not None:
-        padding_mask = attention_mask[:, -inputs_embeds.shape[1] :].bool()
-        if padding_mask.device.type == "cpu" and bool(padding_mask.all()):
-            padding_mask = None
-    softmax = [
-        i for i, attention in enumerate(model.attention_modules()) if getattr(attention, "arm", "teacher") == "teacher"
-    ]
+    mixers'."""
+    padding_mask = mixer_padding(attention_mask, inputs_embeds.shape[1])
+    softmax = softmax_layers(model)
     if not softmax:
         return None, padding_mask
     windowed = model.config.softmax_window is not None
@@ -396,6 +392,26 @@ def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_val
         layer_idx=softmax[0],
     )
     return causal_mask, padding_mask
+
+
+def mixer_padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+    """The mixers' mask: `(B, T)` of this call's tokens, or None when nothing is padded.
+
+    It is ours because transformers' recurrent mask is dropped on calls of one token. On a GPU a mask without padding
+    is passed on, since to ask would stop the host until the GPU is idle.
+    """
+    if attention_mask is None:
+        return None
+    if attention_mask.dim() != 2:
+        raise ValueError("a converted model takes a 2-dimensional attention_mask (batch, tokens), 1 = real token")
+    padding_mask = attention_mask[:, -length:].bool()
+    return None if padding_mask.device.type == "cpu" and bool(padding_mask.all()) else padding_mask
+
+
+def softmax_layers(model) -> list[int]:
+    """Layers that run softmax attention now: those that stay so, and all converted ones in the teacher arm."""
+    attentions = model.attention_modules()
+    return [i for i, attention in enumerate(attentions) if getattr(attention, "arm", "teacher") == "teacher"]
 
 
 def new_cache(model) -> DynamicCache:

@@ -4,7 +4,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from .cache_layers import softmax_layer
-from .registry import mechanism
+from .registry import ATTENTIONS, mechanism
 
 SOFTMAX = "softmax"
 
@@ -69,6 +69,21 @@ class MixerConfigMixin:
         for name in ("block_size", "include_landmark_in_loss"):
             if len(values := {settings[name] for settings in used}) > 1:
                 raise ValueError(f"{name} differs between layers ({', '.join(map(str, sorted(values)))}): choose one")
+
+    def require_bidirectional(self) -> None:
+        """Refuse mechanisms that an encoder cannot have; `prepare_mixers` goes before.
+
+        Raises:
+            ValueError: one sentence.
+        """
+        assert self.mixers is not None, "prepare_mixers fills it"
+        for settings in self.mixers.values():
+            if not mechanism(settings["type"]).bidirectional:
+                known = ", ".join(name for name, entry in ATTENTIONS.items() if entry.bidirectional)
+                raise ValueError(
+                    f"{settings['type']} attention sees only the tokens before it, and an encoder needs both sides: "
+                    f"choose one of {known}"
+                )
 
     def mixer(self, layer_idx: int):
         """The typed settings of a layer, or None where it stays softmax."""

@@ -19,9 +19,7 @@ from torch import Tensor
 from .op_dispatch import choose_backend
 from .op_hybrid_linear_chunked import check_rows
 from .op_landmark_chunked import run_landmark
-from .op_landmark_retrieval import SELECTIONS, LandmarkBlocks, run_retrieval
-
-CONTRACT = 1
+from .op_landmark_retrieval import CONTRACT, SELECTIONS, LandmarkBlocks, run_retrieval
 
 __all__ = ["CONTRACT", "SELECTIONS", "LandmarkBlocks", "landmark_attention", "landmark_retrieval_attention"]
 

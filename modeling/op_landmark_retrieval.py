@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .compiled import for_training
 from .op_landmark_chunked import HIDDEN, weighted
 
+CONTRACT = 1  # of both ops
 SELECTIONS = ("token_and_head", "head", "token")
 RECENCY = 1e-5  # what a block's score loses for each block of its age, when blocks are selected
 TILE_ELEMENTS = 2**26  # numbers of retrieved keys, or of logits, that a tile may hold

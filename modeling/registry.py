@@ -22,8 +22,9 @@ from .cache_layers import GainCellStateLayer, LinearStateLayer
 class Mechanism:
     """What the rest of the project needs to know about an attention.
 
-    state_bytes takes (config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes). transfers: whether
-    attention transfer has something to train in it. constant_state: whether its state never grows.
+    state_bytes takes (config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes). bidirectional:
+    whether its forward takes `causal=False`, which encoders need. transfers: whether attention transfer has something
+    to train in it. constant_state: whether its state never grows.
     """
 
     attention: type[nn.Module]
@@ -32,6 +33,7 @@ class Mechanism:
     state_bytes: Callable[..., int]
     title: str
     paper: str
+    bidirectional: bool
     transfers: bool = True
     constant_state: bool = True
 
@@ -44,6 +46,7 @@ ATTENTIONS = {
         linear_state_bytes,
         "hybrid linear attention (Hedgehog feature maps with a softmax window)",
         "https://arxiv.org/abs/2410.10254",
+        bidirectional=True,
     ),
     "gain_cell": Mechanism(
         GainCellAttention,
@@ -52,6 +55,7 @@ ATTENTIONS = {
         gain_cell_state_bytes,
         "analog gain-cell attention (voltages on a ring of cells, a clamp instead of softmax)",
         "https://arxiv.org/abs/2409.19315",
+        bidirectional=False,
     ),
     "landmark": Mechanism(
         LandmarkAttention,
@@ -60,6 +64,7 @@ ATTENTIONS = {
         landmark_state_bytes,
         "landmark attention (a grouped softmax over the blocks that it retrieves)",
         "https://arxiv.org/abs/2305.16300",
+        bidirectional=False,
         transfers=False,
         constant_state=False,
     ),

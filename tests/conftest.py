@@ -1,4 +1,4 @@
-"""Tiny random models and tokenizers made on the spot, and the one real checkpoint that `make test` fetches."""
+"""Tiny random models and tokenizers made on the spot, and the real checkpoints that `make test` fetches."""
 
 import os
 from pathlib import Path
@@ -34,4 +34,13 @@ def smollm2() -> Path:
     root = Path(__file__).parents[1]
     path = Path(os.environ.get("LINEARIZE_SMOLLM2", root / ".cache" / "smollm2-135m-instruct"))
     assert (path / "config.json").is_file(), f"{path} is missing: run `make test`, or python scripts/fetch_smollm2.py"
+    return path
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The real BERT checkpoint; `make test` fetches it during set-up, so it must be there."""
+    root = Path(__file__).parents[1]
+    path = Path(os.environ.get("LINEARIZE_MINILM", root / ".cache" / "all-minilm-l6-v2"))
+    assert (path / "config.json").is_file(), f"{path} is missing: run `make test`, or python scripts/fetch_minilm.py"
     return path

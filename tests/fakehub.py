@@ -98,10 +98,10 @@ class FakeHub:
         return repository
 
     def add_directory(self, name: str, directory: Path, **properties: Any) -> Repository:
-        """Make a repository of a directory's files."""
-        return self.add(
-            name, {file.name: file.read_bytes() for file in directory.iterdir() if file.is_file()}, **properties
-        )
+        """Make a repository of a directory's files, those in its folders too."""
+        files = [file for file in directory.rglob("*") if file.is_file()]
+        content = {file.relative_to(directory).as_posix(): file.read_bytes() for file in files}
+        return self.add(name, content, **properties)
 
     def files(self, name: str) -> dict[str, bytes]:
         """The present files of a repository."""

@@ -2,6 +2,8 @@
 
 import torch
 from transformers import (
+    BertConfig,
+    BertModel,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -41,6 +43,18 @@ TINY_GPT2 = {
 }
 
 
+TINY_BERT = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+
+
 def make_teacher(seed: int = 0, **changes) -> LlamaForCausalLM:
     """A random Llama whose attention is sharp enough for the branches to matter."""
     torch.manual_seed(seed)
@@ -56,7 +70,16 @@ def make_mistral(seed: int = 0, **changes) -> MistralForCausalLM:
 def make_gpt2(seed: int = 0, **changes) -> GPT2LMHeadModel:
     """A random GPT-2 alike, with biases that matter."""
     torch.manual_seed(seed)
-    model = sharpened(GPT2LMHeadModel(GPT2Config(**{**TINY_GPT2, **changes})))
+    return with_biases(sharpened(GPT2LMHeadModel(GPT2Config(**{**TINY_GPT2, **changes}))))
+
+
+def make_bert(seed: int = 0, kind: type[PreTrainedModel] = BertModel, **changes) -> PreTrainedModel:
+    """A random BERT with any of its heads, alike."""
+    torch.manual_seed(seed)
+    return with_biases(sharpened(kind(BertConfig(**{**TINY_BERT, **changes}))))
+
+
+def with_biases(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
@@ -81,7 +104,7 @@ def make_student(teacher: PreTrainedModel, mixers: dict | None = None, mixer_typ
     for name in ("model_type", "architectures", "transformers_version", "dtype"):
         fields.pop(name, None)
     config = backbone.config(**fields, mixers=mixers, mixer_types=mixer_types)
-    student = backbone.default(config).eval()
+    student = backbone.model([type(teacher).__name__])(config).eval()
     student.load_state_dict(teacher.state_dict(), strict=False)
     return student
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tiny_models import make_teacher
+from tiny_models import make_bert, make_teacher
 from transformers import PreTrainedModel
 
 WORDS = "the river ran past a small red house where two old cats slept in warm winter light and nobody spoke".split()
@@ -48,6 +48,48 @@ def make_teacher_directory(
     teacher.generation_config.max_length = 64
     teacher.save_pretrained(path)
     tokenizer.save_pretrained(path)
+    return path
+
+
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+    {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+]
+
+
+def make_bert_tokenizer():
+    """A WordPiece tokenizer that can write any word of lower-case letters, with BERT's special tokens."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    entries = [*special, *".,!?'\"", *letters, *(f"##{letter}" for letter in letters), *dict.fromkeys(WORDS)]
+    vocabulary = {entry: number for number, entry in enumerate(dict.fromkeys(entries))}
+    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", vocabulary["[CLS]"]), ("[SEP]", vocabulary["[SEP]"])],
+    )
+    names = {f"{token.strip('[]').lower()}_token": token for token in special}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=64, **names)
+
+
+def make_bert_directory(path: Path, *, sentences: bool = False, **changes) -> Path:
+    """A complete BERT checkpoint, as sentence-transformers saves one or as transformers does."""
+    tokenizer = make_bert_tokenizer()
+    make_bert(**{"vocab_size": len(tokenizer), **changes}).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    if sentences:
+        (path / "1_Pooling").mkdir()
+        (path / "modules.json").write_text(json.dumps(MODULES))
+        (path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 64, "do_lower_case": False}))
+        pooling = {"word_embedding_dimension": 64, "pooling_mode_mean_tokens": True}
+        (path / "1_Pooling" / "config.json").write_text(json.dumps(pooling))
     return path
 
 

@@ -19,8 +19,9 @@ MIXER_PART = ".mixer."
 @dataclasses.dataclass
 class Info:
     """Fields: mechanisms, name -> settings; layers, name of each layer's mechanism; parameters and mixer_parameters,
-    numbers in the weight files (None without any); teacher, where the conversion's record names one; sliding_window,
-    tokens that softmax layers see (None: all).
+    numbers in the weight files (None without any); teacher, where the conversion's record names one; layer_state and
+    state, bytes while generating (empty for an encoder, which keeps none); sliding_window, tokens that softmax layers
+    see (None: all).
     """
 
     path: str
@@ -36,7 +37,8 @@ class Info:
     sliding_window: int | None = None
 
     def tables(self) -> list[Table]:
-        return [self._model_table(), self._layer_table(), state_table(self.state)]
+        tables = [self._model_table(), self._layer_table()]
+        return [*tables, state_table(self.state)] if self.state else tables
 
     def show(self, console: Any = None) -> None:
         show_tables(self.tables(), (), console)
@@ -70,10 +72,12 @@ class Info:
                     name,
                     str(settings["type"]),
                     shown or "the teacher's attention",
-                    format_bytes(self.layer_state[name]),
+                    *([format_bytes(self.layer_state[name])] if self.state else []),
                 ]
             )
-        header = ["layers", "name", "mechanism", "settings", f"state a layer at {LENGTHS[0]:,} tokens"]
+        header = ["layers", "name", "mechanism", "settings"]
+        if self.state:
+            header.append(f"state a layer at {LENGTHS[0]:,} tokens")
         return Table("Attention", header, rows, text=True)
 
 
@@ -93,6 +97,8 @@ def info(directory: str | os.PathLike[str], lengths: Sequence[int] = LENGTHS) ->
     layers = list(config.mixer_types)
     record = read_record(folder)
     dtype = getattr(config, "dtype", None)
+    state = state_bytes(config, lengths)
+    keeping = dict.fromkeys(layers) if state else ()  # an encoder keeps nothing
     return Info(
         path=str(directory),
         model_type=config.model_type,
@@ -100,10 +106,10 @@ def info(directory: str | os.PathLike[str], lengths: Sequence[int] = LENGTHS) ->
         dtype=str(dtype).removeprefix("torch.") if dtype is not None else "float32",
         layers=layers,
         mechanisms={name: dict(settings) for name, settings in config.mixers.items() if name in layers},
-        layer_state={name: layer_bytes(config, layers.index(name), lengths[0]) for name in dict.fromkeys(layers)},
+        layer_state={name: layer_bytes(config, layers.index(name), lengths[0]) for name in keeping},
         parameters=parameters[0] if parameters else None,
         mixer_parameters=parameters[1] if parameters else None,
-        state=state_bytes(config, lengths),
+        state=state,
         sliding_window=config.softmax_window,
     )
 

@@ -21,13 +21,17 @@ class StateBytes:
 
 
 def state_bytes(config: Any, lengths: Sequence[int] = LENGTHS, dtype: torch.dtype | None = None) -> list[StateBytes]:
-    """Compute both caches of a converted model.
+    """Compute both caches of a converted model; an empty list for an encoder, which keeps none.
 
     Args:
         config: of a converted model (`config.mixer(i)`), or of a stock one, whose two figures are equal.
         lengths: tokens in the sequence.
         dtype: of cached keys and values; default the config's, or float32 where it names none.
     """
+    from linearize.modeling import is_encoder
+
+    if is_encoder(config):
+        return []
     layers = range(config.num_hidden_layers)
     return [
         StateBytes(

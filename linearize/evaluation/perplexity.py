@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
+from linearize.conversion import refuse_encoder
 from linearize.errors import UserError
-from linearize.evaluation.arms import input_device, measuring
+from linearize.evaluation.arms import input_device, measuring, unwrap
 
 LOGITS_AT_ONCE = 2**25  # float32 logits that live at one time: 128 MiB, 680 tokens at V = 49k, 260 at V = 128k
 
@@ -70,8 +71,9 @@ def perplexity(
         description: what the progress bar says; default the arm.
 
     Raises:
-        UserError: nothing to score, or an arm that the model does not have.
+        UserError: nothing to score, an arm that the model does not have, or an encoder.
     """
+    refuse_encoder(type(unwrap(model)).__name__, unwrap(model).config)
     started = time.perf_counter()
     nll: Tensor = torch.zeros(0, dtype=torch.float64)
     tokens: Tensor = torch.zeros(0, dtype=torch.int64)

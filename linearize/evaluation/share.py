@@ -29,7 +29,8 @@ class LinearShare:
 def linear_share(model: Any, blocks: Any, *, batch_size: int = 1, max_tokens: int | None = None) -> LinearShare:
     """Measure the share on the queries, keys and values of the mixed arm: what the student sees when it runs.
 
-    Only tokens whose linear branch can see a key count, n >= window + sinks; a layer without such tokens has share 0.
+    Only tokens whose linear branch can see a key count, n >= window + sinks (all tokens of an encoder, whose branch
+    looks both ways); a layer without such tokens has share 0.
 
     Args:
         model: a student, or its peft wrapper.
@@ -52,7 +53,7 @@ def linear_share(model: Any, blocks: Any, *, batch_size: int = 1, max_tokens: in
             for start in range(0, len(blocks), batch_size):
                 rows = [blocks[i]["input_ids"] for i in range(start, min(start + batch_size, len(blocks)))]
                 input_ids = torch.stack(rows).to(input_device(base))
-                getattr(base, base.base_model_prefix)(input_ids, use_cache=False)
+                base.base_model(input_ids, use_cache=False)
                 bar.update(len(rows))
                 done += input_ids.numel()
                 if max_tokens is not None and done >= max_tokens:
@@ -69,12 +70,13 @@ def _attach(attention: Any, config: Any, sums: dict[int, float], counts: dict[in
     """Watch one layer's mixer; adds its mean over heads, summed over tokens, and counts the tokens."""
     layer_idx = attention.layer_idx
     settings = config.mixer(layer_idx)
-    reach = settings.window + settings.sinks
+    reach = settings.window + settings.sinks if attention.causal else 0
     sums[layer_idx], counts[layer_idx] = 0.0, 0
 
     def observe(mixer, args, kwargs):
         inputs = dict(zip(("query", "key", "value"), args, strict=False), **kwargs)
-        share = mixer.linear_share(inputs["query"], inputs["key"], inputs["value"])[:, :, reach:]
+        share = mixer.linear_share(inputs["query"], inputs["key"], inputs["value"], causal=attention.causal)
+        share = share[:, :, reach:]
         sums[layer_idx] += share.double().mean(1).sum().item()
         counts[layer_idx] += share.shape[0] * share.shape[2]
 

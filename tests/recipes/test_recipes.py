@@ -10,8 +10,18 @@ from pathlib import Path
 import pytest
 import yaml
 from fakehub import FakeHub
-from tiny_runs import BLOCK_PACKAGE, make_teacher_directory, tiny_config, without_package, write_text
+from tiny_runs import (
+    BLOCK_PACKAGE,
+    WORDS,
+    make_bert_directory,
+    make_teacher_directory,
+    tiny_config,
+    without_package,
+    write_text,
+)
+from transformers import BertForMaskedLM
 
+from linearize.encoder_settings import EncoderRunConfig
 from linearize.gain_cell_stages import GainCellRunConfig
 from linearize.pretraining import PretrainConfig
 from linearize.settings import RunConfig
@@ -21,7 +31,8 @@ ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "linearize_llama3.py"
 PRETRAIN = ROOT / "recipes" / "pretrain.py"
 GPT2 = ROOT / "recipes" / "linearize_gpt2.py"
-SETTINGS = {RECIPE: RunConfig, PRETRAIN: PretrainConfig, GPT2: GainCellRunConfig}
+BERT = ROOT / "recipes" / "linearize_bert.py"
+SETTINGS = {RECIPE: RunConfig, PRETRAIN: PretrainConfig, GPT2: GainCellRunConfig, BERT: EncoderRunConfig}
 """Recipe -> what its YAML files and flags set."""
 
 LOAD = """
@@ -197,6 +208,35 @@ def test_pretraining_by_one_process_and_by_two(workspace, tmp_path):
     assert [step for step, _ in one["validation"]] == [2, 4, 6]
     for name in ("losses", "validation"):
         assert [value for _, value in two[name]] == pytest.approx([value for _, value in one[name]], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_an_encoder_by_one_process_and_by_two(tmp_path):
+    stage = {"max_steps": 3, "batch_size": 2, "tokens_per_step": 128, "logging_steps": 1}
+    weights = {"warmup_steps": 1, "similarity_weight": 0.0}  # similarities are those within a micro-batch
+    config = {
+        "model_name_or_path": str(make_bert_directory(tmp_path / "teacher", kind=BertForMaskedLM)),
+        "device": "cpu",
+        "attention": {"type": "linear", "window": 3, "sinks": 1},
+        "data": {"dataset": str(tmp_path / "text.jsonl"), "sequence_length": 32, "cache_dir": str(tmp_path / "cache")},
+        "transfer": stage,
+        "mlm": {**stage, "warmup_steps": 1, "dropout": False},
+        "distillation": {**stage, **weights},
+        "evaluation": {"pairs": 4},
+    }
+    text = "\n".join(json.dumps({"text": f"The {a} ran past a house. Two old cats {a} slept there."}) for a in WORDS)
+    (tmp_path / "text.jsonl").write_text(text)
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    logs = []
+    for number in ("1", "2"):
+        flags = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / number]
+        launcher = ("torchrun", "--nproc_per_node", number)
+        run = launch(*flags, recipe=BERT, launcher=launcher, ACCELERATE_USE_CPU="true")
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.count("Saved ") == 1
+        stages = [tmp_path / number / "logs" / f"{name}.jsonl" for name in ("transfer", "mlm", "distillation")]
+        logs.append([json.loads(line)["loss"] for path in stages for line in path.read_text().splitlines()])
+    assert len(logs[0]) == 9 and logs[1] == pytest.approx(logs[0], rel=1e-3)
 
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)

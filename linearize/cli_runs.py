@@ -1,0 +1,135 @@
+"""The commands that run a whole training from a YAML file and flags."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from linearize.encoder_settings import EncoderRunConfig
+from linearize.failures import command
+from linearize.gain_cell_stages import GainCellRunConfig
+from linearize.landmark_stages import LandmarkRunConfig
+from linearize.pretraining import PretrainConfig
+from linearize.settings import RunConfig, RunSettings
+from linearize.settings_flags import with_settings
+from linearize.settings_io import Settings, resolve
+from linearize.settings_values import field_types
+
+Config = Annotated[
+    str | None, typer.Option("--config", help="YAML file, or the name of a shipped preset, that the flags lay over.")
+]
+TRAINING = (
+    "seed",
+    "dtype",
+    "device",
+    "load_in_4bit",
+    "load_in_8bit",
+    "overwrite",
+    "resume_from_checkpoint",
+    "report_to",
+    "op_backend",
+)
+KINDS: dict[str, type[RunSettings]] = {
+    "run": RunConfig,
+    "pretrain": PretrainConfig,
+    "gain-cell": GainCellRunConfig,
+    "landmark": LandmarkRunConfig,
+    "encoder": EncoderRunConfig,
+}
+"""Settings of each of the commands."""
+RUN_SETTINGS = (
+    "model_name_or_path",
+    "revision",
+    "output_dir",
+    *TRAINING,
+    "attention",
+    "softmax_layers",
+    "sliding_window",
+    "data",
+    "transfer",
+    "finetune",
+    "evaluation",
+    "push_to_hub",
+)
+
+
+def run_settings(
+    config: str | None, overrides: dict[str, Any], default_config: str | None, settings: type[Settings]
+) -> Settings:
+    """The settings of a run; one that resumes needs to name its directory alone."""
+    resume, output = overrides.get("resume_from_checkpoint"), overrides.get("output_dir")
+    if config is None and resume and output and (Path(output) / "config.yaml").is_file():
+        config = str(Path(output) / "config.yaml")
+        overrides = {"overwrite": False, **overrides}
+    return resolve(config or default_config, overrides, settings=settings)
+
+
+@command
+@with_settings(*RUN_SETTINGS)
+def run(
+    context: typer.Context,
+    preset: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="YAML file or the name of a shipped preset; the same as --config."),
+    ] = None,
+    *,
+    config: Config = None,
+    dry_run: Annotated[bool, typer.Option("--dry_run", help="Check everything and print the plan, then end.")] = False,
+    overrides: dict[str, Any],
+) -> None:
+    """Convert, transfer, finetune, evaluate and save, as a YAML file and flags say (flags win)."""
+    import linearize
+    from linearize.pipeline import plan
+
+    settings = run_settings(preset or config, overrides, context.obj, RunConfig)
+    if dry_run:
+        plan(settings).show()
+    else:
+        linearize.run(settings)
+
+
+@command
+@with_settings(*field_types(PretrainConfig), settings=PretrainConfig)
+def pretrain(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
+    """Train a stock softmax model from scratch on text, as a YAML file and flags say (flags win)."""
+    import linearize
+
+    linearize.pretrain(run_settings(config, overrides, context.obj, PretrainConfig))
+
+
+@command
+@with_settings(*field_types(GainCellRunConfig), settings=GainCellRunConfig)
+def gain_cell(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
+    """Train a model onto analog gain cells: linear cell, adaptation, nonlinear cell."""
+    import linearize
+
+    linearize.run_gain_cell(run_settings(config, overrides, context.obj, GainCellRunConfig))
+
+
+@command
+@with_settings(*field_types(LandmarkRunConfig), settings=LandmarkRunConfig)
+def landmark(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
+    """Train a model onto landmark attention, all weights, at a short context."""
+    import linearize
+
+    linearize.run_landmark(run_settings(config, overrides, context.obj, LandmarkRunConfig))
+
+
+@command
+@with_settings(*field_types(EncoderRunConfig), settings=EncoderRunConfig)
+def encoder(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
+    """Convert a BERT and train it: attention transfer, then its sentence embeddings or masked language modelling."""
+    import linearize
+
+    linearize.run_encoder(run_settings(config, overrides, context.obj, EncoderRunConfig))
+
+
+COMMANDS = {"run": run, "pretrain": pretrain, "gain-cell": gain_cell, "landmark": landmark, "encoder": encoder}
+
+
+def add_run_commands(app: typer.Typer) -> None:
+    """Make them commands of `app`."""
+    for name, function in COMMANDS.items():
+        app.command(name)(function)

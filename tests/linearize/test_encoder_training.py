@@ -1,0 +1,418 @@
+"""An encoder's stages: rows of sentences, masks, losses, the whole run, resuming it, and bad input."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from tiny_models import make_bert, make_student, perturb
+from tiny_runs import make_bert_directory, make_bert_tokenizer
+from torch.nn import functional
+from torch.utils.data import Subset
+from transformers import AutoModelForMaskedLM, BertForMaskedLM, pipeline
+
+import linearize
+from linearize.cli import main
+from linearize.conversion import load_encoder
+from linearize.data_rows import collate, held_out_documents, prepare_rows, split_sentences
+from linearize.encoder_settings import EmbeddingDistillationConfig, EncoderDataConfig, EncoderRunConfig, MaskedConfig
+from linearize.encoder_stages import run_encoder
+from linearize.encoder_training import distill_embeddings, train_masked, without_dropout
+from linearize.errors import UserError
+from linearize.evaluation.embeddings import (
+    EmbeddingEvaluation,
+    EmbeddingReport,
+    adjacent_pairs,
+    adjacent_recall,
+    embed,
+    rank_correlation,
+    sentence_embeddings,
+)
+from linearize.masking import Masking, masked_perplexity
+from linearize.settings import TransferConfig
+from linearize.settings_io import preset_names, resolve
+from linearize.transfer import transfer_attention
+from linearize.transfer_loss import LayerLosses
+
+DEMO_TEXT = Path(linearize.__file__).parent / "demo_text"
+MIXERS = {"linear": {"type": "linear", "window": 3, "sinks": 1}}
+STEPS = {"batch_size": 8, "tokens_per_step": 8 * 48, "logging_steps": 1}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def data(cache):
+    return {
+        "dataset": str(DEMO_TEXT / "train.jsonl.gz"),
+        "validation": str(DEMO_TEXT / "validation.jsonl.gz"),
+        "sequence_length": 48,
+        "max_tokens": 20_000,
+        "cache_dir": cache,
+    }
+
+
+@pytest.fixture
+def rows(data):
+    return prepare_rows(EncoderDataConfig(**data), make_bert_tokenizer())
+
+
+# --- rows
+
+
+def test_sentences_of_a_text():
+    text = 'One came home late. "Two were gone," he said. Was it (three or four)? Yes!\nA heading\nThis line has none'
+    assert split_sentences(text) == [
+        "One came home late.",
+        '"Two were gone," he said.',
+        "Was it (three or four)?",
+        "This line has none",
+    ]
+    assert split_sentences("1 2 3 4 5 6") == [] == split_sentences("")
+
+
+def test_rows_are_whole_sentences_between_marks(rows, data):
+    train, validation = rows
+    tokenizer = make_bert_tokenizer()
+    assert len(train) > 300 and len(validation) > 50 and train.sequence_length == 48
+    row = train[5]
+    real = row["input_ids"][row["attention_mask"].bool()]
+    assert real[0] == tokenizer.cls_token_id and real[-1] == tokenizer.sep_token_id
+    assert (row["input_ids"][len(real) :] == tokenizer.pad_token_id).all()
+    batch = collate([train[i] for i in range(4)])
+    longest = max(int(train.lengths[i]) for i in range(4))
+    assert batch["input_ids"].shape[1] - longest in range(8) and batch["input_ids"].shape[1] % 8 == 0
+    single = prepare_rows(EncoderDataConfig(**{**data, "sentences_per_row": 1}), tokenizer)[0]
+    assert single.lengths.mean() < train.lengths.mean()
+    again = prepare_rows(EncoderDataConfig(**data), tokenizer)[0]
+    assert torch.equal(again[7]["input_ids"], train[7]["input_ids"])
+
+
+def test_documents_are_carved_off(tmp_path, cache):
+    names = [first + second for first in "abcdefgh" for second in "vwxyz"]
+    texts = [f"Document {name} has one sentence. And then another one of {name} follows." for name in names]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*texts, texts[0]]))
+    config = {"dataset": str(tmp_path / "text.jsonl"), "sequence_length": 48, "cache_dir": cache}
+    config = EncoderDataConfig(**config, validation_documents=3)
+    train, validation = prepare_rows(config, make_bert_tokenizer())
+    held_out = held_out_documents(config)
+    assert len(held_out) == 3 and len(validation) in range(3, 7) and len(train) >= 36
+    kept = {tuple(train[i]["input_ids"].tolist()) for i in range(len(train))}
+    assert not kept & {tuple(validation[i]["input_ids"].tolist()) for i in range(len(validation))}
+
+
+# --- masks
+
+
+def test_masking_hides_a_share_of_ordinary_tokens():
+    tokenizer = make_bert_tokenizer()
+    masking = Masking.of(tokenizer, 0.15)
+    ids = torch.randint(40, 70, (64, 100))
+    ids[:, 0], ids[:, 80:] = tokenizer.cls_token_id, tokenizer.pad_token_id
+    mask = (torch.arange(100) < 80).long().expand(64, 100)
+    hidden = masking.hide({"input_ids": ids, "attention_mask": mask}, torch.Generator().manual_seed(0))
+    chosen = hidden["labels"] != -100
+    assert not chosen[:, 0].any() and not chosen[:, 80:].any()
+    assert abs(chosen[:, 1:80].double().mean() - 0.15) < 0.02
+    assert torch.equal(hidden["labels"][chosen], ids[chosen])
+    assert torch.equal(hidden["input_ids"][~chosen], ids[~chosen])
+    shown = hidden["input_ids"][chosen]
+    assert abs((shown == tokenizer.mask_token_id).double().mean() - 0.8) < 0.05
+    assert 0.07 < (shown == ids[chosen]).double().mean() < 0.15
+    tokenizer.mask_token = None
+    with pytest.raises(UserError, match="no mask token"):
+        Masking.of(tokenizer, 0.15)
+
+
+# --- evaluation
+
+
+def test_embeddings_are_means_over_real_tokens():
+    tokenizer, model = make_bert_tokenizer(), make_bert(vocab_size=85)
+    texts = ["two old cats slept", "the river ran past a small red house where two old cats slept", "snow"]
+    found = embed(model, tokenizer, texts, None, batch_size=2)
+    for text, row in zip(texts, found, strict=True):
+        with torch.no_grad():
+            states = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        assert torch.allclose(row.float(), functional.normalize(states.mean(0), dim=0), atol=1e-6)
+    states = torch.randn(2, 5, 4)
+    states[0, 3:] = torch.nan
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
+    assert torch.allclose(sentence_embeddings(states, mask).norm(dim=-1), torch.ones(2))
+
+
+def test_recall_and_rank_correlation():
+    ours, theirs = functional.normalize(torch.randn(2, 30, 6, dtype=torch.float64), dim=-1).unbind()
+    assert adjacent_recall(ours, ours) == 1.0
+    assert adjacent_recall(ours[:4], ours[[1, 0, 2, 3]]) == 0.5
+    ours[3] = ours[4]  # equal similarities share their rank
+    above = torch.triu_indices(30, 30, 1)
+    expected = spearmanr(*((x @ x.T)[above[0], above[1]] for x in (ours, theirs))).statistic
+    assert rank_correlation(ours, theirs) == pytest.approx(expected, abs=1e-6)
+    assert rank_correlation(ours[:2], theirs[:2]) is None
+
+
+def test_pairs_are_neighbours_of_one_document():
+    documents = [" ".join(f"This is sentence {n} of text {d}." for n in range(5)) for d in range(3)]
+    pairs = adjacent_pairs(documents, 10)
+    assert len(pairs) == 6 == len({sentence for pair in pairs for sentence in pair}) // 2
+    assert all(first.split()[-1] == second.split()[-1] for first, second in pairs)
+    assert adjacent_pairs(documents, 4) == pairs[:4] == adjacent_pairs([*documents, documents[0]], 4)
+    with pytest.raises(UserError, match="no two adjacent sentences"):
+        adjacent_pairs(["Only one sentence is here."], 4)
+
+
+def test_the_report_tells_students_from_the_teacher(tmp_path):
+    tokenizer, teacher = make_bert_tokenizer(), make_bert(vocab_size=85)
+    student = make_student(teacher, MIXERS)
+    perturb(student)
+    documents = [
+        "The river ran past a house. Two old cats slept in it. Nobody spoke to them there. Snow fell late in winter."
+    ]
+    evaluation = EmbeddingEvaluation(documents, tokenizer)
+    evaluation.measure("stock", teacher, None)
+    evaluation.measure("teacher arm", student, "teacher")
+    evaluation.measure("student", student)
+    first, arm, last = evaluation.report.rows
+    assert first.cosine == 1.0 and arm.cosine == pytest.approx(1.0, abs=1e-6) and last.cosine < 0.9999
+    evaluation.report.save(tmp_path)
+    saved = EmbeddingReport.from_dict(json.loads((tmp_path / "embeddings.json").read_text()))
+    assert saved.rows == evaluation.report.rows and "recall@1 of 2" in (tmp_path / "embeddings.md").read_text()
+
+
+# --- stages
+
+
+def test_transfer_looks_both_ways_and_past_padding(rows, tmp_path):
+    """The loss is that of the mechanism as the model runs it, and it falls; nothing else changes."""
+    student = make_student(make_bert(vocab_size=85), MIXERS)
+    batch = collate([rows[0][i] for i in range(4)])
+    with LayerLosses(student, "relative_mse") as losses:
+        losses.run(**batch, weights={"mixed": 1.0}, gradient_factor=None)
+        found = losses.means(torch.device("cpu"))["mixed"][0]
+    seen = []
+    attention = student.mixer_attentions()[0]
+    attention.observer = lambda *args: seen.append(args)
+    with torch.no_grad(), student.use_arm("teacher"):
+        student(**batch)
+    attention.observer = None
+    _, query, key, value, target, mask = seen[0]
+    ours = attention.mixer(query, key, value, mask, causal=False)
+    real = mask[:, None, :, None]
+    expected = ((ours - target) * real).square().sum() / (target * real).square().sum()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    config = TransferConfig(max_steps=25, **STEPS)
+    validation = Subset(rows[1], range(3))
+    result = transfer_attention(student, rows[0], config, output_dir=tmp_path, validation=validation)
+    means = torch.tensor(result.losses_per_layer).mean(1)
+    assert means[-5:].mean() < 0.9 * means[:5].mean()
+    changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == set(student.mixer_state_dict())
+
+
+@pytest.mark.parametrize("train", ["all", "attention"])
+def test_distillation_brings_the_embeddings_closer(train, rows, data, tmp_path):
+    teacher = make_bert(vocab_size=85, hidden_dropout_prob=0.1)
+    student = make_student(teacher, MIXERS, ["linear", "softmax", "linear"])
+    perturb(student)
+    tokenizer = make_bert_tokenizer()
+    documents = held_out_documents(EncoderDataConfig(**data))
+    evaluation = EmbeddingEvaluation(documents, tokenizer, pairs=60, max_length=48)
+    evaluation.measure("teacher", teacher, None)
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    first = evaluation.measure("before", student).cosine
+    rates = {"learning_rate": 1e-3, "mixer_learning_rate": 1e-2}
+    config = EmbeddingDistillationConfig(max_steps=80, warmup_steps=2, train=train, **rates, **STEPS)
+    result = distill_embeddings(student, teacher, rows[0], config, output_dir=tmp_path, device="cpu")
+    last = evaluation.measure("after", student).cosine
+    assert 1 - last < 0.5 * (1 - first) and len(result.losses) == 80
+    changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
+    names = {name.split(".")[0] for name in changed}
+    assert names == ({"embeddings", "encoder"} if train == "all" else {"encoder"})
+    converted = ("encoder.layer.0.attention", "encoder.layer.2.attention")
+    attention = {name for name in before if name.startswith(converted)}
+    assert changed == attention if train == "attention" else attention <= changed
+    assert student.embeddings.dropout.p == 0.1 and all(p.requires_grad for p in student.parameters())
+    record = json.loads(result.log_path.read_text().splitlines()[-1])
+    assert record["loss"] == pytest.approx(record["embedding"] + record["similarity"] + record["hidden"], rel=1e-4)
+
+
+def test_masked_language_modelling_learns(rows, tmp_path):
+    student = make_student(make_bert(kind=BertForMaskedLM, vocab_size=85), MIXERS)
+    tokenizer = make_bert_tokenizer()
+    masking = Masking.of(tokenizer, 0.15)
+    held_out = [rows[1][i] for i in range(40)]
+    first = masked_perplexity(student, held_out, masking)
+    assert masked_perplexity(student, held_out, masking, batch_size=40) == pytest.approx(first, rel=0.2)
+    config = MaskedConfig(max_steps=40, warmup_steps=2, learning_rate=3e-3, **STEPS)
+    train_masked(student, tokenizer, rows[0], config, output_dir=tmp_path, device="cpu")
+    assert masked_perplexity(student, held_out, masking) < 0.6 * first
+    with pytest.raises(UserError, match="no masked-language-modelling head"):
+        train_masked(make_student(make_bert(vocab_size=85), MIXERS), tokenizer, rows[0], config, output_dir=tmp_path)
+
+
+def test_a_teacher_of_another_width_is_refused(rows, tmp_path):
+    student = make_student(make_bert(vocab_size=85), MIXERS)
+    with pytest.raises(UserError, match="width of the teacher is 32, but 64 of the student"):
+        distill_embeddings(
+            student, make_bert(hidden_size=32), rows[0], EmbeddingDistillationConfig(), output_dir=tmp_path
+        )
+
+
+def test_dropout_is_switched_off_and_on():
+    student = make_student(make_bert(hidden_dropout_prob=0.5, attention_probs_dropout_prob=0.5), MIXERS).train()
+    ids = torch.randint(3, 80, (2, 12))
+    for arm in ("mixed", "teacher"):
+        with student.use_arm(arm):
+            with without_dropout(student):
+                assert torch.equal(*(student(ids).last_hidden_state for _ in range(2)))
+            assert not torch.equal(*(student(ids).last_hidden_state for _ in range(2)))
+
+
+# --- the run
+
+
+@pytest.fixture
+def settings(tmp_path, data):
+    teacher = make_bert_directory(tmp_path / "teacher", kind=BertForMaskedLM, sentences=True)
+    steps = {**STEPS, "max_steps": 6, "warmup_steps": 1, "save_steps": 3}
+    return {
+        "model_name_or_path": str(teacher),
+        "output_dir": str(tmp_path / "out"),
+        "device": "cpu",
+        "attention": {"type": "linear", "window": 3, "sinks": 1},
+        "softmax_layers": [1],
+        "data": data,
+        "transfer": {**STEPS, "max_steps": 4},
+        "mlm": steps,
+        "distillation": steps,
+        "evaluation": {"pairs": 20},
+    }
+
+
+ROWS = [
+    "teacher",
+    "student after conversion",
+    "student after attention transfer",
+    "student after masked language modelling",
+    "student",
+    "student, window and sinks alone",
+    "student, linear branch alone",
+]
+
+
+@pytest.mark.slow
+def test_a_run_leaves_figures_and_a_repository(settings, tmp_path, capsys):
+    result = run_encoder(settings)
+    figures = {row["name"]: row for row in result.report["embeddings"]["rows"]}
+    assert list(figures) == ROWS
+    assert all(row["masked_perplexity"] > 1 and 0 < row["cosine"] <= 1.0001 for row in figures.values())
+    assert figures["student"]["cosine"] > figures["student after masked language modelling"]["cosine"]
+    assert result.report["tokens"] == {"transfer": 4 * 384, "mlm": 6 * 384, "distillation": 6 * 384}
+    student = linearize.load_student(result.final)
+    assert type(student).__name__ == "LinearizedBertForMaskedLM"
+    assert student.config.mixer_types == ["linear", "softmax", "linear"]
+    assert (result.final / "1_Pooling" / "config.json").is_file() and (result.final / "modules.json").is_file()
+    card = (result.final / "README.md").read_text()
+    assert "Embeddings of 40 held-out sentences" in card and "masked perplexity" in card and "fill-mask" in card
+    assert str(tmp_path) not in (result.final / "linearize.json").read_text()
+    assert pipeline("fill-mask", model=str(result.final), trust_remote_code=True)("two old [MASK] slept")
+    assert isinstance(AutoModelForMaskedLM.from_pretrained(result.final), type(student))
+    with pytest.raises(UserError, match="already holds a run"):
+        run_encoder(settings)
+
+    # A run that lost its end goes on from the last checkpoints and gives the same weights and figures.
+    shutil.rmtree(result.final)
+    (result.output_dir / "report.json").unlink()
+    shutil.rmtree(result.output_dir / "checkpoints" / "distillation" / "step-6")
+    again = run_encoder({**settings, "resume_from_checkpoint": True})
+    for name, tensor in linearize.load_student(again.final).state_dict().items():
+        assert torch.allclose(tensor, student.state_dict()[name], atol=1e-6), name
+    for row in again.report["embeddings"]["rows"]:
+        assert row["cosine"] == pytest.approx(figures[row["name"]]["cosine"], abs=1e-5)
+    capsys.readouterr()
+    run_encoder({**settings, "resume_from_checkpoint": True})
+    assert "is complete" in capsys.readouterr().out
+
+
+def test_the_command_and_the_evaluation(settings, tmp_path, capsys):
+    import yaml
+
+    settings |= {"mlm": None, "distillation": None, "evaluation": None}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["encoder", "--config", str(tmp_path / "tiny.yaml"), "--transfer.max_steps", "2"]) == 0
+    final, text = str(tmp_path / "out" / "final"), str(DEMO_TEXT / "README.md")
+    text = shutil.copy(text, tmp_path / "text.txt")
+    capsys.readouterr()
+    flags = ["--text", str(text), "--batch_size", "8", "--device", "cpu"]
+    assert main(["evaluate", str(tmp_path / "out"), *flags, "--output", str(tmp_path / "figures")]) == 0
+    own = json.loads((tmp_path / "figures" / "embeddings.json").read_text())["rows"]
+    assert [row["name"] for row in own] == ["teacher", "student", "student, softmax arm", "student, linear arm"]
+    teacher = settings["model_name_or_path"]
+    assert main(["evaluate", final, *flags, "--teacher", teacher, "--output", str(tmp_path / "figures")]) == 0
+    assert json.loads((tmp_path / "figures" / "embeddings.json").read_text())["rows"][1]["cosine"] == pytest.approx(
+        own[1]["cosine"], abs=1e-6
+    )
+    assert main(["evaluate", teacher, *flags]) == 0
+    assert "cosine to the teacher" in capsys.readouterr().out
+    assert type(load_encoder(final)).__name__ == "LinearizedBertForMaskedLM"
+    record = json.loads((tmp_path / "out" / "final" / "linearize.json").read_text())
+    record["tokens"]["distillation"] = 5
+    (tmp_path / "out" / "final" / "linearize.json").write_text(json.dumps(record))
+    assert main(["evaluate", final, *flags]) == 2
+    assert "name the teacher with --teacher" in capsys.readouterr().err
+    assert main(["evaluate", final, *flags, "--speed"]) == 2
+    assert "measured by its embeddings" in capsys.readouterr().err
+
+
+def test_presets_are_valid():
+    assert set(preset_names(EncoderRunConfig)) >= {"minilm_linear", "bert_base_linear"}
+    for name in preset_names(EncoderRunConfig):
+        config = resolve(name, settings=EncoderRunConfig)
+        for part in (config.transfer, config.mlm, config.distillation):
+            if part is not None:
+                assert part.plan(config.data.sequence_length).tokens_per_step == part.tokens_per_step, name
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--attention.type", "gain_cell"], "choose one of linear"),
+        (["--attention", "{{type: linear, windw: 3}}"], "windw"),
+        (["--data.sequence_length", "128"], "the teacher has 64 positions"),
+        (["--data.sentences_per_row", "0"], "at least 1"),
+        (["--data.format", "chat"], "plain text"),
+        (["--mlm.mask_probability", "1"], "below 1"),
+        (["--distillation.hidden_weight", "-1"], "must not be negative"),
+        (["--distillation.train", "heads"], "one of all, attention"),
+        (["--evaluation.pairs", "0"], "at least 1"),
+        (["--mlm.tokens_per_step", "3072"], "no masked-language-modelling head"),
+        (["--distillation.batch_size", "7"], "multiple"),
+        (["--transfer.tokens_per_step", "100"], "transfer.tokens_per_step is 100"),
+        (["--evaluation.texts", "{train}"], "part of the training data"),
+        (["--model_name_or_path", "{llama}"], "is no encoder"),
+    ],
+)
+def test_bad_input_is_one_sentence(flags, sentence, data, tmp_path, capsys):
+    from tiny_runs import make_teacher_directory
+
+    places = {"train": data["dataset"], "llama": ""}
+    if "{llama}" in flags:
+        places["llama"] = make_teacher_directory(tmp_path / "llama")
+    teacher = make_bert_directory(tmp_path / "teacher")
+    base = ["--model_name_or_path", str(teacher), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
+    base += ["--transfer", "none", "--distillation.max_steps", "1", "--data.max_tokens", "2000"]
+    base += [f"--data.{name}={data[name]}" for name in ("dataset", "validation", "cache_dir")]
+    base += ["--data.sequence_length", "48", "--distillation.tokens_per_step", "3072", "--evaluation.pairs", "4"]
+    capsys.readouterr()
+    assert main(["encoder", *base, *(word.format(**places) for word in flags)]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error and error.count("\n") == 1
+    assert not (tmp_path / "out" / "final").exists()
