@@ -53,6 +53,9 @@ def run_retrieval(query, key, value, blocks, *, position, first, top_k, selectio
     batch, heads, _, dim = query.shape
     count, size = key.shape[2:4]
     lanes = _Lanes(position, first, count, size)
+    if selection != "head" and lanes.width > 1 and blocks.key.device != query.device:
+        # What many queries select for themselves is nearly everything: it comes once, for this call.
+        blocks = blocks._replace(key=blocks.key.to(query.device), value=blocks.value.to(query.device))
     scaling = dim**-0.5 if scaling is None else scaling
     stored = blocks.index.shape[1]
     if top_k >= stored:
@@ -228,7 +231,12 @@ def _read_few(call, turned, scores, slots, valid, behind):
     flat = (row[..., None, None] * stored + slots).flatten()
 
     def fetch(x: Tensor) -> Tensor:
-        picked = x.flatten(0, 2).index_select(0, flat.to(x.device))
+        rows = x.flatten(0, 2)
+        if x.device == slots.device:
+            picked = rows.index_select(0, flat)
+        else:
+            picked = torch.empty(len(flat), *rows.shape[1:], dtype=x.dtype, pin_memory=slots.is_cuda)
+            torch.index_select(rows, 0, flat.to(x.device), out=picked)
         return picked.to(slots.device, non_blocking=True).view(*slots.shape, *x.shape[3:])
 
     key, value = fetch(call.blocks.key), fetch(call.blocks.value)[..., :-1, :].flatten(4, 5)
