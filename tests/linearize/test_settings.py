@@ -73,7 +73,8 @@ def test_every_preset_is_valid():
     names = preset_names()
     assert {"llama3_8b_linear", "llama3_8b_lolcats", "mistral_7b", "smollm2_135m"} <= set(names)
     for name in names:
-        assert resolve(name).attention["type"] == ("gain_cell" if "gain_cell" in name else "linear")
+        kind = next((kind for kind in ("gain_cell", "landmark", "cosine") if kind in name), "linear")
+        assert resolve(name).attention["type"] == kind
 
 
 def test_our_preset_is_the_defaults_of_the_mechanism():

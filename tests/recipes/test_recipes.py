@@ -23,6 +23,7 @@ from transformers import BertForMaskedLM
 
 from linearize.encoder_settings import EncoderRunConfig
 from linearize.gain_cell_stages import GainCellRunConfig
+from linearize.landmark_stages import LandmarkRunConfig
 from linearize.pretraining import PretrainConfig
 from linearize.settings import RunConfig
 from linearize.settings_io import flat_names, preset_names, resolve
@@ -32,7 +33,16 @@ RECIPE = ROOT / "recipes" / "linearize_llama3.py"
 PRETRAIN = ROOT / "recipes" / "pretrain.py"
 GPT2 = ROOT / "recipes" / "linearize_gpt2.py"
 BERT = ROOT / "recipes" / "linearize_bert.py"
-SETTINGS = {RECIPE: RunConfig, PRETRAIN: PretrainConfig, GPT2: GainCellRunConfig, BERT: EncoderRunConfig}
+MISTRAL = ROOT / "recipes" / "linearize_mistral.py"
+LANDMARK = ROOT / "recipes" / "linearize_landmark.py"
+SETTINGS = {
+    RECIPE: RunConfig,
+    MISTRAL: RunConfig,
+    PRETRAIN: PretrainConfig,
+    GPT2: GainCellRunConfig,
+    LANDMARK: LandmarkRunConfig,
+    BERT: EncoderRunConfig,
+}
 """Recipe -> what its YAML files and flags set."""
 
 LOAD = """
@@ -280,6 +290,6 @@ def test_commands_in_the_docstring_name_files_and_flags_that_exist(recipe):
     text = recipe.read_text().partition('"""')[2].partition('"""')[0]
     for path in re.findall(r"recipes/\S+\.(?:py|yaml)", text):
         assert (ROOT / path).is_file(), path
-    known = {*flat_names(settings), "config", "dry_run", "help", "config_file", "num_processes"}
+    known = {*flat_names(settings), "config", "dry_run", "help", "config_file", "num_processes", "passkey"}
     assert set(re.findall(r"--([\w.]+)", text)) <= known
     assert set(re.findall(r"--config (\w+)(?!\.)\b", text)) - {"my"} <= set(preset_names(settings))
