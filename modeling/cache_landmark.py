@@ -34,13 +34,14 @@ class LandmarkStateLayer(StateLayer):
 
     Attributes:
         longest: upper bound of any row's tokens, landmarks counted, known without asking a GPU.
+        on_cpu: whether blocks are kept in CPU memory.
     """
 
     _layer_type = "linearize_landmark_1"
 
     def __init__(self, **kwargs):
         super().__init__()
-        self.longest = 0
+        self.longest, self.on_cpu = 0, False
 
     def append(
         self, key: Tensor, value: Tensor, landmarks, size: int, max_blocks: int | None, offload: bool
@@ -57,6 +58,7 @@ class LandmarkStateLayer(StateLayer):
         batch, groups, length, dim = key.shape
         position = landmarks.position
         state: LandmarkState | None = self.state
+        self.on_cpu = offload
         if state is None:
             zeros = key.new_zeros(batch, groups, size, dim)
             state = _empty(key, size, offload)._replace(tail_key=zeros, tail_value=zeros)
@@ -97,8 +99,13 @@ class LandmarkStateLayer(StateLayer):
         """Nothing of what lies on the CPU by its setting comes back."""
         state = self.state
         if state is not None and state.landmark.device != self.device:
-            moved = {name: x.to(self.device, non_blocking=True) for name, x in state._asdict().items()}
-            self.state = LandmarkState(**moved)
+            stays = ("key", "value") if self.on_cpu else ()
+            self.state = LandmarkState(
+                **{
+                    name: x if name in stays else x.to(self.device, non_blocking=True)
+                    for name, x in state._asdict().items()
+                }
+            )
 
 
 def _empty(like: Tensor, size: int, offload: bool) -> LandmarkState:
