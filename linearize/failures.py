@@ -14,6 +14,7 @@ import errno
 import functools
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ from linearize.errors import UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+PATIENCE = 30  # seconds
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
 
@@ -86,6 +88,8 @@ def guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     except UserError as error:
         if is_main_process() or is_out_of_memory(error.__cause__ or error):
             say(str(error))
+        else:
+            time.sleep(PATIENCE)  # the launcher ends all processes with the first one, and the main one has to speak
         return EXIT_USER_ERROR
     except KeyboardInterrupt as interrupt:
         if is_main_process():

@@ -114,7 +114,14 @@ def _check_model(settings: LandmarkRunConfig) -> None:
             f"{settings.model_name_or_path} is a {teacher.model_type} model, which cannot be converted: supported are "
             f"{', '.join(BACKBONES)}"
         )
-    student_config(teacher, backbone.config, settings.attention, None, None, (), settings.sliding_window)
+    config: Any = student_config(teacher, backbone.config, settings.attention, None, None, (), settings.sliding_window)
+    length, places = settings.data.sequence_length, config.mixer(0).block_size - 1
+    learned = config.model_type.endswith("gpt2")
+    if learned and length + length // places > config.max_position_embeddings:
+        raise UserError(
+            f"data.sequence_length is {length}, which with a landmark after every {places} tokens is more than the "
+            f"{config.max_position_embeddings} positions of {settings.model_name_or_path}: lower it."
+        )
 
 
 class _Stages(StagedRun):

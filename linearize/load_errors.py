@@ -1,6 +1,7 @@
 """What went wrong while reading a checkpoint, in one sentence."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 from huggingface_hub import errors as hub_errors
@@ -40,7 +41,8 @@ def explain(source: str, what: str, error: BaseException) -> str | None:
     missing = caused_by(hub_errors.RepositoryNotFoundError) and not gated  # the one class is below the other
     if gated or ("gated repo" in text and not missing):  # the Hub's answer about a missing one speaks of both
         return f"{source} is a gated repository: ask for access on its page, then {LOGIN}"
-    if ("401" in text and not missing) or "Invalid credentials" in text or "token is invalid" in text.lower():
+    unauthorised = bool(re.search(r"\b401\b", text)) and not missing
+    if unauthorised or "Invalid credentials" in text or "token is invalid" in text.lower():
         return f"the Hub refused the token for {source}: {LOGIN}"
     if caused_by(hub_errors.RevisionNotFoundError) or "is not a valid git identifier" in text:
         return f"{source} has no such revision: check --revision"

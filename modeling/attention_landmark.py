@@ -33,9 +33,10 @@ class LandmarkAttentionConfig:
     """Blocks that a query reads beside its own; no query and key are further apart than (top_k + 2) x block_size."""
     selection: str = "token_and_head"
     """Which blocks a query reads: the best for each token and head (`token_and_head`); for each head, shared by the
-    call's tokens of a block (`head`); for each token, shared by the heads (`token`)."""
+    call's tokens of a block (`head`), the later ones of the call among them, so that what a token reads depends on how
+    the text is cut into calls; for each token, shared by the heads (`token`)."""
     max_blocks: int | None = None
-    """Blocks that the cache holds, the last ones; none: all."""
+    """Blocks that a query may read from, the last ones; the cache holds up to twice as many. None: all."""
     offload: bool = False
     """Keep blocks in CPU memory and their landmarks on the GPU; a step moves only the blocks that are read."""
     block_dropout: float = 0.0

@@ -209,7 +209,7 @@ class MixerModelMixin(ModelBase):
         batch, tokens, _ = embeddings.shape
         past = None
         if cache is not None and cache.layers and getattr(cache.layers[0], "state", None) is not None:
-            past = cache.layers[0].state.count
+            past = cache.layers[0].state.count.to(embeddings.device)
         simple = attention_mask is None
         if attention_mask is None:
             real = torch.ones(batch, tokens, dtype=torch.bool, device=embeddings.device)

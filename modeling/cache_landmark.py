@@ -59,6 +59,8 @@ class LandmarkStateLayer(StateLayer):
         position = landmarks.position
         state: LandmarkState | None = self.state
         self.on_cpu = offload
+        if state is not None and state.key.is_inference() and not torch.is_inference_mode_enabled():
+            state = LandmarkState(*(x.clone() for x in state))  # what inference mode made cannot be filled outside it
         if state is None:
             zeros = key.new_zeros(batch, groups, size, dim)
             state = _empty(key, size, offload)._replace(tail_key=zeros, tail_value=zeros)
@@ -81,6 +83,7 @@ class LandmarkStateLayer(StateLayer):
         if max_blocks is not None and state.index.shape[1] > 2 * max(max_blocks + 1, FEWEST):
             state = _moved(state, max_blocks + 1)  # after a long call
         self.store(state, landmarks.tokens)
+        self.device = count.device  # not that of the blocks, which may lie elsewhere
         return (filled[0][:, :, :-1], filled[1][:, :, :-1]), first, blocks
 
     def _with_room(self, state: LandmarkState, touched: int, size: int, max_blocks: int | None) -> LandmarkState:

@@ -100,7 +100,7 @@ class StateLayer(CacheLayerMixin):
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._map(lambda x: x[indices])
+        self._map(lambda x: x[indices.to(x.device) if isinstance(indices, Tensor) else indices])
 
     def offload(self) -> None:
         self._map(lambda x: x.to("cpu", non_blocking=True))

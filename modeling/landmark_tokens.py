@@ -7,7 +7,8 @@ of a row, counted from its first; the last, incomplete block of a row has none y
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -67,8 +68,19 @@ class Landmarks:
 
     def insert(self, embeddings: Tensor, landmark: Tensor) -> Tensor:
         """`(B, T, width)` to `(B, L, width)`."""
-        rows = landmark.to(embeddings.dtype).expand(embeddings.shape[0], 1, -1)
+        rows = landmark.to(embeddings).expand(embeddings.shape[0], 1, -1)
         return _along(torch.cat([embeddings, rows, torch.zeros_like(rows)], dim=1), self.source)
+
+    def to(self, device, non_blocking: bool = False) -> "Landmarks":
+        """A copy on another device, for layers that lie there."""
+        moved: dict[str, Any] = {
+            field.name: value.to(device, non_blocking=non_blocking)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        if self.rotary is not None:
+            moved["rotary"] = tuple(x.to(device, non_blocking=non_blocking) for x in self.rotary)
+        return replace(self, **moved)
 
     def extract(self, hidden: Tensor, after: bool = False) -> Tensor:
         """`(B, L, width)` to `(B, T, width)`; `after`: of a token that a landmark follows, the landmark's."""
@@ -76,7 +88,7 @@ class Landmarks:
 
 
 def _along(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+    return x.gather(1, index.to(x.device)[..., None].expand(-1, -1, x.shape[-1]))
 
 
 class LandmarkTokens(nn.Module):
@@ -93,6 +105,10 @@ class LandmarkTokens(nn.Module):
         self.embedding = nn.Parameter(torch.empty(width, dtype=torch.float32))
         self.output = nn.Parameter(torch.empty(width, dtype=torch.float32)) if self.include_in_loss else None
         self.call: tuple[Landmarks, Tensor] | None = None  # the last one, for the loss of published labels
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles, which leave the last call behind."""
+        return {**self.__dict__, "call": None}
 
     def reset_parameters(self) -> None:
         for row in self.parameters():
@@ -165,9 +181,9 @@ def through_landmarks(forward: Callable) -> Callable:
         if given.get("token_type_ids") is not None:
             raise ValueError("a model with landmark attention takes no token_type_ids: leave them out")
         return_dict = given.pop("return_dict", None)
+        if self.training and (given.get("past_key_values") is None or self.is_gradient_checkpointing):
+            given |= {"use_cache": False, "past_key_values": None}  # what trains sees all blocks, a cache retrieves
         landmarks = self.place_landmarks(embeddings, mask, given.get("past_key_values"))
-        if self.training and given.get("past_key_values") is None:
-            given["use_cache"] = False  # what trains sees all blocks, a cache retrieves
         given["inputs_embeds"] = landmarks.insert(embeddings, tokens.embedding)
         given["attention_mask"] = None if landmarks.position_is_simple else landmarks.position >= 0
         given["position_ids"] = landmarks.position.clamp(min=0)

@@ -119,8 +119,9 @@ class LinearizedGPT2Model(LinearizedGPT2PreTrainedModel, GPT2Model):
         if position_ids is None:
             position_ids = real_positions(attention_mask, length, past, hidden_states.device)
         tokens = past + length
-        # Padding takes no position. On a GPU to ask would stop the host, so it is asked only in doubt.
-        if tokens > self.max_positions or position_ids.device.type == "cpu":
+        # Padding takes no position, a landmark does. On a GPU to ask would stop the host: it is asked only in doubt.
+        doubtful = tokens > self.max_positions or kwargs.get("landmarks") is not None
+        if doubtful or position_ids.device.type == "cpu":
             tokens = int(position_ids.max()) + 1
         self.check_positions(tokens)
         causal_mask, padding_mask = layer_masks(self, hidden_states, attention_mask, position_ids, past_key_values)

@@ -11,7 +11,7 @@ shared out among its F tokens by their own softmax. Written as one softmax over 
 `s_j` for a local token and `s_j - logsumexp_c(s) + s_landmark(c)` for a token of an earlier block c.
 
 Source: Mohtashami and Jaggi 2023 (arXiv 2305.16300). Windows of one block, which make a result independent of the
-calls that the text comes in, are this project's.
+calls that the text comes in (but for `selection="head"`, whose queries of a call choose together), are this project's.
 """
 
 from torch import Tensor

@@ -62,19 +62,25 @@ def run_retrieval(query, key, value, blocks, *, position, first, top_k, selectio
         selection = "head"  # whichever it is, all are selected
     call = _Call(blocks, min(top_k, stored), selection, max_blocks, rotary, scaling)
     groups = lanes.spread(query)  # (B, H, U, w, D)
-    if _reads_all(call, lanes.width, query.device):
-        elements = lanes.width * blocks.index.shape[1] * max(size, dim)
+    wide = lanes.width
+    if _reads_all(call, wide, query.device):
+        each = batch * heads * blocks.index.shape[1] * max(size, dim)  # of a lane
+        wide = min(wide, max(2, TILE_ELEMENTS // max(1, each)))
     else:
-        elements = (1 if call.selection == "head" else lanes.width) * call.top_k * size * dim
-    step = max(1, TILE_ELEMENTS // max(1, batch * heads * elements))
+        each = batch * heads * call.top_k * size * dim // (wide if selection == "head" else 1)
+    step = max(1, TILE_ELEMENTS // max(1, each * wide))
     outputs = []
     for start in range(0, count, step):
-        part = slice(start, start + step)
-        tile = (groups[:, :, part], key[:, :, part], value[:, :, part], lanes.own[:, part], lanes.place[:, part])
-        if torch.is_grad_enabled() and query.requires_grad and count > step:
-            outputs.append(checkpoint(for_training(_attend), call, *tile, use_reentrant=False))
-        else:
-            outputs.append(for_training(_attend)(call, *tile))
+        part, pieces = slice(start, start + step), []
+        for lane in range(0, lanes.width, wide):
+            some = slice(lane, lane + wide)
+            tile = (groups[:, :, part, some], key[:, :, part], value[:, :, part], lanes.own[:, part])
+            run, place = for_training(_attend), lanes.place[:, part, some]
+            if torch.is_grad_enabled() and query.requires_grad and (count > step or wide < lanes.width):
+                pieces.append(checkpoint(run, call, *tile, place, use_reentrant=False))
+            else:
+                pieces.append(run(call, *tile, place))
+        outputs.append(torch.cat(pieces, dim=3))
     return lanes.collect(torch.cat(outputs, dim=2)).to(query.dtype)
 
 

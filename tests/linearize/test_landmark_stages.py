@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make_mistral, make_teacher
+from tiny_models import make_gpt2, make_mistral, make_teacher
 from tiny_runs import make_teacher_directory
 from transformers import AutoModelForCausalLM
 
@@ -120,6 +120,13 @@ def test_attention_transfer_is_refused(tmp_path, data, capsys):
     assert main(["run", *arguments]) == 2
     error = capsys.readouterr().err
     assert "set transfer to none" in error and "Traceback" not in error and not (tmp_path / "out").exists()
+
+
+def test_landmarks_count_among_learned_positions(settings, tmp_path):
+    teacher = make_teacher_directory(tmp_path / "gpt2", make=make_gpt2, n_positions=64)
+    with pytest.raises(UserError, match="more than the 64 positions"):
+        run_landmark({**settings, "model_name_or_path": str(teacher)})
+    assert not (tmp_path / "out").exists()
 
 
 def test_presets_are_valid():

@@ -1,5 +1,6 @@
 """Models with landmark attention: landmarks that nobody sees, labels, blocks in the cache, what is refused."""
 
+import copy
 from contextlib import nullcontext
 
 import pytest
@@ -267,6 +268,41 @@ def test_rows_of_different_lengths_and_beams(ids):
     together = model.generate(ids, attention_mask=mask, **options)
     alone = model.generate(ids[:1, 10:], attention_mask=mask[:1, 10:], **options)
     assert torch.equal(together[:1, 10:], alone)
+
+
+def test_a_cache_of_inference_mode_goes_on_outside_it(ids):
+    model, cache = make(), None
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(ids[:, :20], past_key_values=cache)
+    with torch.no_grad():
+        pieces = [model(piece, past_key_values=cache).logits for piece in ids[:, 20:].split(2, dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids).logits[:, 20:], rtol=0, atol=1e-5)
+
+
+def test_copies_leave_the_last_call_behind(ids):
+    model = make(include_landmark_in_loss=True).train()
+    model(ids)
+    copied = copy.deepcopy(model)
+    torch.testing.assert_close(copied(ids, labels=ids).loss, model(ids, labels=ids).loss)
+
+
+def test_long_groups_are_cut_by_lanes(ids, monkeypatch):
+    import linearize.modeling.op_landmark_retrieval as retrieval
+
+    model = make()
+    with torch.no_grad():
+        whole = model(ids).logits
+        monkeypatch.setattr(retrieval, "TILE_ELEMENTS", 1)
+        torch.testing.assert_close(model(ids).logits, whole, rtol=0, atol=1e-5)
+
+
+def test_landmarks_go_where_a_layer_lies():
+    plan = Landmarks.plan(torch.ones(2, 7).bool(), None, 4, simple=True)
+    plan.rotary = torch.ones(3, 4), torch.zeros(3, 4)
+    moved = plan.to("meta")
+    assert {moved.position.device.type, moved.rotary[0].device.type, moved.slot.device.type} == {"meta"}
+    assert moved.tokens == 7
 
 
 # --- refusals
