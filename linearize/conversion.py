@@ -13,7 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from linearize.errors import UserError
 from linearize.load_errors import explained
-from linearize.modeling import BACKBONES, PREFIX, is_encoder
+from linearize.modeling import BACKBONES, PREFIX, Backbone, is_encoder
 from linearize.quantization import keep_differentiable
 
 logger = logging.getLogger(__name__)
@@ -71,9 +71,7 @@ def convert(
     source = str(model_name_or_path)
     where = {"revision": revision, "token": token}
     teacher_config = load_config(source, **where)
-    backbone = BACKBONES.get(teacher_config.model_type)
-    if backbone is None:
-        raise UserError(_unsupported(source, teacher_config))
+    backbone = teacher_backbone(source, teacher_config)
     config = student_config(
         teacher_config, backbone.config, attention, mixer_types, mixers, softmax_layers, sliding_window
     )
@@ -301,12 +299,18 @@ def _first_reason(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def _unsupported(source: str, config: PreTrainedConfig) -> str:
+def teacher_backbone(source: str, config: PreTrainedConfig) -> Backbone:
+    """The backbone of a checkpoint that is to be converted.
+
+    Raises:
+        UserError: it cannot be, or is converted already.
+    """
     if config.model_type.startswith(PREFIX):
-        return f"{source} is converted already: load it with load_student, or convert its teacher"
-    return (
-        f"{source} is a {config.model_type} model, which cannot be converted yet: supported are {', '.join(BACKBONES)}"
-    )
+        raise UserError(f"{source} is converted already: load it with load_student, or convert its teacher")
+    if config.model_type not in BACKBONES:
+        kind, known = config.model_type, ", ".join(BACKBONES)
+        raise UserError(f"{source} is a {kind} model, which cannot be converted yet: supported are {known}")
+    return BACKBONES[config.model_type]
 
 
 def check_loaded(source: str, info: dict, model: Any) -> None:

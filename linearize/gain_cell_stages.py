@@ -22,10 +22,10 @@ from typing import Any, ClassVar, Literal
 from linearize.failures import stage
 from linearize.pretraining import PretrainingConfig
 from linearize.run_directory import FINAL
-from linearize.settings import AdaptationConfig, DataConfig, DistillationConfig, RunSettings, TransferConfig
+from linearize.settings import AdaptationConfig, DistillationConfig, TransferConfig
 from linearize.settings_io import resolve
 from linearize.settings_values import convert_fields, require
-from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun
+from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun, StagedRunConfig
 
 TRAINED = {
     "teacher": TEACHER,
@@ -52,7 +52,7 @@ class RefinementConfig(PretrainingConfig):
 
 
 @dataclass
-class GainCellRunConfig(RunSettings):
+class GainCellRunConfig(StagedRunConfig):
     """A whole run onto gain cells."""
 
     preset_folder: ClassVar[str] = "gain_cell"
@@ -61,18 +61,8 @@ class GainCellRunConfig(RunSettings):
     """The teacher: a Hub id or a local directory."""
     output_dir: str = "out_gain_cell"
     """The run directory: config.yaml, a directory for each stage, plots, report.json and final."""
-    overwrite: bool = False
-    """Replace a run that `output_dir` already holds."""
-    resume_from_checkpoint: bool = False
-    """Continue the run in `output_dir`, in the stage where it stopped."""
-    seed: int = 0
-    """Seed of the order of the data."""
-    device: Literal["auto", "cpu"] = "auto"
-    """The process's GPU, else the CPU; or the CPU."""
     attention: dict[str, Any] = field(default_factory=lambda: {"type": "gain_cell"})
     """Settings of gain-cell attention: window, cell, gradient; `cell_kind` is each stage's own."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Training and validation text."""
     transfer: TransferConfig | None = field(default_factory=_transfer)
     """Attention transfer of the linear cell's scalers before stage A; none leaves it out."""
     linear: PretrainingConfig = field(default_factory=PretrainingConfig)
@@ -85,13 +75,6 @@ class GainCellRunConfig(RunSettings):
     """Stage B."""
     statistics_sequences: int = 32
     """Training sequences that moments and statistics are taken over."""
-    train_teacher: bool = True
-    """Train the teacher first, on as many tokens as all stages: the fair yardstick."""
-    distillation: DistillationConfig | None = field(default_factory=DistillationConfig)
-    """In both stages, learn from a teacher as well; `teacher` none: the one that was trained first, else the untouched
-    one. None: the labels alone, as published."""
-    report_to: list[str] = field(default_factory=lambda: ["none"])
-    """Trackers of transformers' Trainer: trackio, wandb, tensorboard, all or none."""
 
     def __post_init__(self) -> None:
         convert_fields(self, "")

@@ -21,16 +21,15 @@ from typing import Any, ClassVar, Literal
 
 from linearize.errors import UserError
 from linearize.pretraining import PretrainingConfig
-from linearize.settings import DataConfig, DistillationConfig, RunSettings
 from linearize.settings_io import resolve
 from linearize.settings_values import convert_fields, require
-from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun
+from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun, StagedRunConfig
 
 BEFORE, AFTER = "landmark attention, untrained", "landmark attention, trained"
 
 
 @dataclass
-class LandmarkRunConfig(RunSettings):
+class LandmarkRunConfig(StagedRunConfig):
     """A whole run onto landmark attention."""
 
     preset_folder: ClassVar[str] = "landmark"
@@ -39,29 +38,12 @@ class LandmarkRunConfig(RunSettings):
     """The teacher: a Hub id or a local directory."""
     output_dir: str = "out_landmark"
     """The run directory: config.yaml, a directory for each stage, plots, report.json and final."""
-    overwrite: bool = False
-    """Replace a run that `output_dir` already holds."""
-    resume_from_checkpoint: bool = False
-    """Continue the run in `output_dir`, in the stage where it stopped."""
-    seed: int = 0
-    """Seed of the order of the data and of the blocks that are left out."""
-    device: Literal["auto", "cpu"] = "auto"
-    """The process's GPU, else the CPU; or the CPU."""
     attention: dict[str, Any] = field(default_factory=lambda: {"type": "landmark"})
     """Settings of landmark attention: block_size, top_k, block_dropout and others."""
     sliding_window: Literal["keep", "lift"] = "lift"
     """What the teacher arm of a Mistral with a sliding window sees; landmark layers never have it."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Training and validation text."""
     training: PretrainingConfig = field(default_factory=PretrainingConfig)
     """The steps of the landmark model, and of the teacher."""
-    train_teacher: bool = True
-    """Train the teacher first, on as many tokens: the fair yardstick."""
-    distillation: DistillationConfig | None = field(default_factory=DistillationConfig)
-    """Learn from a teacher as well; `teacher` none: the one that was trained first, else the untouched one. None: the
-    labels alone, as published."""
-    report_to: list[str] = field(default_factory=lambda: ["none"])
-    """Trackers of transformers' Trainer: trackio, wandb, tensorboard, all or none."""
 
     def __post_init__(self) -> None:
         convert_fields(self, "")
@@ -105,22 +87,16 @@ def run_landmark(config: LandmarkRunConfig | Mapping[str, Any] | str | PathLike[
 
 def _check_model(settings: LandmarkRunConfig) -> None:
     """Refuse a teacher that cannot be converted with these settings, before anything is trained."""
-    from linearize.conversion import load_config, student_config
-    from linearize.modeling import BACKBONES
+    from linearize.conversion import load_config, student_config, teacher_backbone
 
-    teacher = load_config(settings.model_name_or_path)
-    if (backbone := BACKBONES.get(teacher.model_type)) is None:
+    source, length = settings.model_name_or_path, settings.data.sequence_length
+    teacher = load_config(source)
+    kind = teacher_backbone(source, teacher).config
+    config: Any = student_config(teacher, kind, settings.attention, None, None, (), settings.sliding_window)
+    if config.longest_text is not None and length > config.longest_text:
         raise UserError(
-            f"{settings.model_name_or_path} is a {teacher.model_type} model, which cannot be converted: supported are "
-            f"{', '.join(BACKBONES)}"
-        )
-    config: Any = student_config(teacher, backbone.config, settings.attention, None, None, (), settings.sliding_window)
-    length, places = settings.data.sequence_length, config.mixer(0).block_size - 1
-    learned = config.model_type.endswith("gpt2")
-    if learned and length + length // places > config.max_position_embeddings:
-        raise UserError(
-            f"data.sequence_length is {length}, which with a landmark after every {places} tokens is more than the "
-            f"{config.max_position_embeddings} positions of {settings.model_name_or_path}: lower it."
+            f"data.sequence_length is {length}, but with its landmarks no text above {config.longest_text} tokens "
+            f"fits the {config.max_position_embeddings} positions of {source}: lower it."
         )
 
 

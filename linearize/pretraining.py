@@ -98,8 +98,7 @@ class PretrainingConfig(StageSettings):
     train: Literal["all", "scalers"] = "all"
     """What trains: all weights, or the range scalers of gain-cell attention alone."""
     compile: bool = False
-    """Compile the inner functions of gain-cell and landmark attention (torch.compile; GPU): about twice as fast with
-    gain cells."""
+    """Compile the inner functions of gain-cell and landmark attention (torch.compile; GPU)."""
     logging_steps: int = 10
     """Steps between lines of the log."""
     save_steps: int = 500

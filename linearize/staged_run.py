@@ -7,17 +7,40 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from linearize.failures import stage
 from linearize.pretraining import PretrainConfig, PretrainingConfig, pretrain
 from linearize.run_directory import CONFIG, FINAL, RunDirectory
-from linearize.settings import DistillationConfig
+from linearize.settings import DataConfig, DistillationConfig, RunSettings
 
 REPORT = "report.json"
 TEACHER = "teacher, trained on the same tokens"
+
+
+@dataclass
+class StagedRunConfig(RunSettings):
+    """What runs of stages have in common; each declares its model, its attention and its stages."""
+
+    overwrite: bool = False
+    """Replace a run that `output_dir` already holds."""
+    resume_from_checkpoint: bool = False
+    """Continue the run in `output_dir`, in the stage where it stopped."""
+    seed: int = 0
+    """Seed of the order of the data, and of what is drawn in training."""
+    device: Literal["auto", "cpu"] = "auto"
+    """The process's GPU, else the CPU; or the CPU."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Training and validation text."""
+    train_teacher: bool = True
+    """Train the teacher first, on as many tokens as all stages: the fair yardstick."""
+    distillation: DistillationConfig | None = field(default_factory=DistillationConfig)
+    """In the trained stages, learn from a teacher as well; `teacher` none: the one that was trained first, else the
+    untouched one. None: the labels alone, as published."""
+    report_to: list[str] = field(default_factory=lambda: ["none"])
+    """Trackers of transformers' Trainer: trackio, wandb, tensorboard, all or none."""
 
 
 class StagedDirectory(RunDirectory):
@@ -59,8 +82,7 @@ class StagedRun:
     """One call of a run of stages; a subclass says which, in `run`.
 
     Args:
-        settings: of the run, with `model_name_or_path`, `data`, `distillation`, `resume_from_checkpoint`, `seed`,
-            `device` and `report_to`.
+        settings: of the run, a `StagedRunConfig` with `model_name_or_path` and `attention`.
         directory: checked.
         eval_tokens: of the validation text to score models on that no stage has scored.
 

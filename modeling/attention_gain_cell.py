@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .gain_cell import GainCell, GainCellNoise
+from .op_dispatch import check_contract
 from .op_gain_cell import CONTRACT, GRADIENTS, check_window, gain_cell_attention
 
 CELL_KINDS = ("nonlinear", "linear")
@@ -54,11 +55,7 @@ class GainCellAttentionConfig:
         cell = GainCell.from_dict(self.cell or {})
         self.cell = cell.to_dict()
         check_window(self.window, cell.tile)
-        if self.contract != CONTRACT:
-            raise ValueError(
-                f"this checkpoint was saved with contract {self.contract} of gain-cell attention and this version of "
-                f"linearize supports {CONTRACT}: load it with trust_remote_code=True where linearize is not installed"
-            )
+        check_contract("gain-cell attention", self.contract, CONTRACT)
 
     def resolve(self, head_dim: int) -> None:
         """Nothing depends on the model: wider heads take more sub-arrays."""

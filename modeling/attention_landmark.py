@@ -10,6 +10,7 @@ import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
+from .op_dispatch import check_contract
 from .op_landmark import (
     CONTRACT,
     LandmarkBlocks,
@@ -54,11 +55,7 @@ class LandmarkAttentionConfig:
         check_retrieval(self.top_k, self.max_blocks, self.selection)
         if not 0 <= self.block_dropout < 1:
             raise ValueError(f"block_dropout is {self.block_dropout}: it must be at least 0 and below 1")
-        if self.contract != CONTRACT:
-            raise ValueError(
-                f"this checkpoint was saved with contract {self.contract} of landmark attention and this version of "
-                f"linearize supports {CONTRACT}: load it with trust_remote_code=True where linearize is not installed"
-            )
+        check_contract("landmark attention", self.contract, CONTRACT)
 
     def resolve(self, head_dim: int) -> None:
         """Nothing depends on the model."""
@@ -169,7 +166,8 @@ def rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None, position: Tensor) -
 
 
 def state_bytes(config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes) -> int:
-    """Bytes of one sequence's blocks after `num_tokens` tokens, wherever they lie: keys, values and landmarks."""
+    """Bytes of one sequence's blocks after `num_tokens` tokens, wherever they lie: keys, values and landmarks. A
+    cache's spare slots are not among them: up to half as many, or with `max_blocks` as many again and at least 16."""
     blocks = num_tokens // (config.block_size - 1)
     if config.max_blocks is not None:
         blocks = min(blocks, config.max_blocks)

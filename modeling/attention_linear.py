@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import initialization as init
 
 from .feature_maps import WIDTH, FeatureMap, FeatureMapWeights
+from .op_dispatch import check_contract
 from .op_hybrid_linear import CONTRACT, HybridLinearState, hybrid_linear_attention, linear_share
 from .op_hybrid_linear_decode import hybrid_linear_step_
 
@@ -75,11 +76,7 @@ class LinearAttentionConfig:
             )
         if self.window_shift is not None and not math.isfinite(self.window_shift):
             raise ValueError(f"window_shift is {self.window_shift}: it must be a finite number, or None")
-        if self.contract != CONTRACT:
-            raise ValueError(
-                f"this checkpoint was saved with contract {self.contract} of linear attention and this version of "
-                f"linearize supports {CONTRACT}: load it with trust_remote_code=True where linearize is not installed"
-            )
+        check_contract("linear attention", self.contract, CONTRACT)
 
     def resolve(self, head_dim: int) -> None:
         """Fill in what depends on the model."""

@@ -162,7 +162,7 @@ class MixerModelMixin(ModelBase):
     @property
     def max_positions(self) -> int | None:
         """How many positions are learned, which no token can go past; None where they are computed."""
-        return None
+        return self.config.max_position_embeddings if self.config.learned_positions else None
 
     def check_positions(self, tokens: int) -> None:
         """Refuse a sequence of `tokens` real tokens that the learned positions do not reach.
@@ -178,9 +178,9 @@ class MixerModelMixin(ModelBase):
     def add_landmarks(self) -> None:
         """In the base model's `__init__`: give it landmark tokens if its layers need them."""
         kinds = [self.config.mixer(i) for i in range(self.config.num_hidden_layers)]
-        landmark = next((kind for kind in kinds if kind is not None and kind.type == "landmark"), None)
-        if landmark is not None:
-            self.mixer = LandmarkTokens(landmark, self.config.hidden_size, self.config.initializer_range)
+        if all(kind is not None and kind.type == "landmark" for kind in kinds):  # in all layers or in none
+            reach = max(kind.reach for kind in kinds)
+            self.mixer = LandmarkTokens(kinds[0], reach, self.config.hidden_size, self.config.initializer_range)
 
     @property
     def landmarks(self) -> LandmarkTokens | None:
@@ -216,11 +216,10 @@ class MixerModelMixin(ModelBase):
         else:
             real = attention_mask[:, -tokens:].bool().to(embeddings.device)
             simple = real.device.type == "cpu" and bool(real.all())
-        mixers = [self.config.mixer(i) for i in range(self.config.num_hidden_layers)]
-        landmarks = Landmarks.plan(real, past, mixers[0].block_size, simple)
+        own: Any = self.landmarks
+        landmarks = Landmarks.plan(real, past, own.block_size, simple)
         length = landmarks.position.shape[1]
-        reach = max(mixer.reach for mixer in mixers)
-        landmarks.rotary = self.rotary_tables(max(reach, length) if self.training else reach)
+        landmarks.rotary = self.rotary_tables(max(own.reach, length) if self.training else own.reach)
         return landmarks
 
     def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor] | None:

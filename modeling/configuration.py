@@ -23,6 +23,18 @@ class MixerConfigMixin:
         num_attention_heads: int
         hidden_size: int
 
+    learned_positions = False
+    """Whether the model learns an embedding for each position, which no token can go past."""
+
+    @property
+    def longest_text(self) -> int | None:
+        """Tokens that learned positions reach, the landmarks among them counted; None where positions are computed."""
+        if not self.learned_positions:
+            return None
+        positions: int = getattr(self, "max_position_embeddings")  # noqa: B009 # GPT-2 has it by another name
+        first = self.mixer(0)
+        return positions - positions // first.block_size if getattr(first, "type", "") == "landmark" else positions
+
     def prepare_mixers(self) -> None:
         """Check both fields and write every setting back, so that a later default never changes an old checkpoint.
 

@@ -95,11 +95,13 @@ class LandmarkTokens(nn.Module):
     """What a model learns of its landmarks, float32: their embedding, and where they are predicted, an output row.
 
     Args:
-        config: settings of landmark attention. width: of the embeddings. deviation: of the first values.
+        config: settings of landmark attention. reach: positions that its retrieval counts with, in any layer.
+        width: of the embeddings. deviation: of the first values.
     """
 
-    def __init__(self, config, width: int, deviation: float):
+    def __init__(self, config, reach: int, width: int, deviation: float):
         super().__init__()
+        self.reach = reach
         self.block_size, self.deviation = config.block_size, deviation
         self.include_in_loss = config.include_landmark_in_loss
         self.embedding = nn.Parameter(torch.empty(width, dtype=torch.float32))

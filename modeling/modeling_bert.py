@@ -36,6 +36,7 @@ class LinearizedBertConfig(MixerConfigMixin, BertConfig):
     """A BERT config that names the attention of every layer."""
 
     model_type = "linearized_bert"
+    learned_positions = True
     mixer_types: list[str] | None = None
     mixers: dict | None = None
 
@@ -83,10 +84,6 @@ class LinearizedBertPreTrainedModel(MixerModelMixin, BertPreTrainedModel):
     _is_stateful = False
     _no_split_modules = ["BertEmbeddings", "LinearizedBertLayer"]
     _can_record_outputs = {"hidden_states": LinearizedBertLayer, "attentions": BertSelfAttention}
-
-    @property
-    def max_positions(self) -> int:
-        return self.config.max_position_embeddings
 
     def captured_decoding(self, compile: bool = False):
         raise ValueError(NO_CACHE)

@@ -25,6 +25,7 @@ class LinearizedGPT2Config(MixerConfigMixin, GPT2Config):
     """A GPT-2 config that names the attention of every layer."""
 
     model_type = "linearized_gpt2"
+    learned_positions = True
     mixer_types: list[str] | None = None
     mixers: dict | None = None
 
@@ -82,10 +83,6 @@ class LinearizedGPT2PreTrainedModel(MixerModelMixin, GPT2PreTrainedModel):
     }
     # Constants that old checkpoints hold: the causal mask and the value at masked places.
     _keys_to_ignore_on_load_unexpected = ["attn.bias", "attn.masked_bias"]
-
-    @property
-    def max_positions(self) -> int:
-        return self.config.max_position_embeddings
 
 
 class LinearizedGPT2Model(LinearizedGPT2PreTrainedModel, GPT2Model):

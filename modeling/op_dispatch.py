@@ -10,6 +10,8 @@ import logging
 import os
 from types import ModuleType
 
+from torch import Tensor
+
 logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "reference", "chunked", "triton")
@@ -35,6 +37,31 @@ def find_kernel(op: str, contract: int) -> tuple[ModuleType | None, str]:
         reason = f"the installed linearize keeps contract {kernel.CONTRACT} of {op}, this code keeps {contract}"
         return None, reason
     return kernel, ""
+
+
+def check_contract(name: str, saved: int, supported: int) -> None:
+    """Refuse a checkpoint of another contract of an op; name as in "linear attention"."""
+    if saved != supported:
+        raise ValueError(
+            f"this checkpoint was saved with contract {saved} of {name} and this version of linearize supports "
+            f"{supported}: load it with trust_remote_code=True where linearize is not installed"
+        )
+
+
+def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Refuse queries `(B, H, T, D)`, keys and values `(B, G, T, D)` that do not fit each other."""
+    check_heads(query, key)
+    if key.shape != value.shape or query.shape[2:] != key.shape[2:]:
+        raise ValueError(
+            "query, key and value must have the same tokens and width, key and value the same heads: "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+
+
+def check_heads(query: Tensor, key: Tensor) -> None:
+    """Refuse query heads that do not divide among the key heads."""
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads do not divide among {key.shape[1]} key heads")
 
 
 def _broken(error: ImportError) -> str:

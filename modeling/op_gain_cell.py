@@ -13,7 +13,7 @@ grid, sub-arrays for D above the tile, and the noise are this project's.
 from torch import Tensor
 
 from .gain_cell import GainCell, GainCellNoise
-from .op_dispatch import choose_backend
+from .op_dispatch import check_shapes, choose_backend
 from .op_gain_cell_chunked import GainCellState, run_gain_cell
 from .op_hybrid_linear_chunked import check_rows, over_rows
 
@@ -91,13 +91,7 @@ def check_window(window: int, tile: int) -> None:
 
 
 def _check(query, key, value, cell, window, gradient, state):
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"{query.shape[1]} query heads do not divide among {key.shape[1]} key heads")
-    if key.shape != value.shape or query.shape[2:] != key.shape[2:]:
-        raise ValueError(
-            "query, key and value must have the same tokens and width, key and value the same heads: "
-            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-        )
+    check_shapes(query, key, value)
     check_window(window, cell.tile)
     if gradient not in GRADIENTS:
         raise ValueError(f"unknown gradient {gradient!r}: use {' or '.join(GRADIENTS)}")

@@ -13,7 +13,7 @@ arXiv 2402.04347) for `softmax` and `exp`, T2R (Kasai et al. 2021, arXiv 2103.13
 from torch import Tensor
 
 from .feature_maps import FeatureMapWeights
-from .op_dispatch import choose_backend
+from .op_dispatch import check_heads, choose_backend
 from .op_hybrid_linear_chunked import HybridLinearState, check_rows, over_rows, run_rows
 
 CONTRACT = 1
@@ -102,8 +102,7 @@ def linear_share(query: Tensor, key: Tensor, value: Tensor, query_features, key_
 
 
 def _check(query, key, query_features, key_features, window_weight, window_reference, window, sinks):
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"{query.shape[1]} query heads do not divide among {key.shape[1]} key heads")
+    check_heads(query, key)
     if (query_features is None) != (key_features is None):
         raise ValueError("give features for both query and key, or for neither (the softmax branch alone)")
     if query_features is not None and window_weight is None and window + sinks:

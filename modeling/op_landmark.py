@@ -16,7 +16,7 @@ calls that the text comes in (but for `selection="head"`, whose queries of a cal
 
 from torch import Tensor
 
-from .op_dispatch import choose_backend
+from .op_dispatch import check_heads, check_shapes, choose_backend
 from .op_hybrid_linear_chunked import check_rows
 from .op_landmark_chunked import run_landmark
 from .op_landmark_retrieval import CONTRACT, SELECTIONS, LandmarkBlocks, run_retrieval
@@ -149,19 +149,12 @@ def check_retrieval(top_k: int, max_blocks: int | None, selection: str) -> None:
 
 
 def _check(query, key, value, block_size):
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"{query.shape[1]} query heads do not divide among {key.shape[1]} key heads")
-    if key.shape != value.shape or query.shape[2:] != key.shape[2:]:
-        raise ValueError(
-            "query, key and value must have the same tokens and width, key and value the same heads: "
-            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
-        )
+    check_shapes(query, key, value)
     check_block_size(block_size)
 
 
 def _check_retrieval(query, key, value, top_k, selection, max_blocks, rotary):
-    if query.shape[1] % key.shape[1]:
-        raise ValueError(f"{query.shape[1]} query heads do not divide among {key.shape[1]} key heads")
+    check_heads(query, key)
     if key.shape != value.shape or key.dim() != 5 or key.shape[-1] != query.shape[-1]:
         raise ValueError(
             "key and value are blocks (batch, heads, blocks, block size, width) of the query's width: "

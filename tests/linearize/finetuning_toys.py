@@ -50,6 +50,13 @@ def token_blocks(number=10, seed=0, length=LENGTH):
     return TokenBlocks(ids.numpy(), torch.where(torch.arange(length) < starts, -100, ids).numpy())
 
 
+@torch.no_grad()
+def fixed_logits(model):
+    """Of two fixed sequences."""
+    ids = torch.randint(3, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(6))
+    return model(input_ids=ids, use_cache=False).logits
+
+
 def settings(**changes):
     """Four steps of four sequences."""
     given = {

@@ -5,8 +5,7 @@ import warnings
 
 import pytest
 import torch
-from data_toys import TokenBlocks
-from finetuning_toys import settings
+from finetuning_toys import fixed_logits, settings, token_blocks
 from peft import PeftModel
 from tiny_models import make_gpt2, make_student, perturb
 from tiny_runs import make_teacher_directory, tiny_config, write_text
@@ -40,16 +39,6 @@ def student():
     return model
 
 
-def blocks(number=12):
-    return TokenBlocks(torch.randint(3, 97, (number, LENGTH), generator=torch.Generator().manual_seed(5)))
-
-
-@torch.no_grad()
-def logits(model):
-    ids = torch.randint(3, 97, (2, LENGTH), generator=torch.Generator().manual_seed(6))
-    return model(input_ids=ids, use_cache=False).logits
-
-
 @pytest.mark.slow
 def test_a_whole_run(directory, tmp_path):
     text = write_text(tmp_path / "text.jsonl")
@@ -72,7 +61,7 @@ def test_a_whole_run(directory, tmp_path):
 def test_attention_transfer_lowers_the_loss_and_touches_nothing_else(student, tmp_path):
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     config = TransferConfig(max_steps=30, batch_size=4, tokens_per_step=4 * LENGTH, logging_steps=1)
-    result = transfer_attention(student, blocks(), config, output_dir=tmp_path)
+    result = transfer_attention(student, token_blocks(12), config, output_dir=tmp_path)
     first, last = (torch.tensor(result.losses_per_layer[i]).mean(0) for i in (slice(0, 3), slice(-3, None)))
     assert len(first) == 3 and (last < 0.8 * first).all()
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -86,17 +75,17 @@ def test_finetuning_lowers_the_loss_and_merges(student, tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "fan_in_fan_out.*")
         config = settings(max_steps=20, gradient_checkpointing=True)
-        result = finetune(student, blocks(), config, output_dir=tmp_path, base_model="me/converted")
+        result = finetune(student, token_blocks(12), config, output_dir=tmp_path, base_model="me/converted")
     layer = "base_model.model.transformer.h.0."
     names = [name for name, _ in result.model.named_parameters() if name.startswith(layer) and ".lora_A." in name]
     adapters = {name.removeprefix(layer).split(".lora_")[0] for name in names}
     assert adapters == {"attn.c_attn", "attn.c_proj", "mlp.c_proj"}
     losses = [record["loss"] for record in read_log(result.log_path)]
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
-    trained = logits(result.model)
+    trained = fixed_logits(result.model)
     again = PeftModel.from_pretrained(make_student(make_gpt2(), MIXERS), result.adapter_path)
-    torch.testing.assert_close(logits(again), trained, rtol=0, atol=1e-5)
-    torch.testing.assert_close(logits(merge(result.model)), trained, rtol=0, atol=1e-5)
+    torch.testing.assert_close(fixed_logits(again), trained, rtol=0, atol=1e-5)
+    torch.testing.assert_close(fixed_logits(merge(result.model)), trained, rtol=0, atol=1e-5)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
@@ -107,11 +96,11 @@ def test_a_quantised_base_trains_and_merges_into_the_full_weights(tmp_path):
     assert is_quantized(model)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "fan_in_fan_out.*")
-        result = finetune(model, blocks(), settings(), output_dir=tmp_path / "out")
+        result = finetune(model, token_blocks(12), settings(), output_dir=tmp_path / "out")
         merged = merge_into_unquantized(result.model, tmp_path / "teacher", dtype=torch.float32)
     weight = "transformer.h.1.attn.c_attn.weight"
     assert not torch.equal(merged.state_dict()[weight], make_gpt2().state_dict()[weight])
-    assert (logits(merged) - logits(result.model)).abs().mean() < 0.5 * logits(merged).abs().mean()
+    assert (fixed_logits(merged) - fixed_logits(result.model)).abs().mean() < 0.5 * fixed_logits(merged).abs().mean()
 
 
 def test_parameters_are_counted_exactly(student):

@@ -124,7 +124,7 @@ def test_attention_transfer_is_refused(tmp_path, data, capsys):
 
 def test_landmarks_count_among_learned_positions(settings, tmp_path):
     teacher = make_teacher_directory(tmp_path / "gpt2", make=make_gpt2, n_positions=64)
-    with pytest.raises(UserError, match="more than the 64 positions"):
+    with pytest.raises(UserError, match="no text above 56 tokens fits the 64 positions"):
         run_landmark({**settings, "model_name_or_path": str(teacher)})
     assert not (tmp_path / "out").exists()
 

@@ -4,8 +4,7 @@ import json
 
 import pytest
 import torch
-from data_toys import TokenBlocks
-from finetuning_toys import settings
+from finetuning_toys import fixed_logits, settings, token_blocks
 from tiny_models import make_mistral, make_student, perturb
 from tiny_runs import make_teacher_directory, tiny_config, write_text
 from transformers import DynamicCache
@@ -43,16 +42,6 @@ def student():
     return model
 
 
-def blocks(number=12):
-    return TokenBlocks(torch.randint(3, 97, (number, LENGTH), generator=torch.Generator().manual_seed(5)))
-
-
-@torch.no_grad()
-def logits(model):
-    ids = torch.randint(3, 97, (2, LENGTH), generator=torch.Generator().manual_seed(6))
-    return model(input_ids=ids, use_cache=False).logits
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("choice", ["keep", "lift"])
 def test_a_whole_run(choice, directory, tmp_path):
@@ -83,7 +72,7 @@ def test_attention_transfer_learns_the_window_s_output():
             make_mistral(sliding_window=window), {"linear": {"type": "linear", "window": WINDOW, "sinks": 0}}
         )
         with LayerLosses(student, "relative_mse") as layer_losses:
-            layer_losses.run(blocks()[0]["input_ids"][None], weights={"softmax": 1.0}, gradient_factor=None)
+            layer_losses.run(token_blocks(12)[0]["input_ids"][None], weights={"softmax": 1.0}, gradient_factor=None)
             losses.append(layer_losses.means(torch.device("cpu"))["softmax"])
     assert (losses[0] < 1e-10).all() and (losses[1] > 0.01).all()
 
@@ -91,7 +80,7 @@ def test_attention_transfer_learns_the_window_s_output():
 def test_attention_transfer_lowers_the_loss_and_touches_nothing_else(student, tmp_path):
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     config = TransferConfig(max_steps=30, batch_size=4, tokens_per_step=4 * LENGTH, logging_steps=1)
-    result = transfer_attention(student, blocks(), config, output_dir=tmp_path)
+    result = transfer_attention(student, token_blocks(12), config, output_dir=tmp_path)
     first, last = (torch.tensor(result.losses_per_layer[i]).mean(0) for i in (slice(0, 3), slice(-3, None)))
     assert len(first) == 3 and (last < 0.8 * first).all()
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
@@ -108,13 +97,13 @@ def test_finetuning_lowers_the_loss_and_merges_into_the_full_weights(choice, tmp
     perturb(student)
     assert adaptable_layers(student)[:4] == ["q_proj", "k_proj", "v_proj", "o_proj"]
     config = settings(max_steps=20, gradient_checkpointing=True)
-    result = finetune(student, blocks(), config, output_dir=tmp_path / "out", base_model="me/converted")
+    result = finetune(student, token_blocks(12), config, output_dir=tmp_path / "out", base_model="me/converted")
     losses = [record["loss"] for record in read_log(result.log_path)]
     assert sum(losses[-3:]) < 0.95 * sum(losses[:3])
-    trained = logits(result.model)
+    trained = fixed_logits(result.model)
     merged = merge_into_unquantized(result.model, tmp_path / "teacher", dtype=torch.float32)
     assert merged.config.sliding_window == (WINDOW if choice == "keep" else None)
-    torch.testing.assert_close(logits(merged), trained, rtol=0, atol=1e-5)
+    torch.testing.assert_close(fixed_logits(merged), trained, rtol=0, atol=1e-5)
 
 
 def test_converting_like_a_student_takes_every_setting(directory):
