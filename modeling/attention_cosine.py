@@ -8,6 +8,7 @@ window are this project's: with them a pretrained model keeps more of what it kn
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -16,6 +17,7 @@ from transformers import initialization as init
 
 from .feature_maps import WIDTH, FeatureMap, apply_feature_map
 from .op_cosine import CONTRACT, CosineState, cosine_attention
+from .op_cosine_chunked import far_keys, power
 from .op_hybrid_linear import HybridLinearState, hybrid_linear_attention
 
 ARMS = ("mixed", "softmax", "linear")
@@ -154,6 +156,20 @@ class CosineScales(nn.Module):
         """s `(H,)`, between 0 and 1."""
         return self.exponent_logit.sigmoid()
 
+    @staticmethod
+    def exponent_range() -> tuple[float, float]:
+        """The least and the greatest exponent that `assign` takes as it is."""
+        low, high = torch.tensor([-LOGIT_LIMIT, LOGIT_LIMIT], dtype=torch.float64).sigmoid().tolist()
+        return low, high
+
+    @torch.no_grad()
+    def assign(self, exponent: Tensor, gain: Tensor, window_weight: Tensor) -> None:
+        """Set what is learned to these values, `(H,)` each; gain and window weight where they are there."""
+        self.exponent_logit.copy_(exponent_logit(exponent))
+        for parameter, values in ((self.gain, gain), (self.window_weight, window_weight)):
+            if parameter is not None:
+                parameter.copy_(values)
+
 
 def exponent_logit(exponent: Tensor) -> Tensor:
     """The number that is learned for an exponent."""
@@ -220,14 +236,14 @@ class CosineAttention(nn.Module):
             near, near_state = self._softmax_branch(query, key, value, past, call)
         if arm != "softmax":
             inputs = self._features(query, key, value, padding_mask)
-            start = None if past is None else self._as_cosine(past)
-            scales = {"exponent": self.scales.exponent(), "gain": self.scales.gain, "scale_side": self.scale_side}
-            far, far_state = cosine_attention(*inputs, **scales, **call, initial_state=start)
+            far, far_state = self._cosine_branch(*inputs, None if past is None else self._as_cosine(past), call)
         if cache_layer is not None:
             cache_layer.store(_joined(key, value, near_state, far_state), query.shape[2])
         return self._mixed(near, far).to(query.dtype)
 
-    def _call_options(self, arm: str, padding_mask: Tensor | None, causal: bool, return_state: bool = False):
+    def _call_options(
+        self, arm: str, padding_mask: Tensor | None, causal: bool, return_state: bool = False
+    ) -> dict[str, Any]:
         """What both branches' ops are called with."""
         if arm not in self.arms:
             raise ValueError(f"unknown arm {arm!r}: use one of {', '.join(self.arms)}")
@@ -249,6 +265,12 @@ class CosineAttention(nn.Module):
             query, key, value, None, None, scaling=self.scaling, initial_state=start, **call
         )
 
+    def _cosine_branch(self, query, key, value, past: CosineState | None, call):
+        """Cosine attention over all other keys, with its gain, and its state; inputs as `_features` gives them."""
+        exponent, gain = self.scales.exponent(), self.scales.gain
+        scales: dict[str, Any] = {"exponent": exponent, "gain": gain, "scale_side": self.scale_side}
+        return cosine_attention(query, key, value, **scales, initial_state=past, **call)
+
     def _mixed(self, near: Tensor | None, far: Tensor | None) -> Tensor:
         """The weighted sum of the branches that are there, in float32 at least where both are."""
         if near is None or far is None:
@@ -262,7 +284,7 @@ class CosineAttention(nn.Module):
         dtype = torch.promote_types(near.dtype, torch.float32)
         return near.to(dtype) * self.scales.window_weight.to(dtype)[:, None, None]
 
-    def _features(self, query, key, value, padding_mask):
+    def _features(self, query, key, value, padding_mask) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as the cosine takes them: with maps in float32 at least."""
         if self.feature_map_q is None:
             return query, key, value
@@ -287,8 +309,8 @@ class CosineAttention(nn.Module):
         denominator."""
         call = self._call_options("mixed", padding_mask, causal)
         near = self._weighted(self._softmax_branch(query, key, value, None, call)[0]).norm(dim=-1)
-        scales = {"exponent": self.scales.exponent(), "gain": self.scales.gain, "scale_side": self.scale_side}
-        far = cosine_attention(*self._features(query, key, value, padding_mask), **scales, **call)[0].norm(dim=-1)
+        inputs = self._features(query, key, value, padding_mask)
+        far = self._cosine_branch(*inputs, None, call)[0].norm(dim=-1)
         return far / (near + far).clamp(min=1e-20)
 
     def calibration_terms(
@@ -306,8 +328,18 @@ class CosineAttention(nn.Module):
         call = self._call_options("mixed", padding_mask, causal)
         near = self._softmax_branch(query, key, value, None, call)[0] if self.window + self.sinks else None
         inputs = self._features(query, key, value, padding_mask)
-        side = self.scale_side
-        return near, (cosine_attention(*inputs, exponent=x, scale_side=side, **call)[0] for x in exponents)
+        if causal and self.scale_side == "key":
+            return near, (cosine_attention(*inputs, exponent=x, scale_side="key", **call)[0] for x in exponents)
+        # On the query's side an exponent only scales what the exponent 0 gives.
+        unscaled = cosine_attention(*inputs, exponent=torch.zeros_like(exponents[0]), **call)[0]
+        counts = _far_counts(query, padding_mask, self.window, self.sinks, causal)
+        return near, (unscaled * power(counts, x[:, None]) for x in exponents)
+
+
+def _far_counts(x: Tensor, padding_mask: Tensor | None, window: int, sinks: int, causal: bool) -> Tensor:
+    """Keys that the cosine sees from each real token of a call: `(B, T)`."""
+    real = x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if padding_mask is None else padding_mask.bool()
+    return far_keys(real.cumsum(1) - 1, real.sum(1), window, sinks, causal)
 
 
 def map_features(x: Tensor, feature_map: FeatureMap | None) -> Tensor:
