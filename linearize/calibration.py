@@ -24,9 +24,9 @@ from linearize.evaluation.arms import input_device, measuring, unwrap
 LOG = "calibration.json"
 FIRST_ROUND = 17
 """Exponents from 0 to 1 that every head tries first."""
-LATER_ROUNDS = 3
+LATER_ROUNDS = 2
 """Rounds after it, each around the best one so far."""
-LATER = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)
+LATER = tuple(sign * i / 8 for i in range(1, 8) for sign in (-1, 1))
 """Exponents of a later round, in steps of the round before."""
 WORTHWHILE = 1e-9
 """Share of the teacher's square that another exponent must gain: an exponent that does not matter stays."""
@@ -226,7 +226,7 @@ class _Fit:
         self.chosen = torch.where(better, found, self.chosen)
         self.best = torch.where(better, error, self.best)
         steps = torch.tensor(LATER, dtype=torch.float64)[:, None] * self.step
-        self.step *= LATER[-1] - LATER[-2]
+        self.step /= 8
         self._try((self.chosen[0] + steps).clamp(*self.range))
 
     def _present(self) -> Tensor:

@@ -1,9 +1,15 @@
 """Calibration of cosine attention: every head comes closer to the teacher, and what is cosine attention is found."""
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import calibration_worker
 import pytest
 import torch
+from safetensors.torch import load_file
 from tiny_models import make_bert, make_gpt2, make_mistral, make_student, make_teacher, perturb
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -180,3 +186,20 @@ def test_bad_input_is_one_sentence():
         with pytest.raises(UserError, match=sentence) as caught:
             call()
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("sequences", [5, 1], ids=["unequal parts", "one has nothing"])
+def test_two_processes_equal_one(sequences, tmp_path):
+    worker = Path(calibration_worker.__file__)
+    paths = [str(worker.parents[2]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(worker)]
+    command += [str(tmp_path / "found.safetensors"), str(sequences)]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-4000:]
+    one = calibration_worker.run(sequences)
+    for rank in range(2):
+        two = load_file(tmp_path / f"found-{rank}.safetensors")
+        assert two.keys() == one.keys()
+        assert all(torch.allclose(two[name], one[name], rtol=1e-6, atol=1e-9) for name in one)

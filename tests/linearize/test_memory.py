@@ -43,7 +43,7 @@ def peak_bytes(work) -> int:
     return peak
 
 
-def stage_peaks(teacher, mixers, length: int, backend: str) -> tuple[int, int]:
+def stage_peaks(teacher, mixers, length: int, backend: str, branch: str = "both") -> tuple[int, int]:
     """Peaks of one step of each stage on one sequence, beyond weights, gradients and optimiser."""
     tokens = torch.randint(0, 97, (1, length), generator=torch.Generator().manual_seed(0))
     student = make_student(teacher, mixers)
@@ -54,7 +54,7 @@ def stage_peaks(teacher, mixers, length: int, backend: str) -> tuple[int, int]:
             parameter.requires_grad_(True)
             parameter.grad = torch.zeros_like(parameter)
     with LayerLosses(student, "relative_mse") as losses:
-        weights = branch_weights("both")
+        weights = branch_weights(branch)
         transfer = peak_bytes(lambda: losses.run(tokens, weights=weights, gradient_factor=1.0))
 
     student = make_student(teacher, mixers)
