@@ -140,8 +140,8 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         raise UserError("attention transfer has no converted layer to train: name fewer softmax_layers.")
     mixer = meta_mixer(shape, settings)
     mixers = mixer_parameter_count(shape, settings)
-    known = settings.attention["type"] in memory.FORECAST
-    fused = known and memory.runs_fused(teacher, settings)
+    known = memory.has_forecast(settings)
+    fused = known and settings.attention["type"] == "linear" and memory.runs_fused(teacher, settings)
     stages = []
     if config.transfer is not None:
         check_transfers(settings.attention["type"])

@@ -74,6 +74,7 @@ def test_a_run_leaves_a_repository(make_settings, backbone, variant, tmp_path, c
 def test_the_plan_names_the_calibration_and_counts_the_numbers_of_the_heads(make_settings):
     settings = make_settings()
     plan = make_plan(resolve(settings))
+    assert plan.stages[0].forecast.total > 0 and plan.stages[1].forecast.total > plan.stages[0].forecast.total
     assert plan.calibration == 3 and plan.stages[0].trained == {"mechanism": 2 * 3 * 4}
     assert ["calibration", "3 sequences"] in plan.tables()[0].rows
     linear = {**settings, "attention": {"type": "linear", "window": 8}}

@@ -85,6 +85,26 @@ def test_forecast_is_close_to_the_peak(name):
     assert stage_forecasts(teacher, attention, 512, fused=False) == pytest.approx(measured, rel=0.15)
 
 
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {},
+        {"window": 0, "sinks": 0},
+        {"window": 0, "sinks": 0, "scale_side": "key"},
+        {"window": 96, "feature_map": "relu", "feature_dim": 48},
+    ],
+    ids=["default", "pure", "key", "map"],
+)
+def test_forecast_of_cosine_attention_is_close_to_the_peak(attention):
+    teacher = make_teacher(max_position_embeddings=1024, **LARGE)
+    measured = stage_peaks(teacher, {"cosine": {"type": "cosine", **attention}}, 512, "chunked", branch="mixed")
+    attention = {"type": "cosine", **attention}
+    assert stage_forecasts(teacher, attention, 512, fused=False) == pytest.approx(measured, rel=0.15)
+    config = resolve({"attention": attention})
+    counted = run_plan.mixer_parameter_count(memory.Shape.of(teacher.config), config)
+    assert memory.mechanism_of(memory.Shape.of(teacher.config), config).parameters == counted
+
+
 def test_forecast_of_a_gpt2_is_close_to_the_peak():
     teacher = make_gpt2(n_embd=256, n_positions=512)
     measured = stage_peaks(teacher, {"linear": {"type": "linear"}}, 512, "chunked")
