@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 
 from linearize.errors import UserError
 from linearize.modeling import (
+    CosineAttention,
+    CosineAttentionConfig,
     CosineState,
     FeatureMapWeights,
     GainCell,
@@ -83,6 +85,8 @@ def __getattr__(name: str):
 
 
 __all__ = [
+    "CosineAttention",
+    "CosineAttentionConfig",
     "CosineState",
     "FeatureMapWeights",
     "GainCell",

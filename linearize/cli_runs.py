@@ -21,6 +21,7 @@ Config = Annotated[
     str | None, typer.Option("--config", help="YAML file, or the name of a shipped preset, that the flags lay over.")
 ]
 TRAINING = (
+    "calibration_sequences",
     "seed",
     "dtype",
     "device",

@@ -166,6 +166,8 @@ class EncoderRunConfig(RunSettings):
     """Indices of the layers that keep softmax attention, from 0; negative ones count from the end."""
     data: EncoderDataConfig = field(default_factory=EncoderDataConfig)
     """Training and validation text."""
+    calibration_sequences: int = 128
+    """Training rows that a mechanism with a calibration (cosine) is fitted to before it trains; 0: not fitted."""
     transfer: TransferConfig | None = field(default_factory=_transfer)
     """Stage 1, attention transfer; none: skipped."""
     mlm: MaskedConfig | None = None
@@ -186,6 +188,7 @@ class EncoderRunConfig(RunSettings):
         self.attention.setdefault("type", "linear")
         require(bool(self.model_name_or_path), "model_name_or_path is empty: name the teacher.")
         self._check_run()
+        self._check_calibration(self.calibration_sequences)
         require(
             self.push_to_hub is None or self.push_to_hub.count("/") <= 1,
             f"push_to_hub is {self.push_to_hub!r}, but a repository is named NAME or OWNER/NAME.",

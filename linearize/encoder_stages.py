@@ -27,13 +27,15 @@ from linearize.run_directory import CONFIG, FINAL, RunDirectory
 from linearize.settings_io import resolve, to_values
 
 REPORT = "report.json"
-CONVERTED, STUDENT = "student after conversion", "student"
+CONVERTED, CALIBRATED, STUDENT = "student after conversion", "student after calibration", "student"
 AFTER = {
     "transfer": "student after attention transfer",
     "mlm": "student after masked language modelling",
     "distillation": "student after distillation",
 }
 ARMS = {"softmax": "student, window and sinks alone", "linear": "student, linear branch alone"}
+CALIBRATION_BATCH = 32
+"""Rows that the calibration looks at together."""
 VALIDATION_ROWS = 64
 """Held-out rows for the losses of attention transfer."""
 
@@ -87,8 +89,10 @@ class _EncoderRun:
         self.outcomes: dict[str, Any] = {}
         self.evaluation: Any = None
         self.masking: Any = None
+        self.calibration: dict[str, Any] | None = None
 
     def run(self) -> EncoderRunResult:
+        from linearize.calibration import calibrates
         from linearize.data import main_process_first
         from linearize.data_rows import prepare_rows
 
@@ -108,6 +112,8 @@ class _EncoderRun:
         main_process_first(lambda: directory.prepare() if self.state.is_main_process else None)
         if settings.evaluation is not None and settings.evaluation.controls:
             self._measure(CONVERTED, "mixed")
+        if settings.calibration_sequences and calibrates(self.student.config):
+            self._calibrate()
         if settings.transfer is not None:
             self._transfer()
         if settings.mlm is not None:
@@ -193,6 +199,20 @@ class _EncoderRun:
 
     # --- stages
 
+    def _calibrate(self) -> None:
+        """Fit the mechanism's numbers per head, and measure the student with them."""
+        from linearize.calibration import calibrate, save_calibration
+
+        settings = self.settings
+        with stage("calibration", "lower data.sequence_length"):
+            report = calibrate(self.student, self.train, settings.calibration_sequences, CALIBRATION_BATCH)
+        self.calibration = report.summary()
+        if self.state.is_main_process:
+            save_calibration(report, self.path)
+        self._say(report.sentence())
+        if settings.evaluation is not None and settings.evaluation.controls:
+            self._measure(CALIBRATED, "mixed")
+
     def _common(self) -> dict[str, Any]:
         settings = self.settings
         return {
@@ -270,6 +290,7 @@ class _EncoderRun:
             seconds={name: outcome.seconds for name, outcome in done},
             peak_memory_bytes={name: outcome.peak_memory_bytes for name, outcome in done},
             embeddings=embeddings,
+            calibration=self.calibration,
         )
         with stage("saving the model"):
             files = sentence_transformer_files(source, revision=settings.revision)

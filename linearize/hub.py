@@ -90,6 +90,7 @@ def make_record(
     evaluation: Mapping[str, Any] | None = None,
     tasks: Mapping[str, Any] | None = None,
     embeddings: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The contents of `linearize.json`.
 
@@ -103,9 +104,11 @@ def make_record(
         evaluation: `evaluation.Report.to_dict()`.
         tasks: `evaluation.TaskReport.to_dict()`.
         embeddings: `evaluation.embeddings.EmbeddingReport.to_dict()`, of an encoder.
+        calibration: `calibration.CalibrationReport.summary()`.
     """
     name = os.fspath(teacher)
-    measured = {"embeddings": dict(embeddings)} if embeddings else {}
+    parts = {"embeddings": embeddings, "calibration": calibration}
+    measured = {part: dict(values) for part, values in parts.items() if values}
     return {
         "teacher": published_name(name),
         "teacher_revision": revision,

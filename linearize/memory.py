@@ -26,6 +26,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from linearize.memory_cosine import CosineMechanism, Stage
 from linearize.modeling import PREFIX, backbone_of
 from linearize.modeling.op_hybrid_linear_chunked import CHUNK
 from linearize.settings import RunConfig
@@ -39,7 +40,7 @@ FUSED_QUERIES = 64
 """Queries whose part of the sinks' gradients the fused kernels write at once."""
 MAP_PROGRAMS = 528
 """Programs that each write a part of the gradients of the maps of one side, over all heads."""
-FORECAST = ("linear",)
+FORECAST = ("linear", "cosine")
 """Mechanisms whose memory is known."""
 ADAM_STATES = 4
 """float32 copies of a trained parameter: weight, gradient, first and second moment."""
@@ -211,8 +212,9 @@ class Mechanism:
             maximum=attention.get("window_reference", "logsumexp") == "max",
         )
 
-    def activations(self, shape: Shape, kept: Kept) -> float:
+    def activations(self, shape: Shape, stage: Stage) -> float:
         """Bytes that one layer's mechanism holds for each token."""
+        kept = KEPT_IN_TRANSFER if stage == "transfer" else KEPT_IN_FINETUNING
         heads, groups, dim = shape.heads, shape.key_heads, shape.head_dim
         features = heads * self.features
         return 4.0 * (
@@ -221,6 +223,20 @@ class Mechanism:
             + heads * (kept.heads * dim + kept.scores * self.near)
             + groups * dim * kept.near_values * self.near / CHUNK
         )
+
+
+def mechanism_of(shape: Shape, config: RunConfig) -> Mechanism | CosineMechanism:
+    """Sizes of a run's mechanism."""
+    kind: Any = CosineMechanism if config.attention.get("type") == "cosine" else Mechanism
+    return kind.of(shape, config.attention, config.softmax_layers)
+
+
+def has_forecast(config: RunConfig) -> bool:
+    """Whether the memory of a run's mechanism is known: of cosine attention, that of the chunked path on a CPU."""
+    import torch
+
+    kind = config.attention["type"]
+    return kind in FORECAST and (kind == "linear" or config.device == "cpu" or not torch.cuda.is_available())
 
 
 @dataclass(frozen=True)
@@ -337,13 +353,13 @@ def forecast_transfer(teacher: Any, config: RunConfig, *, fused: bool = False) -
     """
     assert config.transfer is not None
     shape = Shape.of(teacher)
-    mechanism = Mechanism.of(shape, config.attention, config.softmax_layers)
+    mechanism = mechanism_of(shape, config)
     tokens = config.transfer.batch_size * config.data.sequence_length
-    if fused:
+    if fused and isinstance(mechanism, Mechanism):
         activations = _fused_transfer(shape, mechanism, config, tokens)
     else:
         hidden = FACTORS.teacher_hidden * BYTES[config.dtype] * shape.hidden
-        activations = tokens * (mechanism.activations(shape, KEPT_IN_TRANSFER) + hidden)
+        activations = tokens * (mechanism.activations(shape, "transfer") + hidden)
     return Forecast(
         weights=weight_bytes(shape, config),
         mixers=ADAM_STATES * 4 * mechanism.parameters,
@@ -403,16 +419,16 @@ def forecast_finetune(teacher: Any, config: RunConfig, *, fused: bool = False) -
     assert config.finetune is not None
     settings = config.finetune
     shape = Shape.of(teacher)
-    mechanism = Mechanism.of(shape, config.attention, config.softmax_layers)
+    mechanism = mechanism_of(shape, config)
     tokens = settings.batch_size * config.data.sequence_length
     size = BYTES[config.dtype]
     hidden = FACTORS.hidden * size + (4 * FACTORS.hidden_in_float32 if size < 4 else 0.0)
     wide = FACTORS.gelu_intermediate if shape.architecture == "gpt2" else FACTORS.intermediate
     dense = tokens * (hidden * shape.hidden + wide * size * shape.intermediate)
-    if fused:
+    if fused and isinstance(mechanism, Mechanism):
         mixer, backward = _fused_finetuning(shape, mechanism, config.dtype, tokens)
     else:
-        mixer, backward = tokens * mechanism.activations(shape, KEPT_IN_FINETUNING), 0.0
+        mixer, backward = tokens * mechanism.activations(shape, "finetune"), 0.0
     copies = 2 if settings.kl_weight > 0 else 1
     logits = FACTORS.logits * copies * 4 * min(settings.logits_chunk, tokens) * shape.vocabulary
     activations = shape.layers * dense + mechanism.layers * mixer + backward

@@ -183,6 +183,12 @@ def training_section(record: Mapping[str, Any]) -> str:
     lines = ["## How it was made", ""]
     revision = f", revision `{record['teacher_revision']}`" if record.get("teacher_revision") else ""
     lines.append(f"- teacher: `{teacher_name(record)}`{revision}")
+    if calibration := record.get("calibration"):
+        before, after = (calibration[f"error_{when}"] for when in ("before", "after"))
+        lines.append(
+            f"- calibration: {calibration['sequences']:,} sequences, squared error of the attention's output "
+            f"{before:.3f} -> {after:.3f} of the teacher's square"
+        )
     for stage, tokens in (record.get("tokens") or {}).items():
         lines.append(f"- {stage}: {tokens:,} tokens")
     versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())

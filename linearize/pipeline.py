@@ -25,6 +25,7 @@ from linearize.settings_io import resolve, to_values
 if TYPE_CHECKING:
     from accelerate import PartialState
 
+    from linearize.calibration import CalibrationReport
     from linearize.data import TokenBlocks
     from linearize.evaluation import Report, TaskReport
     from linearize.finetuning import FinetuneResult
@@ -45,6 +46,7 @@ class RunResult:
     """The converted repository."""
     record: dict[str, Any] = field(default_factory=dict)
     """The contents of its `linearize.json`."""
+    calibration: CalibrationReport | None = None
     transfer: TransferResult | None = None
     finetune: FinetuneResult | None = None
     report: Report | None = None
@@ -111,6 +113,10 @@ class _Run:
         report = self._start_report(held_out)
         if report is not None:
             self._measure(lambda: report.before_training(model, base_is_teacher=self._base_is_teacher()))
+        if self.plan.calibration:
+            self._calibrate(model, train)
+            if report is not None:
+                self._measure(lambda: report.after_calibration(model))
         if config.transfer is not None:
             self._transfer(config.transfer, model, train, validation)
             if report is not None:
@@ -151,9 +157,10 @@ class _Run:
         data, evaluation = self.config.data, self.config.evaluation
         train = validation = held_out = None
         with stage("preparing the data"):
-            if self.plan.stages and evaluation is not None and evaluation.texts is not None:
+            trains = self.plan.stages or self.plan.calibration
+            if trains and evaluation is not None and evaluation.texts is not None:
                 refuse_training_files(data.dataset, evaluation.texts)
-            if self.plan.stages or (evaluation is not None and evaluation.texts is None):
+            if trains or (evaluation is not None and evaluation.texts is None):
                 train, validation = prepare_data(data, self.tokenizer, seed=self.config.seed)
                 held_out = validation
                 self._say(f"{len(train):,} training sequences, {len(validation):,} for validation")
@@ -210,6 +217,17 @@ class _Run:
         return RunReport(
             self.config.evaluation, blocks, self.directory.measurements, keep=self.config.resume_from_checkpoint
         )
+
+    def _calibrate(self, model: Any, train: Any) -> None:
+        from linearize.calibration import calibrate, save_calibration
+
+        lower = f"lower data.sequence_length (now {self.config.data.sequence_length}), or set load_in_4bit"
+        with stage("calibration", lower):
+            calibration = calibrate(model, train, self.plan.calibration)
+        self.result.calibration = calibration
+        if self.state.is_main_process:
+            save_calibration(calibration, self.directory.path)
+        self._say(calibration.sentence())
 
     def _transfer(self, settings: TransferConfig, model: Any, train: Any, validation: Any) -> None:
         from linearize.transfer import transfer_attention
@@ -293,6 +311,7 @@ class _Run:
             tokens=tokens,
             seconds={name: outcome.seconds for name, outcome in done.items()},
             peak_memory_bytes={name: outcome.peak_memory_bytes for name, outcome in done.items()},
+            calibration=self.result.calibration.summary() if self.result.calibration else earlier.get("calibration"),
         )
         if earlier:
             self.record["teacher_on_hub"] = earlier.get("teacher_on_hub", False)

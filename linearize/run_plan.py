@@ -48,6 +48,8 @@ class RunPlan:
     converted: bool
     num_processes: int
     stages: list[StagePlan]
+    calibration: int = 0
+    """Sequences that the mechanism is fitted to before the stages."""
 
     def stage(self, name: str) -> StagePlan | None:
         """The stage of that name, if the run has it."""
@@ -89,6 +91,8 @@ class RunPlan:
         if (window := softmax_window(teacher)) is not None:
             done = "as converted" if self.converted else {"keep": "kept", "lift": "lifted"}[config.sliding_window]
             rows.insert(3, ["sliding window", f"{window:,} tokens, {done}"])
+        if self.calibration:
+            rows.insert(-2, ["calibration", f"{self.calibration:,} sequences"])
         tables = [Table("Run", ["", "value"], rows, text=True)]
         if self.stages:
             header = ["stage", "trains", "tokens", "steps", "tokens a step", "expected memory a process"]
@@ -118,7 +122,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     """
     from linearize.conversion import refuse_encoder
     from linearize.training_loop import exact_plan
-    from linearize.transfer import check_transfers
+    from linearize.transfer import check_branch, check_transfers
 
     check_environment(config)
     teacher = read_teacher(config)
@@ -134,12 +138,14 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         and len({index % shape.layers for index in settings.softmax_layers}) == shape.layers
     ):
         raise UserError("attention transfer has no converted layer to train: name fewer softmax_layers.")
+    mixer = meta_mixer(shape, settings)
     mixers = mixer_parameter_count(shape, settings)
-    known = settings.attention["type"] in memory.FORECAST
-    fused = known and memory.runs_fused(teacher, settings)
+    known = memory.has_forecast(settings)
+    fused = known and settings.attention["type"] == "linear" and memory.runs_fused(teacher, settings)
     stages = []
     if config.transfer is not None:
         check_transfers(settings.attention["type"])
+        check_branch(config.transfer.branch, mixer.arms)
         steps = exact_plan(config.transfer, config.data.sequence_length, num_processes, "transfer")
         forecast = memory.forecast_transfer(teacher, settings, fused=fused) if known else None
         stages.append(StagePlan("attention transfer", config.transfer, steps, {"mechanism": mixers}, forecast))
@@ -150,18 +156,36 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         trained |= {"mechanism": mixers} if config.finetune.train_mixers else {}
         forecast = memory.forecast_finetune(teacher, settings, fused=fused) if known else None
         stages.append(StagePlan("finetuning", config.finetune, steps, trained, forecast))
-    return RunPlan(config, teacher, converted, num_processes, stages)
+    calibration = config.calibration_sequences if _calibrates(config, teacher, converted) else 0
+    return RunPlan(config, teacher, converted, num_processes, stages, calibration)
 
 
-def mixer_parameter_count(shape: memory.Shape, config: RunConfig) -> int:
-    """Parameters of the mechanism in all converted layers."""
+def _calibrates(config: RunConfig, teacher: Any, converted: bool) -> bool:
+    """Whether the mechanism has a calibration, and nothing has fitted or trained it."""
+    from linearize.calibration import calibrates
+    from linearize.hub import read_record
+
+    if not converted:
+        return calibrates(config.attention)
+    record = read_record(config.model_name_or_path)
+    untouched = record and not record.get("calibration") and not any((record.get("tokens") or {}).values())
+    return bool(untouched) and not (record.get("recipe") or {}).get("imported") and calibrates(teacher)
+
+
+def meta_mixer(shape: memory.Shape, config: RunConfig) -> Any:
+    """The mechanism of one layer, without memory."""
     from linearize.modeling.registry import mechanism
 
     entry = mechanism(config.attention["type"])
     settings = entry.config(**config.attention)
     settings.resolve(shape.head_dim)
     with torch.device("meta"):
-        mixer = entry.attention(settings, shape.heads, shape.key_heads, shape.head_dim, 1.0)
+        return entry.attention(settings, shape.heads, shape.key_heads, shape.head_dim, 1.0)
+
+
+def mixer_parameter_count(shape: memory.Shape, config: RunConfig) -> int:
+    """Parameters of the mechanism in all converted layers."""
+    mixer = meta_mixer(shape, config)
     layers = shape.layers - len({index % shape.layers for index in config.softmax_layers})
     return layers * sum(parameter.numel() for parameter in mixer.parameters())
 

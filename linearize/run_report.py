@@ -28,6 +28,7 @@ from linearize.quantization import is_quantized
 from linearize.settings import EvaluationConfig
 
 CONVERTED = "student after conversion"
+CALIBRATED = "student after calibration"
 TRANSFERRED = "student after attention transfer"
 QUANTIZED = (
     "All rows above the student's were measured on the quantised base, the student and its arms on full weights."
@@ -82,6 +83,11 @@ class RunReport:
                 self.report.control = control_name(model)
                 self.measure(self.report.control, model, "softmax")
             self.measure(CONVERTED, model, "mixed")
+
+    def after_calibration(self, model: Any) -> None:
+        """Measure the student before anything trains."""
+        if self.config.controls:
+            self.measure(CALIBRATED, model, "mixed")
 
     def after_transfer(self, model: Any) -> None:
         """Measure the student between the stages."""

@@ -355,6 +355,9 @@ class RunSettings:
     resume_from_checkpoint: bool
     seed: int
 
+    def _check_calibration(self, sequences: int) -> None:
+        require(sequences >= 0, f"calibration_sequences is {sequences}, but it must not be negative.")
+
     def _check_run(self) -> None:
         require(bool(self.output_dir), "output_dir is empty: name the folder that the run is written to.")
         require(self.seed >= 0, f"seed is {self.seed}, but it must not be negative.")
@@ -398,6 +401,8 @@ class RunConfig(RunSettings):
     from, or lift it there, so that they see all tokens; converted layers never have it."""
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation text."""
+    calibration_sequences: int = 8
+    """Training sequences that a mechanism with a calibration (cosine) is fitted to before it trains; 0: not fitted."""
     transfer: TransferConfig | None = field(default_factory=TransferConfig)
     """Stage 1; none: skipped."""
     finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
@@ -416,6 +421,7 @@ class RunConfig(RunSettings):
         self.attention.setdefault("type", "linear")
         require(bool(self.model_name_or_path), "model_name_or_path is empty: name the teacher.")
         self._check_run()
+        self._check_calibration(self.calibration_sequences)
         require(
             not (self.load_in_4bit and self.load_in_8bit),
             "load_in_4bit and load_in_8bit are both set: choose one of them.",

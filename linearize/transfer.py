@@ -89,6 +89,19 @@ def check_transfers(kind: str) -> None:
         )
 
 
+def check_branch(branch: str, arms: Sequence[str]) -> None:
+    """Refuse to train an arm that an attention does not have.
+
+    Raises:
+        UserError: one sentence.
+    """
+    if absent := [arm for arm in branch_weights(branch) if arm not in arms]:
+        raise UserError(
+            f"transfer.branch is {branch!r}, which trains the {absent[0]} arm, and this attention has none: "
+            "set transfer.branch to mixed."
+        )
+
+
 def transfer_attention(
     model: Any,
     train: TokenBlocks,
@@ -128,11 +141,7 @@ def transfer_attention(
         raise UserError("the model has no converted layer to train: choose fewer softmax_layers")
     for settings in model.config.mixers.values():
         check_transfers(settings["type"])
-    if absent := [arm for arm in branch_weights(config.branch) if arm not in model.arms()]:
-        raise UserError(
-            f"transfer.branch is {config.branch!r}, which trains the {absent[0]} arm, and this attention has none: "
-            "set transfer.branch to mixed."
-        )
+    check_branch(config.branch, model.arms())
     run = _Transfer(model, train, config, Path(output_dir), seed, report_to, validation, on_log, device)
     with readable_memory_errors(STAGE, config.batch_size, run.sequence_length):
         return run.train(checkpoint_to_resume(run.checkpoint_dir, resume))

@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from .attention_cosine import CosineAttention, CosineAttentionConfig
 from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
 from .attention_landmark import LandmarkAttention, LandmarkAttentionConfig
 from .attention_linear import LinearAttention, LinearAttentionConfig
@@ -136,6 +137,8 @@ __all__ = [
     "ATTENTIONS",
     "BACKBONES",
     "PREFIX",
+    "CosineAttention",
+    "CosineAttentionConfig",
     "CosineState",
     "FeatureMapWeights",
     "GainCell",

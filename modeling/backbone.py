@@ -15,6 +15,7 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_cosine import CosineScales
 from .attention_gain_cell import RangeScaler
 from .attention_linear import WindowMix
 from .cache_layers import softmax_layer
@@ -156,7 +157,7 @@ class MixerModelMixin(ModelBase):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (FeatureMap, LandmarkTokens, RangeScaler, WindowMix)):
+        if isinstance(module, (CosineScales, FeatureMap, LandmarkTokens, RangeScaler, WindowMix)):
             module.reset_parameters()
 
     @property

@@ -124,6 +124,12 @@ class GainCellStateLayer(StateLayer):
     _layer_type = "linearize_gain_cell_1"
 
 
+class CosineStateLayer(StateLayer):
+    """The state of cosine attention: a `CosineState` whose keys are raw, before any feature map."""
+
+    _layer_type = "linearize_cosine_1"
+
+
 class SoftmaxLayer(DynamicLayer):
     """The growing cache of a layer that stays softmax, with a `reset` that drops it.
 

@@ -96,6 +96,8 @@ class MixerConfigMixin:
                     f"{settings['type']} attention sees only the tokens before it, and an encoder needs both sides: "
                     f"choose one of {known}"
                 )
+            if settings["type"] == "cosine":
+                self._typed(settings).check_bidirectional()
 
     def mixer(self, layer_idx: int):
         """The typed settings of a layer, or None where it stays softmax."""
@@ -109,6 +111,8 @@ class MixerConfigMixin:
         if unknown := sorted(set(settings) - known):
             raise ValueError(f"unknown attention setting {', '.join(unknown)}: known are {', '.join(sorted(known))}")
         typed = config_class(**settings)
+        if settings["type"] == "cosine":
+            typed.check_heads(self.num_attention_heads)
         typed.resolve(getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads)
         return typed
 

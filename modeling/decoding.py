@@ -302,6 +302,11 @@ def _check(model, capture: bool) -> None:
             f"the model has {model.config.mixers[growing[0]]['type']} attention, whose cache grows with the text: "
             "captured decoding needs a state of constant size, so generate without it"
         )
+    if fixed := [name for name in names if not mechanism(model.config.mixers[name]["type"]).in_place]:
+        raise ValueError(
+            f"the model has {model.config.mixers[fixed[0]]['type']} attention, which makes a new state with every "
+            "token: captured decoding needs one that changes in place, so generate without it"
+        )
     if any(attention.arm == "teacher" for attention in model.mixer_attentions()):
         raise ValueError("captured decoding is not for the teacher arm, whose cache grows with every token")
     if not capture:

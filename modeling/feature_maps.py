@@ -40,7 +40,7 @@ def apply_feature_map(x: Tensor, maps: FeatureMapWeights) -> Tensor:
         `(B, map heads, T, F)`.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    batch, heads, length, dim = x.shape
+    _, heads, _, dim = x.shape
     x = x.to(dtype)
     weight = maps.weight.to(dtype).view(heads, -1, dim, maps.weight.shape[-1])
     u = torch.einsum("bgtd,grdf->bgrtf", x, weight)
@@ -61,7 +61,7 @@ def apply_feature_map(x: Tensor, maps: FeatureMapWeights) -> Tensor:
         magnitude = maps.magnitude.to(dtype).view(heads, -1, dim)
         level = torch.einsum("bgtd,grd->bgrt", x, magnitude).clamp(-MAGNITUDE_LIMIT, MAGNITUDE_LIMIT)
         features = features * level.exp()[..., None]
-    return features.reshape(batch, -1, length, features.shape[-1])
+    return features.flatten(1, 2)
 
 
 def feature_width(maps: FeatureMapWeights) -> int:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .attention_cosine import CosineAttention, CosineAttentionConfig
+from .attention_cosine import state_bytes as cosine_state_bytes
 from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
 from .attention_gain_cell import state_bytes as gain_cell_state_bytes
 from .attention_landmark import LandmarkAttention, LandmarkAttentionConfig
@@ -15,7 +17,7 @@ from .attention_landmark import state_bytes as landmark_state_bytes
 from .attention_linear import LinearAttention, LinearAttentionConfig
 from .attention_linear import state_bytes as linear_state_bytes
 from .cache_landmark import LandmarkStateLayer
-from .cache_layers import GainCellStateLayer, LinearStateLayer
+from .cache_layers import CosineStateLayer, GainCellStateLayer, LinearStateLayer
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,9 @@ class Mechanism:
 
     state_bytes takes (config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes). bidirectional:
     whether its forward takes `causal=False`, which encoders need. transfers: whether attention transfer has something
-    to train in it. constant_state: whether its state never grows.
+    to train in it. constant_state: whether its state never grows. in_place: whether a step can change its state in
+    place, which captured decoding needs. calibrates: whether its numbers per head can be fitted to the teacher's
+    outputs before any training (`calibration_terms`).
     """
 
     attention: type[nn.Module]
@@ -36,6 +40,8 @@ class Mechanism:
     bidirectional: bool
     transfers: bool = True
     constant_state: bool = True
+    in_place: bool = False
+    calibrates: bool = False
 
 
 ATTENTIONS = {
@@ -47,6 +53,17 @@ ATTENTIONS = {
         "hybrid linear attention (Hedgehog feature maps with a softmax window)",
         "https://arxiv.org/abs/2410.10254",
         bidirectional=True,
+        in_place=True,
+    ),
+    "cosine": Mechanism(
+        CosineAttention,
+        CosineAttentionConfig,
+        CosineStateLayer._layer_type,
+        cosine_state_bytes,
+        "cosine attention (unit queries and keys without softmax, beside a softmax window)",
+        "https://arxiv.org/abs/2409.18747",
+        bidirectional=True,
+        calibrates=True,
     ),
     "gain_cell": Mechanism(
         GainCellAttention,

@@ -63,7 +63,7 @@ def plot_linear_share(per_layer: Mapping[int, float], path: str | os.PathLike[st
     figure, axes = _figure(height=3.6)
     axes.bar(list(per_layer), list(per_layer.values()), color="tab:orange")
     axes.axhline(mean, color="black", linewidth=0.8, linestyle="--", label=f"mean {mean:.3f}")
-    axes.set(xlabel="layer", ylabel="linear branch's share\nof the denominator", ylim=(0, 1))
+    axes.set(xlabel="layer", ylabel="linear branch's share\nof the output", ylim=(0, 1))
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend(frameon=False)
     _save(figure, path)

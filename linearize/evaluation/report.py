@@ -1,7 +1,7 @@
 """The evaluation of a converted model: its arms against the teacher and the training-free control, in one report.
 
 That removing the linear branch hurts proves little by itself, so the report always carries the control (the softmax
-window and sinks without any training), the linear arm alone, and the linear branch's share of the denominator. A
+window and sinks without any training), the linear arm alone, and the linear branch's share of the output. A
 mechanism without branches has none of these: its report holds the teacher and the student.
 """
 
@@ -186,7 +186,7 @@ class Report:
     def _share_table(self) -> Table:
         assert self.share is not None
         layers = self.share.per_layer
-        rows = [["share of the denominator, mean over heads and layers", f"{self.share.mean:.3f}"]]
+        rows = [["share of the output, mean over heads and layers", f"{self.share.mean:.3f}"]]
         if layers:
             low, high = min(layers, key=layers.__getitem__), max(layers, key=layers.__getitem__)
             rows.append([f"least, layer {low}; most, layer {high}", f"{layers[low]:.3f}; {layers[high]:.3f}"])

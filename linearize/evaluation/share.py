@@ -1,4 +1,4 @@
-"""How much of the shared denominator the linear branch holds: the test of whether it is used at all.
+"""How much of the output is the linear branch's: the test of whether it is used at all.
 
 Legend: B batch, H query heads, G key/value heads, T tokens, D head dim.
 """
@@ -15,7 +15,8 @@ from linearize.evaluation.arms import has_branches, input_device, measuring
 
 @dataclasses.dataclass(frozen=True)
 class LinearShare:
-    """The linear branch's share of the denominator, in [0, 1].
+    """The linear branch's share, in [0, 1]: of the denominator that the branches of linear attention share, of the
+    lengths of both branches' outputs in cosine attention, which has none.
 
     Fields: mean over tokens past the window, heads and layers; per_layer, the same of each converted layer by its
     index; tokens, the number of tokens past the window that each layer's figure averages (the least of the layers).

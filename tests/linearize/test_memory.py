@@ -43,7 +43,7 @@ def peak_bytes(work) -> int:
     return peak
 
 
-def stage_peaks(teacher, mixers, length: int, backend: str) -> tuple[int, int]:
+def stage_peaks(teacher, mixers, length: int, backend: str, branch: str = "both") -> tuple[int, int]:
     """Peaks of one step of each stage on one sequence, beyond weights, gradients and optimiser."""
     tokens = torch.randint(0, 97, (1, length), generator=torch.Generator().manual_seed(0))
     student = make_student(teacher, mixers)
@@ -54,7 +54,7 @@ def stage_peaks(teacher, mixers, length: int, backend: str) -> tuple[int, int]:
             parameter.requires_grad_(True)
             parameter.grad = torch.zeros_like(parameter)
     with LayerLosses(student, "relative_mse") as losses:
-        weights = branch_weights("both")
+        weights = branch_weights(branch)
         transfer = peak_bytes(lambda: losses.run(tokens, weights=weights, gradient_factor=1.0))
 
     student = make_student(teacher, mixers)
@@ -83,6 +83,26 @@ def test_forecast_is_close_to_the_peak(name):
     teacher = make_teacher(max_position_embeddings=1024, **changes)
     measured = stage_peaks(teacher, {"linear": {"type": "linear", **attention}}, 512, "chunked")
     assert stage_forecasts(teacher, attention, 512, fused=False) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    "attention",
+    [
+        {},
+        {"window": 0, "sinks": 0},
+        {"window": 0, "sinks": 0, "scale_side": "key"},
+        {"window": 96, "feature_map": "relu", "feature_dim": 48},
+    ],
+    ids=["default", "pure", "key", "map"],
+)
+def test_forecast_of_cosine_attention_is_close_to_the_peak(attention):
+    teacher = make_teacher(max_position_embeddings=1024, **LARGE)
+    measured = stage_peaks(teacher, {"cosine": {"type": "cosine", **attention}}, 512, "chunked", branch="mixed")
+    attention = {"type": "cosine", **attention}
+    assert stage_forecasts(teacher, attention, 512, fused=False) == pytest.approx(measured, rel=0.15)
+    config = resolve({"attention": attention})
+    counted = run_plan.mixer_parameter_count(memory.Shape.of(teacher.config), config)
+    assert memory.mechanism_of(memory.Shape.of(teacher.config), config).parameters == counted
 
 
 def test_forecast_of_a_gpt2_is_close_to_the_peak():

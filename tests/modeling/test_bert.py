@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from linearize.finetuning import gradient_checkpointing
+from linearize.kernels.cosine import reference as cosine_reference
 from linearize.kernels.hybrid_linear import reference
 from linearize.modeling import ATTENTIONS, BACKBONES, LinearizedBertConfig, LinearizedBertModel
 from linearize.modeling import modeling_bert as bert
@@ -35,6 +36,12 @@ LAYOUTS = {
             }
         },
         None,
+    ),
+    "cosine": ({"cosine": {"type": "cosine", "window": 4, "sinks": 2}}, None),
+    "cosine-pure": ({"cosine": {"type": "cosine", "window": 0, "sinks": 0, "scale_side": "key"}}, None),
+    "cosine-maps": (
+        {"cosine": {"type": "cosine", "window": 0, "sinks": 2, "feature_map": "softmax"}, **MIXERS},
+        ["cosine", "softmax", "linear"],
     ),
 }  # fmt: skip
 HEADS = {
@@ -226,6 +233,32 @@ def test_mechanisms_that_look_one_way_are_refused(name):
         LinearizedBertConfig(mixers={name: {"type": name}})
 
 
+def test_scales_on_the_key_s_side_go_without_a_window():
+    with pytest.raises(
+        ValueError, match="an encoder can only have with window 0 and sinks 0: set scale_side to query"
+    ):
+        LinearizedBertConfig(mixers={"cosine": {"type": "cosine", "scale_side": "key", "window": 2}})
+
+
+@torch.no_grad()
+def test_cosine_attention_sees_both_ways(ids):
+    """On the queries, keys and values of a layer it is the op's definition with `causal=False`."""
+    student = make_student(make_bert(), {"cosine": {"type": "cosine", "window": 0, "sinks": 0}}).double()
+    perturb(student)
+    seen = []
+    attention = student.mixer_attentions()[0]
+    attention.observer = lambda *args: seen.append(args)
+    mask = mask_of((23, 15))
+    with student.use_arm("teacher"):
+        student(ids, attention_mask=mask)
+    _, query, key, value, _, padding_mask = seen[0]
+    scales = attention.mixer.scales
+    expected, _ = cosine_reference(
+        query, key, value, exponent=scales.exponent(), gain=scales.gain, causal=False, attention_mask=padding_mask
+    )
+    assert close(attention.mix(query, key, value, padding_mask), expected)
+
+
 @torch.no_grad()
 def test_text_past_the_last_position_gives_a_sentence(ids):
     student = make_student(make_bert(max_position_embeddings=20), MIXERS)
@@ -300,7 +333,8 @@ print(json.dumps(found))
 @pytest.mark.slow
 @torch.no_grad()
 def test_every_head_loads_without_the_package(tmp_path):
-    student = make_student(make_bert(kind=BertForMaskedLM), MIXERS, ["linear", "softmax", "linear"])
+    mixers = {**MIXERS, "cosine": {"type": "cosine", "window": 3, "feature_map": "projection"}}
+    student = make_student(make_bert(kind=BertForMaskedLM), mixers, ["linear", "softmax", "cosine"])
     perturb(student)
     student.save_pretrained(tmp_path)
     command = [sys.executable, "-c", LOAD, str(tmp_path), *bert.AUTO_CLASSES]

@@ -21,7 +21,7 @@ for folder in sys.argv[1:]:
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     ids = torch.arange(3, 43)[None]
     tokens = model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
-    if "softmax" not in model.config.mixer_types:
+    if set(model.config.mixer_types) == {"linear"}:
         with model.captured_decoding():
             assert model.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist() == tokens
     with torch.no_grad():
@@ -35,17 +35,23 @@ for folder in sys.argv[1:]:
 @pytest.mark.slow
 @torch.no_grad()
 def test_loads_without_the_package(tmp_path):
-    some = ["linear", "softmax", "linear"]
+    linear = {"linear": {"type": "linear", "window": 5, "sinks": 2}}
+    pure = {"type": "cosine", "window": 0, "sinks": 0, "scale_side": "key"}
+    cosine = {"cosine": {"type": "cosine", "window": 5, "sinks": 2, "feature_map": "softmax"}, "pure": pure}
+    some, both = ["linear", "softmax", "linear"], ["cosine", "pure", "cosine"]
     layouts = {
-        "all": (make_teacher, None),
-        "some": (make_teacher, some),
-        "gpt2": (make_gpt2, None),
-        "mistral": (make_mistral, None),
-        "mistral-some": (make_mistral, some),  # its softmax layer has a sliding window
+        "all": (make_teacher, linear, None),
+        "some": (make_teacher, linear, some),
+        "gpt2": (make_gpt2, linear, None),
+        "mistral": (make_mistral, linear, None),
+        "mistral-some": (make_mistral, linear, some),  # its softmax layer has a sliding window
+        "cosine": (make_teacher, cosine, both),
+        "gpt2-cosine": (make_gpt2, cosine, both),
+        "mistral-cosine": (make_mistral, cosine, both),
     }
     expected = {}
-    for name, (make, mixer_types) in layouts.items():
-        student = make_student(make(), {"linear": {"type": "linear", "window": 5, "sinks": 2}}, mixer_types)
+    for name, (make, mixers, mixer_types) in layouts.items():
+        student = make_student(make(), mixers, mixer_types)
         perturb(student)
         student.save_pretrained(tmp_path / name)
         ids = torch.arange(3, 43)[None]

@@ -47,6 +47,24 @@ MODELS = {
         },
         ["gain_cell", "softmax", "linear"],
     ),
+    "cosine": ({"cosine": {"type": "cosine", "window": 5, "sinks": 2}}, None),
+    "cosine-pure": ({"cosine": {"type": "cosine", "window": 0, "sinks": 0}}, None),
+    "cosine-published": (
+        {"cosine": {"type": "cosine", "window": 0, "sinks": 0, "scale_side": "key", "gain": False}},
+        None,
+    ),
+    "cosine-maps": (
+        {
+            "near": {"type": "cosine", "window": 5, "sinks": 0, "feature_map": "softmax", "feature_dim": 8},
+            "far": {"type": "cosine", "window": 0, "sinks": 3, "feature_map": "projection", "bias": True},
+            "key": {"type": "cosine", "window": 4, "sinks": 1, "feature_map": "elu", "scale_side": "key"},
+        },
+        ["near", "far", "key"],
+    ),
+    "cosine-between": (
+        {"cosine": {"type": "cosine", "window": 5, "sinks": 2}, "linear": {"type": "linear", "window": 3}},
+        ["linear", "softmax", "cosine"],
+    ),
     "landmark": ({"landmark": {"type": "landmark", "block_size": 4, "top_k": 2}}, None),
     "landmark-few-blocks": (
         {

@@ -1,0 +1,380 @@
+"""CosineAttention: values weighed by the cosine of query and key, beside a softmax window and sinks where wanted.
+
+Source: Cottention (Mongaras et al. 2024, arXiv 2409.18747). The published form is `window=0, sinks=0, gain=False`,
+with `scale_side="key"` in decoders. The query's side, the gain, the feature map before the normalisation and the
+window are this project's: with them a pretrained model keeps more of what it knew.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from .feature_maps import WIDTH, FeatureMap, apply_feature_map
+from .op_cosine import CONTRACT, CosineState, cosine_attention
+from .op_cosine_chunked import far_keys, power
+from .op_hybrid_linear import HybridLinearState, hybrid_linear_attention
+
+ARMS = ("mixed", "softmax", "linear")
+NO_MAP = "none"
+FEATURE_MAPS = (NO_MAP, "projection", *WIDTH)
+SCALE_SIDES = ("query", "key")
+LOGIT_LIMIT = 7.0  # exponents nearer to 0 or 1 than sigmoid(7) start, or are calibrated, to this
+NO_WAY_BACK = "scale_side is 'key', which an encoder can only have with window 0 and sinks 0: set scale_side to query"
+
+
+@strict
+@dataclass
+class CosineAttentionConfig:
+    """Settings of `CosineAttention`; every one is written into config.json."""
+
+    type: str = "cosine"
+    window: int = 64
+    """Tokens in the softmax window beside it, the query itself included; 0 is pure cosine attention."""
+    sinks: int = 4
+    """First tokens of a sequence that always stay in the softmax branch."""
+    feature_map: str = NO_MAP
+    """Before the normalisation: `none` (published), `projection` (a learned matrix per head), or a map of linear
+    attention: `softmax`, `exp`, `relu`, `elu`."""
+    feature_dim: int | None = None
+    """Width f of the maps; None takes min(head_dim, 64). `softmax` and `exp` give 2 f features."""
+    bias: bool = False
+    """Learn a bias per head and feature inside the map."""
+    initialization: str = "identity"
+    """Of the maps: `identity` or `kaiming`."""
+    exponent: float | int | list[float] = 0.6225
+    """Starting exponent s of the length scale c^-s, between 0 and 1: one for all heads, or a list with one for each
+    query head. The default is the published sigmoid(0.5)."""
+    scale_side: str = "query"
+    """`query` scales an output by the keys that it sees; `key` (published for decoders) a key by its place."""
+    gain: bool = True
+    """Learn a factor on the output per head; it starts from 0 beside a window, else from 1."""
+    window_weight: float | int = 1.0
+    """Starting weight of the softmax branch per head."""
+    contract: int = CONTRACT
+    """Contract of the op that the checkpoint was saved with."""
+
+    def __post_init__(self) -> None:
+        choices = {
+            "type": ("cosine",),
+            "feature_map": FEATURE_MAPS,
+            "initialization": ("identity", "kaiming"),
+            "scale_side": SCALE_SIDES,
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+        for name in ("window", "sinks"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it counts tokens and must be at least 0")
+        if self.feature_map == NO_MAP and (self.feature_dim is not None or self.bias):
+            raise ValueError("feature_dim and bias belong to a feature map: choose a feature_map, or leave them out")
+        if self.feature_dim is not None and self.feature_dim < 1:
+            raise ValueError(f"feature_dim is {self.feature_dim}: it must be at least 1")
+        for exponent in self.exponent if isinstance(self.exponent, list) else [self.exponent]:
+            if not 0 <= exponent <= 1:
+                raise ValueError(f"exponent is {exponent}: it must lie between 0 and 1")
+        if not math.isfinite(self.window_weight):
+            raise ValueError(f"window_weight is {self.window_weight}: it must be a finite number")
+        if self.contract != CONTRACT:
+            raise ValueError(
+                f"this checkpoint was saved with contract {self.contract} of cosine attention and this version of "
+                f"linearize supports {CONTRACT}: load it with trust_remote_code=True where linearize is not installed"
+            )
+
+    def resolve(self, head_dim: int) -> None:
+        """Fill in what depends on the model."""
+        if self.feature_map == NO_MAP:
+            return
+        if self.feature_dim is None:
+            self.feature_dim = min(head_dim, 64)
+        if self.initialization == "identity" and self.feature_dim > head_dim:
+            raise ValueError(
+                f"feature_dim {self.feature_dim} is wider than the head dimension {head_dim}: "
+                "lower it, or use initialization 'kaiming'"
+            )
+
+    def check_heads(self, num_heads: int) -> None:
+        """Refuse exponents that are not one for each query head.
+
+        Raises:
+            ValueError: one sentence.
+        """
+        if isinstance(self.exponent, list) and len(self.exponent) != num_heads:
+            raise ValueError(
+                f"exponent lists {len(self.exponent)} numbers, but the attention has {num_heads} query heads: give "
+                "one number for each, or a single one for all"
+            )
+
+    def check_bidirectional(self) -> None:
+        """Refuse settings that have no form for encoders.
+
+        Raises:
+            ValueError: one sentence.
+        """
+        if self.scale_side == "key" and self.window + self.sinks:
+            raise ValueError(NO_WAY_BACK)
+
+    def key_width(self, head_dim: int) -> int:
+        """Numbers in a query or key as the cosine sees it."""
+        if self.feature_map == NO_MAP or self.feature_dim is None:
+            return head_dim
+        return WIDTH.get(self.feature_map, 1) * self.feature_dim
+
+
+class CosineScales(nn.Module):
+    """What is learned per query head, float32: the exponent's logit, the output's gain, the window's weight.
+
+    Args:
+        heads: H. config: settings; gain and window_weight are None where they leave them out.
+    """
+
+    def __init__(self, heads: int, config: CosineAttentionConfig):
+        super().__init__()
+        config.check_heads(heads)
+        windowed = config.window + config.sinks > 0
+        self.starts = (config.exponent, 0.0 if windowed else 1.0, config.window_weight)
+        self.exponent_logit = nn.Parameter(torch.empty(heads, dtype=torch.float32))
+        self.gain = nn.Parameter(torch.empty(heads, dtype=torch.float32)) if config.gain else None
+        self.window_weight = nn.Parameter(torch.empty(heads, dtype=torch.float32)) if windowed else None
+
+    def reset_parameters(self) -> None:
+        exponent, gain, weight = self.starts
+        exponents = torch.as_tensor(exponent, dtype=torch.float32, device=self.exponent_logit.device)
+        init.copy_(self.exponent_logit, exponent_logit(exponents).expand_as(self.exponent_logit))
+        if self.gain is not None:
+            init.constant_(self.gain, gain)
+        if self.window_weight is not None:
+            init.constant_(self.window_weight, weight)
+
+    def exponent(self) -> Tensor:
+        """s `(H,)`, between 0 and 1."""
+        return self.exponent_logit.sigmoid()
+
+    @staticmethod
+    def exponent_range() -> tuple[float, float]:
+        """The least and the greatest exponent that `assign` takes as it is."""
+        low, high = torch.tensor([-LOGIT_LIMIT, LOGIT_LIMIT], dtype=torch.float64).sigmoid().tolist()
+        return low, high
+
+    @torch.no_grad()
+    def assign(self, exponent: Tensor, gain: Tensor, window_weight: Tensor) -> None:
+        """Set what is learned to these values, `(H,)` each; gain and window weight where they are there."""
+        self.exponent_logit.copy_(exponent_logit(exponent))
+        for parameter, values in ((self.gain, gain), (self.window_weight, window_weight)):
+            if parameter is not None:
+                parameter.copy_(values)
+
+
+def exponent_logit(exponent: Tensor) -> Tensor:
+    """The number that is learned for an exponent."""
+    return torch.logit(exponent).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
+
+
+class CosineAttention(nn.Module):
+    """Mixes tokens in place of softmax attention; the backbone projects and rotates before, and projects after.
+
+    With a window, or sinks, it is `window_weight * softmax over them + cosine attention over all other keys`.
+
+    Args:
+        config: settings, resolved.
+        num_heads: H. num_key_value_heads: G. head_dim: D. scaling: of the softmax scores.
+
+    Attributes:
+        arms: `mixed`, and with a window the branches alone: `softmax`, and `linear`, every key by its cosine.
+    """
+
+    def __init__(self, config, num_heads: int, num_key_value_heads: int, head_dim: int, scaling: float):
+        super().__init__()
+        self.window, self.sinks, self.scale_side = config.window, config.sinks, config.scale_side
+        self.scaling, self.op_backend = scaling, "auto"
+        self.arms = ARMS if self.window + self.sinks else ARMS[:1]
+        self.scales = CosineScales(num_heads, config)
+        self.feature_map_q = self.feature_map_k = None
+        if config.feature_map != NO_MAP:
+            shape = (head_dim, config.feature_dim, config.feature_map, config.bias, False, config.initialization)
+            self.feature_map_q = FeatureMap(num_heads, *shape)
+            self.feature_map_k = FeatureMap(num_key_value_heads, *shape)
+
+    @staticmethod
+    def parameter_group(name: str) -> str:
+        """Which learning rate a parameter takes: `scalers` (exponent, gain and window weight) or `maps`."""
+        return "scalers" if name.startswith("scales.") else "maps"
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding_mask: Tensor | None = None,
+        cache_layer=None,
+        arm: str = "mixed",
+        causal: bool = True,
+    ) -> Tensor:
+        """Attend.
+
+        Args:
+            query: `(B, H, T, D)`; key, value: `(B, G, T, D)`; after RoPE, unscaled, never repeated.
+            padding_mask: `(B, T)` of these tokens, 1 = real.
+            cache_layer: holder of the running state, or None.
+            arm: `mixed`; with a window also `softmax`, the window and sinks alone, without their weight; and `linear`,
+                every key by its cosine.
+            causal: False sees every real key.
+
+        Returns:
+            `(B, H, T, D)` in the query's dtype.
+        """
+        past = None if cache_layer is None else cache_layer.state
+        call = self._call_options(arm, padding_mask, causal, return_state=cache_layer is not None)
+        near = far = near_state = far_state = None
+        if call["window"] + call["sinks"]:
+            near, near_state = self._softmax_branch(query, key, value, past, call)
+        if arm != "softmax":
+            inputs = self._features(query, key, value, padding_mask)
+            far, far_state = self._cosine_branch(*inputs, None if past is None else self._as_cosine(past), call)
+        if cache_layer is not None:
+            cache_layer.store(_joined(key, value, near_state, far_state), query.shape[2])
+        return self._mixed(near, far).to(query.dtype)
+
+    def _call_options(
+        self, arm: str, padding_mask: Tensor | None, causal: bool, return_state: bool = False
+    ) -> dict[str, Any]:
+        """What both branches' ops are called with."""
+        if arm not in self.arms:
+            raise ValueError(f"unknown arm {arm!r}: use one of {', '.join(self.arms)}")
+        if not causal and self.scale_side == "key" and self.window + self.sinks:
+            raise ValueError(NO_WAY_BACK)
+        return {
+            "window": 0 if arm == "linear" else self.window,
+            "sinks": 0 if arm == "linear" else self.sinks,
+            "causal": causal,
+            "attention_mask": padding_mask,
+            "return_state": return_state,
+            "backend": self.op_backend,
+        }
+
+    def _softmax_branch(self, query, key, value, past: CosineState | None, call):
+        """Softmax over window and sinks, without its weight, and its state."""
+        start = None if past is None else _as_softmax(past, query.shape[1])
+        return hybrid_linear_attention(
+            query, key, value, None, None, scaling=self.scaling, initial_state=start, **call
+        )
+
+    def _cosine_branch(self, query, key, value, past: CosineState | None, call):
+        """Cosine attention over all other keys, with its gain, and its state; inputs as `_features` gives them."""
+        exponent, gain = self.scales.exponent(), self.scales.gain
+        scales: dict[str, Any] = {"exponent": exponent, "gain": gain, "scale_side": self.scale_side}
+        return cosine_attention(query, key, value, **scales, initial_state=past, **call)
+
+    def _mixed(self, near: Tensor | None, far: Tensor | None) -> Tensor:
+        """The weighted sum of the branches that are there, in float32 at least where both are."""
+        if near is None or far is None:
+            output = far if near is None else near
+            assert output is not None, "an arm has one branch at least"
+            return output
+        return self._weighted(near) + far.to(torch.promote_types(far.dtype, torch.float32))
+
+    def _weighted(self, near: Tensor) -> Tensor:
+        assert self.scales.window_weight is not None, "there is a window"
+        dtype = torch.promote_types(near.dtype, torch.float32)
+        return near.to(dtype) * self.scales.window_weight.to(dtype)[:, None, None]
+
+    def _features(self, query, key, value, padding_mask) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values as the cosine takes them: with maps in float32 at least."""
+        if self.feature_map_q is None:
+            return query, key, value
+        if padding_mask is not None:  # padding may hold NaN, which a map's gradient would keep
+            hidden = ~padding_mask.bool()[:, None, :, None]
+            query, key = query.masked_fill(hidden, 0.0), key.masked_fill(hidden, 0.0)
+        query, key = map_features(query, self.feature_map_q), map_features(key, self.feature_map_k)
+        return query, key, value.to(key.dtype)
+
+    def _as_cosine(self, state: CosineState) -> CosineState:
+        """The op's state from the cache's, whose keys are raw."""
+        if self.feature_map_k is None:
+            return state
+        window_key, sink_key = (map_features(x, self.feature_map_k) for x in (state.window_key, state.sink_key))
+        values = {name: getattr(state, name).to(window_key.dtype) for name in ("window_value", "sink_value")}
+        return state._replace(window_key=window_key, sink_key=sink_key, **values)
+
+    def linear_share(
+        self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None = None, causal: bool = True
+    ) -> Tensor:
+        """The cosine branch's share of both branches' lengths, `(B, H, T)` in [0, 1]; there is no common
+        denominator."""
+        call = self._call_options("mixed", padding_mask, causal)
+        near = self._weighted(self._softmax_branch(query, key, value, None, call)[0]).norm(dim=-1)
+        inputs = self._features(query, key, value, padding_mask)
+        far = self._cosine_branch(*inputs, None, call)[0].norm(dim=-1)
+        return far / (near + far).clamp(min=1e-20)
+
+    def calibration_terms(
+        self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None, causal: bool, exponents: Tensor
+    ) -> tuple[Tensor | None, Iterator[Tensor]]:
+        """What a calibration weighs against each other: the mixed output is a weighted sum of them.
+
+        Args:
+            exponents: `(N, H)` to try.
+
+        Returns:
+            The softmax branch `(B, H, T, D)`, or None without a window; the cosine branch with gain 1 for each
+            exponent, made as it is asked for.
+        """
+        call = self._call_options("mixed", padding_mask, causal)
+        near = self._softmax_branch(query, key, value, None, call)[0] if self.window + self.sinks else None
+        inputs = self._features(query, key, value, padding_mask)
+        if causal and self.scale_side == "key":
+            return near, (cosine_attention(*inputs, exponent=x, scale_side="key", **call)[0] for x in exponents)
+        # On the query's side an exponent only scales what the exponent 0 gives.
+        unscaled = cosine_attention(*inputs, exponent=torch.zeros_like(exponents[0]), **call)[0]
+        counts = _far_counts(query, padding_mask, self.window, self.sinks, causal)
+        return near, (unscaled * power(counts, x[:, None]) for x in exponents)
+
+
+def _far_counts(x: Tensor, padding_mask: Tensor | None, window: int, sinks: int, causal: bool) -> Tensor:
+    """Keys that the cosine sees from each real token of a call: `(B, T)`."""
+    real = x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if padding_mask is None else padding_mask.bool()
+    return far_keys(real.cumsum(1) - 1, real.sum(1), window, sinks, causal)
+
+
+def map_features(x: Tensor, feature_map: FeatureMap | None) -> Tensor:
+    """Features of x, in float32 at least: `(B, heads, T, F)`."""
+    assert feature_map is not None
+    with torch.autocast(x.device.type, enabled=False):
+        if feature_map.activation != "projection":
+            return apply_feature_map(x, feature_map.as_weights())
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        features = torch.einsum("bhtd,hdf->bhtf", x.to(dtype), feature_map.weight.to(dtype))
+        return features if feature_map.bias is None else features + feature_map.bias.to(dtype)[:, None]
+
+
+def _as_softmax(state: CosineState, heads: int) -> HybridLinearState:
+    """The state of the softmax branch: the rings, and sums of no features."""
+    batch, _, window, _ = state.window_key.shape
+    nothing = state.kv.new_zeros(batch, heads, 0, state.kv.shape[-1])
+    features = state.kv.new_zeros(batch, heads, window, 0)
+    rings = (state.window_key, state.window_value, features, state.sink_key, state.sink_value)
+    return HybridLinearState(nothing, nothing[..., 0], *rings, state.count)
+
+
+def _joined(key, value, near: HybridLinearState | None, far: CosineState | None) -> CosineState:
+    """The cache's state: raw keys and values of the softmax branch, sums of the cosine branch."""
+    if near is None:
+        assert far is not None
+        empty_key, empty_value = (x.new_zeros(x.shape[0], x.shape[1], 0, x.shape[3]) for x in (key, value))
+        return CosineState(far.kv, empty_key, empty_value, empty_key, empty_value, far.count)
+    rings = (near.window_key, near.window_value, near.sink_key, near.sink_value)
+    kv = near.kv if far is None else far.kv
+    return CosineState(kv, *rings, near.count)
+
+
+def state_bytes(config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes) -> int:
+    """Bytes of one sequence's state after `num_tokens` tokens; the same for any number."""
+    key_heads = num_heads if config.scale_side == "key" else num_key_value_heads
+    raw = 2 * (config.window + config.sinks) * num_key_value_heads * head_dim * dtype_bytes
+    return key_heads * config.key_width(head_dim) * head_dim * 4 + raw + 8

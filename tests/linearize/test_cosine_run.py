@@ -1,0 +1,202 @@
+"""Whole runs onto cosine attention: plan, calibration, attention transfer, LoRA, report, and the repository left."""
+
+import copy
+import json
+
+import pytest
+import torch
+import yaml
+from tiny_models import make_gpt2, make_mistral, make_student, make_teacher
+from tiny_runs import make_bert_directory, make_teacher_directory, tiny_config, write_text
+from transformers import AutoModel, AutoModelForCausalLM
+
+import linearize
+from linearize.cli import main
+from linearize.errors import UserError
+from linearize.evaluation import evaluate, info, state_bytes
+from linearize.hub import read_record
+from linearize.run_plan import make_plan
+from linearize.settings import TransferConfig
+from linearize.settings_io import resolve
+from linearize.transfer import mixer_parameters, transfer_attention
+
+VARIANTS = {
+    "window": {"window": 8, "sinks": 2},
+    "pure": {"window": 0, "sinks": 0},
+    "key": {"window": 0, "sinks": 0, "scale_side": "key"},
+    "map": {"window": 8, "sinks": 2, "feature_map": "softmax"},
+}
+TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2, "mistral": make_mistral}
+PAIRS = [("llama", "window"), ("llama", "key"), ("gpt2", "map"), ("mistral", "pure")]
+
+
+@pytest.fixture
+def make_settings(tmp_path):
+    def make(backbone="llama", variant="window"):
+        teacher = make_teacher_directory(tmp_path / "teacher", make=TEACHERS[backbone])
+        config = tiny_config(teacher, write_text(tmp_path / "text.jsonl"), tmp_path / "out", tmp_path / "cache")
+        config["attention"] = {"type": "cosine", **VARIANTS[variant]}
+        config["transfer"]["branch"] = "mixed"
+        config["calibration_sequences"] = 3
+        return config
+
+    return make
+
+
+@pytest.mark.parametrize("backbone, variant", PAIRS)
+def test_a_run_leaves_a_repository(make_settings, backbone, variant, tmp_path, capsys):
+    settings = make_settings(backbone, variant)
+    result = linearize.run(copy.deepcopy(settings))
+    assert "calibration on 3 sequences: squared error" in capsys.readouterr().out
+    final = tmp_path / "out" / "final"
+    model = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=True)
+    start = linearize.convert(settings["model_name_or_path"], linearize.CosineAttentionConfig(**settings["attention"]))
+    before, after = start.mixer_state_dict(), model.mixer_state_dict()
+    assert before.keys() == after.keys()
+    assert all(not torch.equal(before[name], after[name]) for name in before if ".scales." in name)
+    tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
+    assert tokens.shape[1] <= 7
+    rows = [row.name for row in result.report.rows]
+    assert {"teacher", "student after conversion", "student after calibration", "student"} <= set(rows)
+    windowed = bool(VARIANTS[variant]["window"])
+    assert any(name.startswith("control: softmax window 8 + 2 sinks") for name in rows) is windowed
+    assert (result.report.share is not None) is windowed
+    record = read_record(final)
+    assert record["calibration"]["error_after"] < record["calibration"]["error_before"]
+    assert len(json.loads((tmp_path / "out" / "logs" / "calibration.json").read_text())["exponents"]) == 2
+    card = (final / "README.md").read_text()
+    assert "with cosine attention" in card and "2409.18747" in card and "- calibration: 3 sequences" in card
+    described = info(final)
+    assert {settings["type"] for settings in described.mechanisms.values()} == {"cosine"}
+    assert [x.student for x in described.state] == [x.student for x in state_bytes(model.config)]
+
+
+def test_the_plan_names_the_calibration_and_counts_the_numbers_of_the_heads(make_settings):
+    settings = make_settings()
+    plan = make_plan(resolve(settings))
+    assert plan.stages[0].forecast.total > 0 and plan.stages[1].forecast.total > plan.stages[0].forecast.total
+    assert plan.calibration == 3 and plan.stages[0].trained == {"mechanism": 2 * 3 * 4}
+    assert ["calibration", "3 sequences"] in plan.tables()[0].rows
+    linear = {**settings, "attention": {"type": "linear", "window": 8}}
+    assert make_plan(resolve(linear)).calibration == 0
+    assert make_plan(resolve({**settings, "calibration_sequences": 0})).calibration == 0
+
+
+def test_branches_that_are_not_there_are_named_before_anything_runs(make_settings, tmp_path):
+    settings = make_settings(variant="pure")
+    settings["transfer"]["branch"] = "both"
+    with pytest.raises(UserError, match="set transfer.branch to mixed"):
+        linearize.run(settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_calibration_alone(make_settings, tmp_path):
+    settings = {**make_settings(), "transfer": None, "finetune": None, "evaluation": None}
+    result = linearize.run(settings)
+    assert result.calibration.sequences == 3 and read_record(result.final)["calibration"]["sequences"] == 3
+    model = linearize.load_student(result.final)
+    assert all(attention.mixer.scales.gain.all() for attention in model.mixer_attentions())
+
+
+def test_the_commands_calibrate_once(make_settings, tmp_path, capsys):
+    """A converted model before its first stage, and not one that has been fitted."""
+    settings = make_settings()
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    flags = ["--config", str(tmp_path / "config.yaml")]
+    assert main(["convert", settings["model_name_or_path"], str(tmp_path / "start"), *flags]) == 0
+    assert "calibration" not in read_record(tmp_path / "start")
+    capsys.readouterr()
+    assert main(["transfer", str(tmp_path / "start"), str(tmp_path / "one"), *flags]) == 0
+    assert capsys.readouterr().out.count("calibration on 3 sequences") == 1
+    assert main(["finetune", str(tmp_path / "one"), str(tmp_path / "two"), *flags]) == 0
+    assert "calibration on" not in capsys.readouterr().out
+    records = [read_record(tmp_path / name / "final") for name in ("one", "two")]
+    assert records[0]["calibration"] == records[1]["calibration"]
+    assert set(records[1]["tokens"]) == {"transfer", "finetune"}
+    assert (
+        main(["evaluate", str(tmp_path / "one"), "--text", settings["data"]["dataset"], "--sequence_length", "32"])
+        == 0
+    )
+    shown = capsys.readouterr().out
+    assert "linear arm" in shown and "share of the output" in shown
+    assert main(["info", str(tmp_path / "two")]) == 0 and "cosine" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_attention_transfer_learns(variant, tmp_path):
+    student = make_student(make_teacher(), {"cosine": {"type": "cosine", **VARIANTS[variant]}})
+    ids = torch.randint(3, 97, (8, 40), generator=torch.Generator().manual_seed(3))
+    blocks = linearize.data.TokenBlocks(ids)
+    steps = {"max_steps": 30, "batch_size": 4, "tokens_per_step": 160, "logging_steps": 4, "branch": "mixed"}
+    result = transfer_attention(student, blocks, TransferConfig(**steps), output_dir=tmp_path, device="cpu")
+    first, last = (sum(result.losses_per_layer[i]) for i in (0, -1))
+    assert last < 0.98 * first
+    groups = mixer_parameters(student)
+    assert set(groups) == ({"scalers", "maps"} if variant == "map" else {"scalers"})
+    assert all(parameter.dtype == torch.float32 for group in groups.values() for parameter in group.values())
+
+
+def test_the_evaluation_has_the_arms_of_a_window_alone():
+    ids = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(3))
+    blocks = linearize.data.TokenBlocks(ids)
+    for variant, rows in (("window", 5), ("pure", 2)):
+        student = make_student(make_teacher(), {"cosine": {"type": "cosine", **VARIANTS[variant]}})
+        report = evaluate(student, blocks)
+        assert len(report.rows) == rows, [row.name for row in report.rows]
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--attention.scale_side", "value"], "scale_side is 'value': choose one of query, key"),
+        (["--attention.window", "-1"], "window is -1"),
+        (["--attention.exponent", "[0.1, 0.2]"], "exponent lists 2 numbers, but the attention has 4 query heads"),
+        (["--attention.exponent", "2"], "exponent is 2"),
+        (["--calibration_sequences", "-1"], "calibration_sequences is -1"),
+        (["--attention.feature_map", "fourier"], "feature_map is 'fourier'"),
+    ],
+)
+def test_bad_input_is_one_sentence(make_settings, flags, sentence, tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(make_settings()))
+    capsys.readouterr()
+    assert main(["run", str(tmp_path / "config.yaml"), *flags]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("variant", ["pure", "map"])
+def test_an_encoder(variant, tmp_path, capsys):
+    teacher = make_bert_directory(tmp_path / "teacher", sentences=True)
+    for name, words in (("train", "abcdef"), ("validation", "uvwxyz")):
+        texts = [f"The old cats ran past {x} houses. Two {x} cats slept in it. All {x} cats ran." for x in words]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    steps = {"max_steps": 2, "batch_size": 2, "tokens_per_step": 64}
+    settings = {
+        "model_name_or_path": str(teacher),
+        "output_dir": str(tmp_path / "out"),
+        "device": "cpu",
+        "attention": {"type": "cosine", **VARIANTS[variant]},
+        "calibration_sequences": 4,
+        "data": {
+            "dataset": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "validation.jsonl"),
+            "sequence_length": 32, "cache_dir": str(tmp_path / "cache"),
+        },
+        "transfer": {**steps, "branch": "mixed"},
+        "distillation": {**steps, "warmup_steps": 1},
+        "evaluation": {"pairs": 4},
+    }  # fmt: skip
+    result = linearize.run_encoder(settings)
+    assert capsys.readouterr().out.count("calibration on 4 sequences") == 1
+    assert "student after calibration" in [row["name"] for row in result.report["embeddings"]["rows"]]
+    assert read_record(result.final)["calibration"]["sequences"] == 4
+    model = AutoModel.from_pretrained(result.final, trust_remote_code=True)
+    assert model.config.mixers["cosine"]["window"] == VARIANTS[variant]["window"]
+    assert (tmp_path / "out" / "logs" / "calibration.json").is_file()
+
+
+def test_an_encoder_has_no_scale_on_the_key_s_side_beside_a_window(tmp_path):
+    teacher = make_bert_directory(tmp_path / "teacher")
+    with pytest.raises(UserError, match="an encoder can only have with window 0 and sinks 0") as caught:
+        linearize.convert(teacher, {"type": "cosine", "window": 4, "scale_side": "key"})
+    assert "\n" not in str(caught.value)
