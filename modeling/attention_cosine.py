@@ -18,6 +18,7 @@ from transformers import initialization as init
 from .feature_maps import WIDTH, FeatureMap, apply_feature_map
 from .op_cosine import CONTRACT, CosineState, cosine_attention
 from .op_cosine_chunked import far_keys, power
+from .op_dispatch import check_contract
 from .op_hybrid_linear import HybridLinearState, hybrid_linear_attention
 
 ARMS = ("mixed", "softmax", "linear")
@@ -81,11 +82,7 @@ class CosineAttentionConfig:
                 raise ValueError(f"exponent is {exponent}: it must lie between 0 and 1")
         if not math.isfinite(self.window_weight):
             raise ValueError(f"window_weight is {self.window_weight}: it must be a finite number")
-        if self.contract != CONTRACT:
-            raise ValueError(
-                f"this checkpoint was saved with contract {self.contract} of cosine attention and this version of "
-                f"linearize supports {CONTRACT}: load it with trust_remote_code=True where linearize is not installed"
-            )
+        check_contract("cosine attention", self.contract, CONTRACT)
 
     def resolve(self, head_dim: int) -> None:
         """Fill in what depends on the model."""

@@ -13,7 +13,7 @@ this project's.
 from torch import Tensor
 
 from .op_cosine_chunked import CosineState, run_cosine
-from .op_dispatch import choose_backend
+from .op_dispatch import check_heads, choose_backend
 from .op_hybrid_linear_chunked import check_rows, over_rows
 
 CONTRACT = 1
@@ -90,9 +90,8 @@ def cosine_attention(
 
 
 def _check_shapes(query, key, value, exponent, gain):
+    check_heads(query, key)
     heads, groups = query.shape[1], key.shape[1]
-    if heads % groups:
-        raise ValueError(f"{heads} query heads do not divide among {groups} key heads")
     if query.shape[-1] != key.shape[-1]:
         raise ValueError(f"query and key must have one width, not {query.shape[-1]} and {key.shape[-1]}")
     if not query.shape[2] == key.shape[2] == value.shape[2] or value.shape[1] != groups:
