@@ -23,6 +23,7 @@ from transformers import BertForMaskedLM
 
 from linearize.encoder_settings import EncoderRunConfig
 from linearize.gain_cell_stages import GainCellRunConfig
+from linearize.glue_settings import GlueRunConfig
 from linearize.pretraining import PretrainConfig
 from linearize.settings import RunConfig
 from linearize.settings_io import flat_names, preset_names, resolve
@@ -32,7 +33,14 @@ RECIPE = ROOT / "recipes" / "linearize_llama3.py"
 PRETRAIN = ROOT / "recipes" / "pretrain.py"
 GPT2 = ROOT / "recipes" / "linearize_gpt2.py"
 BERT = ROOT / "recipes" / "linearize_bert.py"
-SETTINGS = {RECIPE: RunConfig, PRETRAIN: PretrainConfig, GPT2: GainCellRunConfig, BERT: EncoderRunConfig}
+GLUE = ROOT / "recipes" / "finetune_glue.py"
+SETTINGS = {
+    RECIPE: RunConfig,
+    PRETRAIN: PretrainConfig,
+    GPT2: GainCellRunConfig,
+    BERT: EncoderRunConfig,
+    GLUE: GlueRunConfig,
+}
 """Recipe -> what its YAML files and flags set."""
 
 LOAD = """
