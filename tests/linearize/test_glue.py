@@ -11,7 +11,6 @@ import sys
 
 import pytest
 import torch
-from tiny_models import make_bert, make_student
 from tiny_runs import WORDS, make_bert_directory, make_bert_tokenizer
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification, pipeline
 
@@ -29,7 +28,7 @@ from linearize.glue_tasks import TASKS
 from linearize.glue_training import Finetuning, GlueTrainer, load_classifier, predict
 from linearize.settings_io import preset_names, resolve
 
-MIXERS = {"linear": {"type": "linear", "window": 3, "sinks": 1}}
+MIXER = {"type": "linear", "window": 3, "sinks": 1}
 KEYWORD = "snow"
 
 
@@ -78,7 +77,7 @@ def inputs(tmp_path_factory):
     """A teacher, its student, and all tasks in files of all kinds."""
     root = tmp_path_factory.mktemp("glue")
     make_bert_directory(root / "teacher")
-    make_student(make_bert(vocab_size=85), MIXERS).save_pretrained(root / "student")
+    linearize.convert(root / "teacher", MIXER).save_pretrained(root / "student")
     make_bert_tokenizer().save_pretrained(root / "student")
     for number, name in enumerate(TASKS):
         write_task(root / "files", name, KINDS[number % len(KINDS)])
@@ -315,25 +314,22 @@ def test_nine_tasks_in_one_run(inputs, tmp_path, capsys):
 # --- training
 
 
-LEARN = {
-    "training__max_steps": 60,
-    "training__learning_rates": [2e-3],
-    "data__dataset": None,
-    "training__batch_size": 16,
-    "training__logging_steps": 20,
-}
+LEARN = {"training__learning_rates": [2e-3], "training__batch_size": 16, "training__logging_steps": 20}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name, model", [("sst2", "teacher"), ("sst2", "student"), ("stsb", "student")])
-def test_a_task_is_learned(name, model, inputs, tmp_path):
+@pytest.mark.parametrize(
+    "name, model, steps", [("sst2", "teacher", 60), ("sst2", "student", 60), ("stsb", "student", 160)]
+)
+def test_a_task_is_learned(name, model, steps, inputs, tmp_path):
     write_task(tmp_path, name, train=200, validation=60)
     changes = {**LEARN, "data__dataset": str(tmp_path), "models": [str(inputs / model)], "tasks": [name]}
+    changes["training__max_steps"] = steps
     report = run_glue(settings(inputs, tmp_path / "out", **changes)).report
     assert report.score(model, name, TASKS[name].metrics[0]).mean > 0.9  # chance: 0.5 of sst2, 0 of stsb
     log = tmp_path / "out" / "logs" / model / name / "lr0.002-seed0.jsonl"
     losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
-    assert len(losses) == 3 and losses[-1] < 0.5 * losses[0]
+    assert len(losses) == steps // 20 and losses[-1] < 0.5 * losses[0]
 
 
 def test_evaluation_is_outside_mixed_precision(inputs, tmp_path):
@@ -348,9 +344,9 @@ def test_evaluation_is_outside_mixed_precision(inputs, tmp_path):
 
 
 def test_two_seeds_give_mean_and_spread(inputs, tmp_path):
-    changes = {"tasks": ["stsb", "rte"], "seeds": [3, 5], "training__learning_rates": [1e-3, 1e-5]}
+    changes = {"tasks": ["stsb"], "seeds": [3, 5], "training__learning_rates": [1e-3, 1e-5]}
     report = run_glue(settings(inputs, tmp_path / "out", models=[str(inputs / "student")], **changes)).report
-    assert len(report.results) == 8
+    assert len(report.results) == 4
     score = report.score("student", "stsb", "pearson")
     values = {
         r.seed: r.scores["pearson"]
@@ -405,14 +401,17 @@ def trained(monkeypatch):
     return keys
 
 
+@pytest.mark.slow
 def test_a_resumed_run_runs_what_is_missing(inputs, tmp_path, monkeypatch, capsys):
     out, models = tmp_path / "out", [str(inputs / "student")]
-    first = run_glue(settings(inputs, out, seeds=[0, 1], models=models)).report
+    shutil.copytree(inputs / "files", tmp_path / "files")
+    own = {"data__dataset": str(tmp_path / "files"), "models": models}
+    first = run_glue(settings(inputs, out, seeds=[0, 1], **own)).report
     with pytest.raises(UserError, match="already holds a run"):
-        run_glue(settings(inputs, out, models=models))
+        run_glue(settings(inputs, out, **own))
     (out / "results" / "student" / "sst2" / "lr2e-05-seed1.json").unlink()
     runs = trained(monkeypatch)
-    resume = {"resume_from_checkpoint": True, "models": models}
+    resume = {"resume_from_checkpoint": True, **own}
     again = run_glue(settings(inputs, out, seeds=[0, 1], **resume)).report
     assert runs == [("SST-2", 1, 2e-5)]
     assert [r.scores for r in again.results] == [r.scores for r in first.results]
@@ -429,13 +428,9 @@ def test_a_resumed_run_runs_what_is_missing(inputs, tmp_path, monkeypatch, capsy
     changed = {**resume, "models": [str(inputs / "teacher")], "names": ["student"]}
     with pytest.raises(UserError, match="under the name student"):
         run_glue(settings(inputs, out, **changed))
-    files = shutil.copytree(inputs / "files" / "sst2", tmp_path / "files" / "sst2")
-    write_rows(files / "train.tsv", examples("sst2", 41))
-    monkeypatch.setattr(
-        "linearize.glue_stages.GlueDirectory.free_to_change", ("data.dataset", "seeds", "resume_from_checkpoint")
-    )
+    write_rows(tmp_path / "files" / "sst2" / "train.tsv", examples("sst2", 41))
     with pytest.raises(UserError, match="examples of SST-2 are others"):
-        run_glue(settings(inputs, out, seeds=[7], data__dataset=str(tmp_path / "files"), **resume))
+        run_glue(settings(inputs, out, seeds=[0, 7], **resume))
     path = out / "results" / "student" / "sst2" / "lr2e-05-seed1.json"
     path.write_text("{")
     with pytest.raises(UserError, match="is damaged: delete it"):
@@ -553,7 +548,7 @@ def check_sentence(flags, sentence, inputs, tmp_path, capsys):
         (["--seeds", "-1"], "must not be negative"),
         (["--names", "a,b"], "names has 2 entries for 1 models"),
         (["--names", "a/b"], "is no file name"),
-        (["--models", "x/one,y/one"], "Two models are called one"),
+        (["--models", "x/one", "--models", "y/one"], "Two models are called one"),
         (["--models", "{root}/nowhere"], "nowhere"),
         (["--models", "{root}/llama"], "is no encoder"),
         (["--data.dataset", "./nowhere"], "There is no folder ./nowhere"),
@@ -561,7 +556,7 @@ def check_sentence(flags, sentence, inputs, tmp_path, capsys):
         (["--data.dataset", "{root}/train_only", "--tasks", "mnli"], "There is no validation file of MNLI"),
         (["--data.sequence_length", "128"], "has 64 positions"),
         (["--data.max_examples", "0"], "at least 1"),
-        (["--training.learning_rates", "fast"], "training.learning_rates is ['fast']"),
+        (["--training.learning_rates", "fast"], "training.learning_rates is 'fast'"),
         (["--training.warmup_ratio", "2"], "between 0 and 1"),
         (["--training.epochs", "0"], "must be positive"),
         (["--report_to", "nobody"], "unknown tracker"),
