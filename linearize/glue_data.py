@@ -189,14 +189,18 @@ class GlueRows(Dataset):
 
 
 def tokenize(split: Split, tokenizer: Any, sequence_length: int) -> GlueRows:
-    """The examples between the tokenizer's own marks, pairs cut where they are longest."""
+    """The examples between the tokenizer's own marks, pairs cut where they are longest.
+
+    Segments are what the tokenizer gives by itself, all 0 where it gives none: whoever uses the finetuned model calls
+    it so too.
+    """
     ids: list[list[int]] = []
     types: list[list[int]] = []
     for start in range(0, len(split), BATCH):
         texts = [column[start : start + BATCH] for column in split.texts]
-        encoded = tokenizer(*texts, truncation=True, max_length=sequence_length, return_token_type_ids=True)
+        encoded = tokenizer(*texts, truncation=True, max_length=sequence_length)
         ids += encoded["input_ids"]
-        types += encoded["token_type_ids"]
+        types += encoded.get("token_type_ids") or [[0] * len(row) for row in encoded["input_ids"]]
     return GlueRows(ids, types, split.labels)
 
 

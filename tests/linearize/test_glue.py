@@ -217,7 +217,10 @@ def test_pairs_are_tokenised_and_padded(inputs):
     assert max(map(len, rows.input_ids)) == 12
     whole = tokenize(data.train, tokenizer, 64)
     expected = tokenizer(first, second)
-    assert whole[0]["input_ids"] == expected["input_ids"] and sum(whole[0]["token_type_ids"]) > 0
+    assert whole[0]["input_ids"] == expected["input_ids"] and not any(whole[0]["token_type_ids"])
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's own
+    segments = tokenize(data.train, tokenizer, 64)[0]["token_type_ids"]
+    assert segments == tokenizer(first, second)["token_type_ids"] and sum(segments) > 0
     batch = collate([whole[i] for i in range(4)], tokenizer.pad_token_id)
     width = batch["input_ids"].shape[1]
     assert width % 8 == 0 and all(tensor.shape == (4, width) for name, tensor in batch.items() if name != "labels")

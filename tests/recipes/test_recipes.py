@@ -247,6 +247,29 @@ def test_an_encoder_by_one_process_and_by_two(tmp_path):
     assert len(logs[0]) == 9 and logs[1] == pytest.approx(logs[0], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_glue_by_one_process_and_by_two(tmp_path):
+    teacher = make_bert_directory(tmp_path / "teacher")
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        rows = [{"premise": f"two {a} cats", "hypothesis": a, "label": i % 3} for i, a in enumerate(WORDS)]
+        path = tmp_path / "files" / "mnli" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--models", teacher, "--tasks", "mnli", "--seeds", "0,1", "--device", "cpu"]
+    flags += ["--data.dataset", tmp_path / "files", "--data.sequence_length", "16", "--training.batch_size", "4"]
+    flags += ["--training.max_steps", "3", "--training.learning_rates", "1e-3", "--training.logging_steps", "1"]
+    logs = []
+    for number in ("1", "2"):
+        launcher = ("torchrun", "--nproc_per_node", number)
+        out = tmp_path / number
+        run = launch(*flags, "--output_dir", out, recipe=GLUE, launcher=launcher, ACCELERATE_USE_CPU="true")
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.count("Saved ") == 1 and run.stdout.count("MNLI, teacher") == 2
+        assert len(json.loads((out / "report.json").read_text())["results"]) == 2
+        logs.append([json.loads(line)["loss"] for line in next(out.rglob("lr0.001-seed1.jsonl")).open()])
+    assert len(logs[0]) == 3 and logs[1] == pytest.approx(logs[0], rel=1e-4)
+
+
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
 def test_every_recipe_is_a_page_and_importable(path, capsys):
     import importlib.util
