@@ -1,9 +1,7 @@
-"""GLUE: the nine tasks from local files, their metrics, the table over seeds, what is run again, and bad input."""
+"""GLUE: the nine tasks from local files, their metrics, the table over seeds, and what is run again."""
 
-import csv
 import json
 import math
-import random
 import shutil
 import signal
 import subprocess
@@ -11,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from tiny_runs import WORDS, make_bert_directory, make_bert_tokenizer
+from glue_toys import examples, make_inputs, settings, write_rows, write_task
+from tiny_runs import make_bert_directory, make_bert_tokenizer
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification, pipeline
 
 import linearize
@@ -28,74 +27,10 @@ from linearize.glue_tasks import TASKS
 from linearize.glue_training import Finetuning, GlueTrainer, load_classifier, predict
 from linearize.settings_io import preset_names, resolve
 
-MIXER = {"type": "linear", "window": 3, "sinks": 1}
-KEYWORD = "snow"
-
-
-def sentence(generator, keyword=None):
-    words = generator.choices(WORDS, k=generator.randint(3, 7))
-    return " ".join([*words, keyword] if keyword else words)
-
-
-def examples(name, count, seed=0):
-    """Rows of a task; a text with the keyword is of class 1, or a similarity of 5."""
-    task, generator = TASKS[name], random.Random(seed)
-    rows = []
-    for number in range(count):
-        label = number % task.num_labels if task.labels else 5.0 * (number % 2)
-        texts = [sentence(generator, KEYWORD if label and not i else None) for i in range(len(task.columns))]
-        rows.append({**dict(zip(task.columns, texts, strict=True)), "label": label, "idx": number})
-    return rows
-
-
-def write_rows(path, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".jsonl":
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    else:
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            writer = csv.DictWriter(file, rows[0], delimiter=delimiter)
-            writer.writeheader()
-            writer.writerows(rows)
-    return path
-
-
-def write_task(root, name, kind=".jsonl", train=40, validation=12):
-    for split in ("train", *TASKS[name].validation):
-        rows = examples(name, train if split == "train" else validation, seed=len(split))
-        write_rows(root / name / f"{split}{kind}", rows)
-
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A teacher, its student, and all tasks in files of all kinds."""
-    root = tmp_path_factory.mktemp("glue")
-    make_bert_directory(root / "teacher")
-    linearize.convert(root / "teacher", MIXER).save_pretrained(root / "student")
-    make_bert_tokenizer().save_pretrained(root / "student")
-    for number, name in enumerate(TASKS):
-        write_task(root / "files", name, KINDS[number % len(KINDS)])
-    return root
-
-
-def settings(inputs, output, **changes):
-    values = {
-        "models": [str(inputs / "teacher"), str(inputs / "student")],
-        "output_dir": str(output),
-        "device": "cpu",
-        "metrics": "sklearn",
-        "tasks": ["sst2"],
-        "seeds": [0],
-        "data": {"dataset": str(inputs / "files"), "sequence_length": 32},
-        "training": {"batch_size": 8, "max_steps": 1, "logging_steps": 1},
-    }
-    return resolve(values, {key.replace("__", "."): value for key, value in changes.items()}, settings=GlueRunConfig)
+    return make_inputs(tmp_path_factory.mktemp("glue"))
 
 
 # --- metrics
@@ -501,80 +436,6 @@ def test_names_of_models(tmp_path):
         models=["me/encoder", str(tmp_path / "run" / "final"), str(tmp_path / "run" / "..") + "/run2"]
     )
     assert config.model_names() == ["encoder", "run", "run2"]
-
-
-BAD_FILES = {
-    "columns": ("mrpc/train.jsonl", '{"sentence1": "a", "label": 1}\n', "has no column sentence2, but MRPC needs"),
-    "label": ("rte/validation.jsonl", None, "but a label of RTE is 0 (entailment), 1 (not_entailment)"),
-    "similarity": ("stsb/train.jsonl", None, "but a label of STS-B is a number from 0 to 5"),
-    "text": ("sst2/train.jsonl", '{"sentence": 5, "label": 1}\n', "The column sentence in line 1"),
-    "empty": ("sst2/train.csv", "sentence,label\n", "holds no examples"),
-    "fields": ("sst2/train.csv", "sentence,label\na,1\nb\n", "There are not 2 fields in line 3"),
-    "twice": ("sst2/train.csv", "sentence,label\na,1\n", "keep one of them"),
-    "encoding": ("sst2/train.csv", b"sentence,label\n\xff\xfe,1\n", "is not UTF-8 text"),
-    "json": ("sst2/train.jsonl", "{\n", "is not valid JSON"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_a_bad_file_is_one_sentence(case, inputs, tmp_path, capsys):
-    place, content, sentence = BAD_FILES[case]
-    name = place.partition("/")[0]
-    write_task(tmp_path, name)
-    if content is None:
-        rows = examples(name, 6)
-        rows[3]["label"] = -1 if name == "rte" else 5.5
-        write_rows(tmp_path / place, rows)
-    else:
-        if case != "twice" and place.endswith(".csv"):
-            (tmp_path / name / "train.jsonl").unlink()
-        (tmp_path / place).write_bytes(content if isinstance(content, bytes) else content.encode())
-    check_sentence(["--tasks", name, "--data.dataset", str(tmp_path)], sentence, inputs, tmp_path, capsys)
-
-
-def check_sentence(flags, sentence, inputs, tmp_path, capsys):
-    base = ["--models", str(inputs / "teacher"), "--device", "cpu", "--output_dir", str(tmp_path / "out")]
-    base += ["--data.dataset", str(inputs / "files"), "--data.sequence_length", "32", "--metrics", "sklearn"]
-    capsys.readouterr()
-    assert main(["glue", *base, *flags]) == 2
-    error = capsys.readouterr().err
-    assert sentence in error and "Traceback" not in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    "flags, sentence",
-    [
-        (["--tasks", "cola,snli"], "Unknown task 'snli' in tasks: known are cola, sst2"),
-        (["--tasks", "sst2,SST-2"], "names sst2 twice"),
-        (["--seeds", "0,0"], "names a seed twice"),
-        (["--seeds", "-1"], "must not be negative"),
-        (["--names", "a,b"], "names has 2 entries for 1 models"),
-        (["--names", "a/b"], "is no file name"),
-        (["--models", "x/one", "--models", "y/one"], "Two models are called one"),
-        (["--models", "{root}/nowhere"], "nowhere"),
-        (["--models", "{root}/llama"], "is no encoder"),
-        (["--data.dataset", "./nowhere"], "There is no folder ./nowhere"),
-        (["--data.dataset", "{root}/empty"], "There is no training file of CoLA"),
-        (["--data.dataset", "{root}/train_only", "--tasks", "mnli"], "There is no validation file of MNLI"),
-        (["--data.sequence_length", "128"], "has 64 positions"),
-        (["--data.max_examples", "0"], "at least 1"),
-        (["--training.learning_rates", "fast"], "training.learning_rates is 'fast'"),
-        (["--training.warmup_ratio", "2"], "between 0 and 1"),
-        (["--training.epochs", "0"], "must be positive"),
-        (["--report_to", "nobody"], "unknown tracker"),
-        (["--metrics", "evaluate"], "set metrics to sklearn"),
-    ],
-)
-def test_bad_input_is_one_sentence(flags, sentence, inputs, tmp_path, capsys):
-    from tiny_runs import make_teacher_directory
-
-    if "{root}/llama" in flags:
-        make_teacher_directory(tmp_path / "llama")
-    (tmp_path / "empty").mkdir()
-    write_rows(tmp_path / "train_only" / "mnli" / "train.jsonl", examples("mnli", 6))
-    flags = [flag.format(root=tmp_path) for flag in flags]
-    check_sentence(flags, sentence, inputs, tmp_path, capsys)
 
 
 def test_a_real_checkpoint_gets_a_head(minilm):
