@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from linearize.evaluation import evaluate
     from linearize.finetuning import finetune
     from linearize.gain_cell_stages import run_gain_cell
+    from linearize.glue_stages import run_glue
     from linearize.hub import push
     from linearize.landmark_stages import run_landmark
     from linearize.pipeline import run
@@ -72,6 +73,7 @@ _PIPELINE = {
     "pretrain": "pretraining",
     "run_encoder": "encoder_stages",
     "run_gain_cell": "gain_cell_stages",
+    "run_glue": "glue_stages",
     "run_landmark": "landmark_stages",
     "make_diff": "weight_diff",
     "recover": "weight_diff",
@@ -133,6 +135,7 @@ __all__ = [
     "run",
     "run_encoder",
     "run_gain_cell",
+    "run_glue",
     "run_landmark",
     "transfer_attention",
 ]

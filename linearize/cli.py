@@ -1,5 +1,5 @@
 """The command line: `linearize convert | transfer | finetune | evaluate | chat | info | push | run | pretrain |
-gain-cell | landmark | encoder | import | diff | export-vectors`.
+gain-cell | landmark | encoder | glue | import | diff | export-vectors`.
 
 Every setting of `linearize/settings.py` (of their own files for the commands of `cli_runs.py`) is a flag of the
 commands that use it (`--transfer.tokens 1000000`). Bad input ends with one sentence and exit code 2, Ctrl-C with
@@ -369,7 +369,7 @@ def run_recipe(default_config: str, argv: Sequence[str] | None = None, *, name: 
     Args:
         default_config: Preset for a run that names neither a config nor a run to resume.
         argv: Flags; default those of this process.
-        name: The command: `run`, `pretrain`, `gain-cell`, `landmark` or `encoder`.
+        name: The command: `run`, `pretrain`, `gain-cell`, `landmark`, `encoder` or `glue`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     return main([name, *arguments], default_config=default_config)

@@ -10,6 +10,7 @@ import typer
 from linearize.encoder_settings import EncoderRunConfig
 from linearize.failures import command
 from linearize.gain_cell_stages import GainCellRunConfig
+from linearize.glue_settings import GlueRunConfig
 from linearize.landmark_stages import LandmarkRunConfig
 from linearize.pretraining import PretrainConfig
 from linearize.settings import RunConfig, RunSettings
@@ -38,6 +39,7 @@ KINDS: dict[str, type[RunSettings]] = {
     "gain-cell": GainCellRunConfig,
     "landmark": LandmarkRunConfig,
     "encoder": EncoderRunConfig,
+    "glue": GlueRunConfig,
 }
 """Settings of each of the commands."""
 RUN_SETTINGS = (
@@ -127,7 +129,23 @@ def encoder(context: typer.Context, *, config: Config = None, overrides: dict[st
     linearize.run_encoder(run_settings(config, overrides, context.obj, EncoderRunConfig))
 
 
-COMMANDS = {"run": run, "pretrain": pretrain, "gain-cell": gain_cell, "landmark": landmark, "encoder": encoder}
+@command
+@with_settings(*field_types(GlueRunConfig), settings=GlueRunConfig)
+def glue(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
+    """Finetune encoders, stock or converted, on the tasks of GLUE, and print a table of them side by side."""
+    import linearize
+
+    linearize.run_glue(run_settings(config, overrides, context.obj, GlueRunConfig))
+
+
+COMMANDS = {
+    "run": run,
+    "pretrain": pretrain,
+    "gain-cell": gain_cell,
+    "landmark": landmark,
+    "encoder": encoder,
+    "glue": glue,
+}
 
 
 def add_run_commands(app: typer.Typer) -> None:

@@ -175,6 +175,11 @@ def evaluation_section(record: Mapping[str, Any]) -> str:
 
         scores = [TaskScore(**score) for score in record["tasks"]["scores"]]
         parts.append(TaskReport(scores).markdown().strip())
+    if glue := record.get("glue"):
+        from linearize.evaluation.tables import markdown_tables
+        from linearize.glue_report import one_table
+
+        parts.append(markdown_tables([one_table(glue["task"], glue["scores"])]).strip())
     return "## Evaluation\n\n" + "\n\n".join(parts) if parts else ""
 
 

@@ -41,6 +41,8 @@ class RunDirectory:
 
     contents: ClassVar[tuple[str, ...]] = CONTENTS
     """What a run writes there, and all that replacing it deletes."""
+    free_to_change: ClassVar[tuple[str, ...]] = FREE_TO_CHANGE
+    """Settings that a resumed run may change."""
 
     def __init__(self, config: RunSettings) -> None:
         self.config: Any = config
@@ -78,12 +80,15 @@ class RunDirectory:
     def _check_same_run(self) -> None:
         if not (self.path / CONFIG).is_file():
             return
-        changed = [name for name in differences(self._stored(), self.config) if not _may_change(name)]
+        changed = [name for name in differences(self._stored(), self.config) if not self._may_change(name)]
         if changed:
             raise UserError(
                 f"{self.path} holds a run with other settings ({', '.join(changed)}): resume it with its own, "
                 f"{self.path / CONFIG}, or name another output_dir."
             )
+
+    def _may_change(self, name: str) -> bool:
+        return name in self.free_to_change or name.startswith("evaluation") or name.rpartition(".")[2] in FREE_KEYS
 
     def _stored(self) -> RunSettings:
         return resolve(self.path / CONFIG, settings=type(self.config))
@@ -112,7 +117,3 @@ class RunDirectory:
                 f"The directory {self.path} cannot be made ({error.strerror}): name another output_dir."
             ) from error
         write_config(self.config, self.path / CONFIG)
-
-
-def _may_change(name: str) -> bool:
-    return name in FREE_TO_CHANGE or name.startswith("evaluation") or name.rpartition(".")[2] in FREE_KEYS

@@ -359,8 +359,11 @@ class RunSettings:
         require(sequences >= 0, f"calibration_sequences is {sequences}, but it must not be negative.")
 
     def _check_run(self) -> None:
-        require(bool(self.output_dir), "output_dir is empty: name the folder that the run is written to.")
+        self._check_output()
         require(self.seed >= 0, f"seed is {self.seed}, but it must not be negative.")
+
+    def _check_output(self) -> None:
+        require(bool(self.output_dir), "output_dir is empty: name the folder that the run is written to.")
         require(
             not (self.overwrite and self.resume_from_checkpoint),
             "overwrite and resume_from_checkpoint are both set: choose one of them.",

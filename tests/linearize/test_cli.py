@@ -25,6 +25,7 @@ COMMANDS = (
     "run",
     "pretrain",
     "gain-cell",
+    "glue",
     "export-vectors",
 )
 

@@ -23,6 +23,7 @@ from transformers import BertForMaskedLM
 
 from linearize.encoder_settings import EncoderRunConfig
 from linearize.gain_cell_stages import GainCellRunConfig
+from linearize.glue_settings import GlueRunConfig
 from linearize.landmark_stages import LandmarkRunConfig
 from linearize.pretraining import PretrainConfig
 from linearize.settings import RunConfig
@@ -35,6 +36,7 @@ GPT2 = ROOT / "recipes" / "linearize_gpt2.py"
 BERT = ROOT / "recipes" / "linearize_bert.py"
 MISTRAL = ROOT / "recipes" / "linearize_mistral.py"
 LANDMARK = ROOT / "recipes" / "linearize_landmark.py"
+GLUE = ROOT / "recipes" / "finetune_glue.py"
 SETTINGS = {
     RECIPE: RunConfig,
     MISTRAL: RunConfig,
@@ -42,6 +44,7 @@ SETTINGS = {
     GPT2: GainCellRunConfig,
     LANDMARK: LandmarkRunConfig,
     BERT: EncoderRunConfig,
+    GLUE: GlueRunConfig,
 }
 """Recipe -> what its YAML files and flags set."""
 
@@ -247,6 +250,29 @@ def test_an_encoder_by_one_process_and_by_two(tmp_path):
         stages = [tmp_path / number / "logs" / f"{name}.jsonl" for name in ("transfer", "mlm", "distillation")]
         logs.append([json.loads(line)["loss"] for path in stages for line in path.read_text().splitlines()])
     assert len(logs[0]) == 9 and logs[1] == pytest.approx(logs[0], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_glue_by_one_process_and_by_two(tmp_path):
+    teacher = make_bert_directory(tmp_path / "teacher")
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        rows = [{"premise": f"two {a} cats", "hypothesis": a, "label": i % 3} for i, a in enumerate(WORDS)]
+        path = tmp_path / "files" / "mnli" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--models", teacher, "--tasks", "mnli", "--seeds", "0,1", "--device", "cpu"]
+    flags += ["--data.dataset", tmp_path / "files", "--data.sequence_length", "16", "--training.batch_size", "4"]
+    flags += ["--training.max_steps", "3", "--training.learning_rates", "1e-3", "--training.logging_steps", "1"]
+    logs = []
+    for number in ("1", "2"):
+        launcher = ("torchrun", "--nproc_per_node", number)
+        out = tmp_path / number
+        run = launch(*flags, "--output_dir", out, recipe=GLUE, launcher=launcher, ACCELERATE_USE_CPU="true")
+        assert run.returncode == 0, run.stderr[-3000:]
+        assert run.stdout.count("Saved ") == 1 and run.stdout.count("MNLI, teacher") == 2
+        assert len(json.loads((out / "report.json").read_text())["results"]) == 2
+        logs.append([json.loads(line)["loss"] for line in next(out.rglob("lr0.001-seed1.jsonl")).open()])
+    assert len(logs[0]) == 3 and logs[1] == pytest.approx(logs[0], rel=1e-4)
 
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)

@@ -1,0 +1,289 @@
+"""Finetuning of encoders on GLUE: each model on each task with each seed, and a table of them side by side.
+
+    result = linearize.run_glue({"models": ["google-bert/bert-base-uncased", "out_bert"], "output_dir": "out"})
+
+config.yaml                                     every setting, resolved
+results/MODEL/TASK/lrRATE-seedSEED.json         one finetuning each
+logs/MODEL/TASK/lrRATE-seedSEED.jsonl           its losses
+checkpoints/                                    of the finetuning that runs
+models/MODEL/TASK/lrRATE-seedSEED               repositories, with save_models
+report.json, report.md                          `GlueReport`, after each finetuning
+
+What has a result is not run again by a resumed run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from linearize.errors import UserError
+from linearize.failures import stage
+from linearize.glue_report import GlueReport, Result, make_report
+from linearize.glue_settings import GlueRunConfig
+from linearize.glue_tasks import TASKS, shown_score
+from linearize.run_directory import CONFIG, FREE_TO_CHANGE, RunDirectory
+from linearize.settings_io import resolve, to_values
+
+REPORT, TABLE = "report.json", "report.md"
+
+
+class GlueDirectory(RunDirectory):
+    """The directory of a run on GLUE."""
+
+    contents = (CONFIG, "results", "logs", "checkpoints", "models", REPORT, TABLE)
+    free_to_change = (
+        *FREE_TO_CHANGE,
+        *("models", "names", "revisions", "tasks", "seeds", "metrics", "save_models"),
+        *("training.learning_rates", "training.eval_batch_size"),
+    )
+
+
+@dataclass
+class GlueRunResult:
+    """What a run leaves."""
+
+    output_dir: Path
+    report: GlueReport
+
+
+def run_glue(config: GlueRunConfig | Mapping[str, Any] | str | PathLike[str]) -> GlueRunResult:
+    """Finetune every model on every task with every seed, and report.
+
+    Args:
+        config: Settings, a mapping of them, a YAML file, or the name of a shipped preset.
+
+    Raises:
+        UserError: Input that the user can mend; what is finished stays.
+        KeyboardInterrupt: After Ctrl-C in training, with a checkpoint left.
+    """
+    return _GlueRun(resolve(config, settings=GlueRunConfig)).run()
+
+
+class _GlueRun:
+    """One call of `run_glue`."""
+
+    def __init__(self, settings: GlueRunConfig) -> None:
+        from accelerate import PartialState
+
+        self.settings, self.directory = settings, GlueDirectory(settings)
+        self.path = self.directory.path
+        self.state = PartialState(cpu=settings.device == "cpu")
+        self.results: dict[str, Result] = {}
+        self.metrics: Any = None
+
+    def run(self) -> GlueRunResult:
+        from linearize.data import main_process_first
+        from linearize.glue_data import load_task
+
+        settings = self.settings
+        self.directory.check()
+        runs = self._finetunings()
+        if not settings.overwrite:
+            self.results = {run.key: found for run in runs if (found := self._read_result(run))}
+        waiting = [run for run in runs if run.key not in self.results]
+        self._check(waiting)
+        tasks = list(dict.fromkeys(run.task for run in waiting))
+        with stage("preparing the data"):
+            data = main_process_first(lambda: {task: load_task(task, settings.data) for task in tasks})
+        for task in tasks:
+            self._check_same_data(task, data[task].identity())
+        main_process_first(lambda: self.directory.prepare() if self.state.is_main_process else None)
+        if self.results:
+            self._say(f"{len(self.results)} of {len(runs)} finetunings are finished and not run again")
+        for task in tasks:
+            for model in dict.fromkeys(run.model for run in waiting if run.task == task):
+                self._finetune([run for run in waiting if (run.task, run.model) == (task, model)], data[task])
+            del data[task]
+        report = self._report()
+        if self.state.is_main_process:
+            report.show()
+            self._say(f"Saved {self.path / REPORT} and {TABLE}")
+        self.state.wait_for_everyone()
+        return GlueRunResult(self.path, report)
+
+    def _finetunings(self) -> list[Any]:
+        """All of the run, in their order."""
+        from linearize.glue_training import Finetuning, find_model
+
+        settings = self.settings
+        sources = [
+            (name, find_model(source), settings.revision(number))
+            for number, (name, source) in enumerate(zip(settings.model_names(), settings.models, strict=True))
+        ]
+        return [
+            Finetuning(name, source, revision, task, rate, seed)
+            for task in settings.tasks
+            for name, source, revision in sources
+            for rate in settings.training.learning_rates
+            for seed in settings.seeds
+        ]
+
+    def _check(self, waiting: list[Any]) -> None:
+        """Refuse now what would fail after hours."""
+        from linearize.conversion import load_tokenizer
+        from linearize.data import main_process_first
+        from linearize.glue_metrics import GlueMetrics
+        from linearize.glue_training import check_model
+        from linearize.training_log import tracker_names
+
+        settings = self.settings
+        tracker_names(settings.report_to)
+        settings.training.stage(1, settings.data.sequence_length, 0.0, self.state.num_processes)
+        for source, revision in dict.fromkeys((run.source, run.revision) for run in waiting):
+            check_model(source, revision, settings.data.sequence_length)
+            load_tokenizer(source, revision=revision)
+        if waiting:
+            tasks, is_main = list(dict.fromkeys(run.task for run in waiting)), self.state.is_main_process
+            self.metrics = main_process_first(lambda: GlueMetrics(tasks, settings.metrics) if is_main else None)
+
+    def _check_same_data(self, task: str, identity: str) -> None:
+        for key, result in self.results.items():
+            if result.task == task and result.data != identity:
+                raise UserError(
+                    f"The examples of {TASKS[task].name} are others than those of {self._result_path(key)}: give the "
+                    "same, delete that file, or name another output_dir."
+                )
+
+    # --- results
+
+    def _result_path(self, key: str) -> Path:
+        return self.path / "results" / f"{key}.json"
+
+    def _read_result(self, run: Any) -> Result | None:
+        """What a finished finetuning left.
+
+        Raises:
+            UserError: The file is damaged, or of another checkpoint of that name.
+        """
+        path = self._result_path(run.key)
+        if not path.is_file():
+            return None
+        try:
+            result = Result(**json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged: delete it, and that finetuning is run again.") from error
+        if (result.source, result.revision) != (run.source, run.revision):
+            raise UserError(
+                f"{self.path} has results of {result.source} under the name {run.model}, which now is {run.source}: "
+                "give it another name with names."
+            )
+        return result
+
+    def _report(self) -> GlueReport:
+        """The report of what is finished, written by the main process."""
+        from linearize.checkpointing import write_file
+
+        settings = self.settings
+        report = make_report(list(self.results.values()), settings.model_names(), to_values(settings.data))
+        if self.state.is_main_process:
+            write_file(self.path / REPORT, (report.to_json() + "\n").encode())
+            write_file(self.path / TABLE, report.markdown("##").encode())
+        return report
+
+    # --- one task of one model
+
+    def _finetune(self, runs: list[Any], data: Any) -> None:
+        """The finetunings of one model on one task."""
+        from linearize.conversion import load_tokenizer
+        from linearize.glue_data import tokenize
+        from linearize.glue_training import finetune_on
+
+        settings, first = self.settings, runs[0]
+        tokenizer = load_tokenizer(first.source, revision=first.revision)
+        length, identity = settings.data.sequence_length, data.identity()
+        rows = tokenize(data.train, tokenizer, length)
+        validation = {name: tokenize(split, tokenizer, length) for name, split in data.validation.items()}
+        for run in runs:
+            training = settings.training
+            lower = f"lower training.batch_size (now {training.batch_size}) or data.sequence_length (now {length})"
+            with stage(f"finetuning {run.model} on {TASKS[run.task].name}", lower):
+                tuned = finetune_on(run, settings, rows, identity, self.path)
+                if self.state.is_main_process:
+                    result = self._measure(run, tuned, len(rows), validation, identity)
+                    if settings.save_models:
+                        self._save(run, tuned.model, tokenizer, result)
+                    self._keep(run, result)
+            self.state.wait_for_everyone()
+            if not self.state.is_main_process:
+                self.results[run.key] = self._read_result(run)  # type: ignore[assignment]
+            del tuned
+            gc.collect()
+
+    def _measure(self, run: Any, tuned: Any, examples: int, validation: dict[str, Any], identity: str) -> Result:
+        import torch
+
+        from linearize.glue_tasks import score_name
+        from linearize.glue_training import predict
+
+        scores: dict[str, float] = {}
+        for name, rows in validation.items():
+            found = predict(tuned.model, rows, self.settings.training.eval_batch_size)
+            of_split = self.metrics.scores(run.task, found, rows.labels)
+            scores |= {score_name(metric, name): value for metric, value in of_split.items()}
+        device = tuned.model.device
+        return Result(
+            model=run.model,
+            source=run.source,
+            revision=run.revision,
+            architecture=type(tuned.model).__name__,
+            task=run.task,
+            learning_rate=run.learning_rate,
+            seed=run.seed,
+            scores=scores,
+            train_examples=examples,
+            validation_examples=sum(map(len, validation.values())),
+            steps=tuned.steps,
+            seconds=round(tuned.seconds, 2),
+            peak_memory_bytes=tuned.peak_memory_bytes,
+            device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            fresh=tuned.fresh,
+            data=identity,
+            metrics=self.metrics.source,
+        )
+
+    def _keep(self, run: Any, result: Result) -> None:
+        """Write a result, which makes its finetuning a finished one, and the report so far."""
+        from linearize.checkpointing import write_file
+
+        text = json.dumps(dataclasses.asdict(result), indent=1, allow_nan=False) + "\n"
+        write_file(self._result_path(run.key), text.encode())
+        self.results[run.key] = result
+        shutil.rmtree(self.path / "checkpoints" / run.key, ignore_errors=True)
+        self._report()
+        figures = ", ".join(f"{shown_score(name)} {100 * value:.2f}" for name, value in result.scores.items())
+        self._say(
+            f"{TASKS[run.task].name}, {run.model}, learning rate {run.learning_rate:g}, seed {run.seed}: {figures} "
+            f"({result.steps:,} steps, {result.seconds:.0f} s)"
+        )
+
+    def _save(self, run: Any, model: Any, tokenizer: Any, result: Result) -> None:
+        """The finetuned model as a repository."""
+        from linearize.checkpointing import atomic_directory
+        from linearize.evaluation.arms import is_student
+        from linearize.hub import published_settings, read_record, save_final
+
+        target = self.path / "models" / run.key
+        if not is_student(model):
+            with atomic_directory(target) as partial:
+                model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+            return
+        of_other_weights = ("evaluation", "embeddings", "tasks")
+        record = {name: value for name, value in read_record(run.source).items() if name not in of_other_weights}
+        places = result.steps * self.settings.training.batch_size * self.settings.data.sequence_length
+        tokens = {**(record.get("tokens") or {}), f"finetuning on {TASKS[run.task].name}": places}
+        glue = {"task": run.task, "seed": run.seed, "learning_rate": run.learning_rate, "scores": result.scores}
+        glue["training"] = published_settings(to_values(self.settings.training))
+        save_final(model, tokenizer, target, {**record, "tokens": tokens, "glue": glue})
+
+    def _say(self, text: str) -> None:
+        if self.state.is_main_process:
+            print(text, flush=True)

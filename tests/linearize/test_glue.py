@@ -1,0 +1,446 @@
+"""GLUE: the nine tasks from local files, their metrics, the table over seeds, and what is run again."""
+
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from glue_toys import examples, make_inputs, settings, write_rows, write_task
+from tiny_runs import make_bert_directory, make_bert_tokenizer
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification, pipeline
+
+import linearize
+import linearize.conversion
+from linearize import glue_metrics
+from linearize.cli import main
+from linearize.errors import UserError
+from linearize.glue_data import KINDS, collate, load_task, tokenize
+from linearize.glue_metrics import GlueMetrics
+from linearize.glue_report import Result, make_report
+from linearize.glue_settings import REVISION, GlueDataConfig, GlueRunConfig
+from linearize.glue_stages import run_glue
+from linearize.glue_tasks import TASKS
+from linearize.glue_training import Finetuning, GlueTrainer, load_classifier, predict
+from linearize.settings_io import preset_names, resolve
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    return make_inputs(tmp_path_factory.mktemp("glue"))
+
+
+# --- metrics
+
+KNOWN = {  # predictions, labels, figures by hand
+    "cola": ([1, 1, 0, 0, 1, 0], [1, 0, 0, 0, 1, 1], {"matthews_correlation": (2 * 2 - 1 * 1) / 9}),
+    "sst2": ([1, 0, 1, 1], [1, 0, 0, 1], {"accuracy": 0.75}),
+    "mrpc": ([1, 1, 1, 0, 0], [1, 1, 0, 1, 0], {"accuracy": 0.6, "f1": 2 / 3}),
+    "qqp": ([1, 1, 0, 0], [1, 0, 1, 0], {"accuracy": 0.5, "f1": 0.5}),
+    "stsb": ([1.0, 2.0, 3.0, 10.0], [0.0, 1.0, 2.0, 3.0], {"pearson": 14 / math.sqrt(50 * 5), "spearmanr": 1.0}),
+    "mnli": ([0, 1, 2, 2], [0, 1, 1, 2], {"accuracy": 0.75}),
+    "qnli": ([0, 1], [1, 1], {"accuracy": 0.5}),
+    "rte": ([0, 1], [0, 1], {"accuracy": 1.0}),
+    "wnli": ([0, 1], [1, 0], {"accuracy": 0.0}),
+}
+SCRIPT = """
+import datasets
+import evaluate
+class Glue(evaluate.Metric):
+    def _info(self):
+        kind = datasets.Value("int64" if self.config_name != "stsb" else "float32")
+        features = datasets.Features({"predictions": kind, "references": kind})
+        return evaluate.MetricInfo("", "", features, format="numpy")
+    def _compute(self, predictions, references):
+        return {"accuracy": float((predictions == references).mean())}
+"""
+
+
+def test_metrics_are_those_of_the_tasks():
+    metrics = GlueMetrics(list(TASKS), "sklearn")
+    assert metrics.source.startswith("scikit-learn ") and " and scipy " in metrics.source
+    assert set(KNOWN) == set(TASKS)
+    for name, (predictions, labels, expected) in KNOWN.items():
+        assert metrics.scores(name, predictions, labels) == pytest.approx(expected), name
+        assert set(expected) == set(TASKS[name].metrics)
+    assert metrics.scores("stsb", [2.0, 2.0, 2.0], [0.0, 1.0, 2.0]) == {"pearson": 0.0, "spearmanr": 0.0}
+    assert metrics.scores("cola", [1, 1, 1], [0, 1, 1]) == {"matthews_correlation": 0.0}
+    assert TASKS["mnli"].score_names == ["accuracy_matched", "accuracy_mismatched"]
+
+
+def test_evaluate_is_taken_where_its_script_is(tmp_path, monkeypatch):
+    assert GlueMetrics(["sst2"]).source.startswith("scikit-learn")  # no network here
+    with pytest.raises(UserError, match="cannot be loaded .* set metrics to sklearn"):
+        GlueMetrics(["sst2"], "evaluate")
+    (tmp_path / "glue.py").write_text(SCRIPT)
+    monkeypatch.setattr(glue_metrics, "EVALUATE_METRIC", str(tmp_path / "glue.py"))
+    metrics = GlueMetrics(["sst2", "mnli"])
+    assert metrics.source.startswith("evaluate ")
+    for name in ("sst2", "mnli"):
+        assert metrics.scores(name, *KNOWN[name][:2]) == pytest.approx(KNOWN[name][2])
+    monkeypatch.setitem(sys.modules, "evaluate", None)
+    with pytest.raises(UserError, match="evaluate is not installed: pip install 'linearize\\[eval\\]'"):
+        GlueMetrics(["sst2"], "evaluate")
+    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+    with pytest.raises(UserError, match="need scikit-learn and scipy.*linearize\\[eval\\]"):
+        GlueMetrics(["sst2"])
+
+
+# --- data
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_holds_the_same(kind, tmp_path):
+    for name in ("stsb", "mnli", "cola"):
+        write_task(tmp_path, name, kind)
+        data = load_task(name, GlueDataConfig(dataset=str(tmp_path)))
+        expected = examples(name, 40, seed=len("train"))
+        assert data.train.labels == [row["label"] for row in expected]
+        assert data.train.texts == [[row[column] for row in expected] for column in TASKS[name].columns]
+        assert list(data.validation) == list(TASKS[name].validation)
+        assert all(len(split) == 12 for split in data.validation.values())
+    cut = load_task("mnli", GlueDataConfig(dataset=str(tmp_path), max_examples=5))
+    assert [len(cut.train), *map(len, cut.validation.values())] == [5, 5, 5]
+
+
+def test_quotation_marks_and_names_of_classes(tmp_path):
+    write_task(tmp_path, "cola", ".tsv")
+    (tmp_path / "cola" / "train.tsv").write_text('sentence\tlabel\n"Two cats slept\tunacceptable\n\tacceptable\n')
+    write_task(tmp_path, "sst2", ".csv")
+    (tmp_path / "sst2" / "train.csv").write_text('label,sentence\npositive,"He said ""no"", twice"\n0,snow\n')
+    config = GlueDataConfig(dataset=str(tmp_path))
+    assert load_task("cola", config).train.texts == [['"Two cats slept', ""]]
+    assert load_task("cola", config).train.labels == [0, 1]
+    assert load_task("sst2", config).train.texts == [['He said "no", twice', "snow"]]
+    assert load_task("sst2", config).train.labels == [1, 0]
+
+
+def test_the_hub_is_asked_for_a_pinned_revision(monkeypatch):
+    asked = []
+
+    def load_dataset(name, config, *, split, revision):
+        import datasets
+
+        asked.append((name, config, split, revision))
+        return datasets.Dataset.from_list(examples("mnli", 6))
+
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    data = load_task("mnli", GlueDataConfig())
+    assert data.train.labels == [0, 1, 2, 0, 1, 2]
+    splits = ("train", "validation_matched", "validation_mismatched")
+    assert asked == [("nyu-mll/glue", "mnli", split, REVISION) for split in splits]
+
+    def unreachable(*arguments, **options):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(UserError, match="cannot be reached .* set data.dataset to a folder that holds mnli/train.csv"):
+        load_task("mnli", GlueDataConfig())
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="pip install datasets, or set data.dataset to a folder"):
+        load_task("mnli", GlueDataConfig())
+
+
+def test_pairs_are_tokenised_and_padded(inputs):
+    tokenizer = make_bert_tokenizer()
+    data = load_task("rte", GlueDataConfig(dataset=str(inputs / "files")))
+    rows = tokenize(data.train, tokenizer, 12)
+    first, second = (column[0] for column in data.train.texts)
+    assert max(map(len, rows.input_ids)) == 12
+    whole = tokenize(data.train, tokenizer, 64)
+    expected = tokenizer(first, second)
+    assert whole[0]["input_ids"] == expected["input_ids"] and not any(whole[0]["token_type_ids"])
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]  # as BERT's own
+    segments = tokenize(data.train, tokenizer, 64)[0]["token_type_ids"]
+    assert segments == tokenizer(first, second)["token_type_ids"] and sum(segments) > 0
+    batch = collate([whole[i] for i in range(4)], tokenizer.pad_token_id)
+    width = batch["input_ids"].shape[1]
+    assert width % 8 == 0 and all(tensor.shape == (4, width) for name, tensor in batch.items() if name != "labels")
+    assert (batch["input_ids"][batch["attention_mask"] == 0] == tokenizer.pad_token_id).all()
+    assert batch["labels"].dtype == torch.int64
+    similarity = tokenize(load_task("stsb", GlueDataConfig(dataset=str(inputs / "files"))).train, tokenizer, 64)
+    assert collate([similarity[0]], 0)["labels"].dtype == torch.float32
+
+
+# --- models
+
+
+def test_heads_are_new_and_the_same_for_teacher_and_student(inputs, tmp_path):
+    def load(source, task="mnli", seed=0, **options):
+        return load_classifier(Finetuning("x", str(source), None, task, 1e-5, seed), **options)
+
+    (teacher, fresh), (student, _) = load(inputs / "teacher"), load(inputs / "student")
+    assert type(teacher) is BertForSequenceClassification and not fresh
+    assert type(student) is linearize.LinearizedBertForSequenceClassification
+    assert teacher.config.num_labels == student.config.num_labels == 3
+    assert student.config.id2label == {0: "entailment", 1: "neutral", 2: "contradiction"}
+    assert torch.equal(teacher.classifier.weight, student.classifier.weight)
+    assert not torch.equal(teacher.classifier.weight, load(inputs / "teacher", seed=1)[0].classifier.weight)
+    assert torch.equal(teacher.bert.pooler.dense.weight, student.bert.pooler.dense.weight)
+    regression = load(inputs / "student", "stsb")[0]
+    assert (regression.config.num_labels, regression.config.problem_type) == (1, "regression")
+
+    # Of a masked language model, which has no pooler, and of a model that was finetuned on another task.
+    make_bert_directory(tmp_path / "masked", kind=BertForMaskedLM)
+    masked, fresh = load(tmp_path / "masked")
+    assert fresh == ["pooler"]
+    reset, fresh = load(inputs / "student", reset_pooler=True)
+    assert fresh == ["pooler"] and torch.equal(reset.bert.pooler.dense.weight, masked.bert.pooler.dense.weight)
+    make_bert_directory(tmp_path / "tuned", kind=BertForSequenceClassification, num_labels=5)
+    assert torch.equal(load(tmp_path / "tuned")[0].classifier.weight, teacher.classifier.weight)
+
+
+def test_predictions_do_not_depend_on_the_batch(inputs):
+    model, _ = load_classifier(Finetuning("x", str(inputs / "student"), None, "mnli", 1e-5, 0))
+    data = load_task("mnli", GlueDataConfig(dataset=str(inputs / "files")))
+    tokenizer = make_bert_tokenizer()
+    rows = tokenize(data.train, tokenizer, 32)
+    with torch.no_grad():
+        alone = [
+            model.eval()(**tokenizer(a, b, return_tensors="pt")).logits.argmax().item()
+            for a, b in zip(*data.train.texts, strict=True)
+        ]
+    assert predict(model, rows, 1) == predict(model, rows, 7) == alone
+    model, _ = load_classifier(Finetuning("x", str(inputs / "student"), None, "stsb", 1e-5, 0))
+    one, several = predict(model, rows, 1), predict(model, rows, 7)
+    assert several == pytest.approx(one, abs=1e-5) and isinstance(one[0], float)
+
+
+@pytest.mark.slow
+def test_nine_tasks_in_one_run(inputs, tmp_path, capsys):
+    report = run_glue(settings(inputs, tmp_path / "out", tasks=list(TASKS), save_models=True)).report
+    assert len(report.results) == 18 and report.models == ["teacher", "student"]
+    lines = {(score.task, score.metric) for score in report.scores}
+    assert {(name, metric) for name, task in TASKS.items() for metric in task.score_names} <= lines
+    assert {("average", "9 tasks"), ("average without WNLI", "8 tasks")} <= lines
+    average = report.score("student", "average")
+    per_task = [[s.mean for s in report.scores if (s.model, s.task) == ("student", name)] for name in TASKS]
+    assert average.mean == pytest.approx(sum(sum(values) / len(values) for values in per_task) / 9)
+    assert all(score.spread is None for score in report.scores)
+    assert {result.architecture for result in report.results} == {
+        "BertForSequenceClassification",
+        "LinearizedBertForSequenceClassification",
+    }
+    out = capsys.readouterr().out
+    assert "Matthews correlation" in out and "accuracy, mismatched" in out and "difference" in out
+    stored = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert stored["metrics"][0].startswith("scikit-learn") and len(stored["results"]) == 18
+    table = (tmp_path / "out" / "report.md").read_text()
+    assert "| STS-B | Pearson |" in table and "One seed (0)." in table and "Metrics by scikit-learn" in table
+    assert not list((tmp_path / "out" / "checkpoints").rglob("step-*"))
+
+    # The kept models are ordinary repositories that give the reported figures.
+    final = tmp_path / "out" / "models" / "student" / "mnli" / "lr2e-05-seed0"
+    model = AutoModelForSequenceClassification.from_pretrained(final)
+    data = load_task("mnli", GlueDataConfig(dataset=str(inputs / "files")))
+    for name, split in data.validation.items():
+        found = predict(model, tokenize(split, make_bert_tokenizer(), 32), 5)
+        accuracy = sum(a == b for a, b in zip(found, split.labels, strict=True)) / len(split)
+        metric = "accuracy" + name.removeprefix("validation")
+        assert report.score("student", "mnli", metric).mean == pytest.approx(accuracy)
+    label = pipeline("text-classification", model=str(final), trust_remote_code=True)(
+        {"text": "two", "text_pair": "old"}
+    )
+    assert label["label"] in TASKS["mnli"].labels
+    assert "MNLI, validation examples" in (final / "README.md").read_text()
+    assert type(AutoModelForSequenceClassification.from_pretrained(tmp_path / "out/models/teacher/stsb/lr2e-05-seed0"))
+
+
+# --- training
+
+
+LEARN = {"training__learning_rates": [2e-3], "training__batch_size": 16, "training__logging_steps": 20}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name, model, steps", [("sst2", "teacher", 60), ("sst2", "student", 60), ("stsb", "student", 160)]
+)
+def test_a_task_is_learned(name, model, steps, inputs, tmp_path):
+    write_task(tmp_path, name, train=200, validation=60)
+    changes = {**LEARN, "data__dataset": str(tmp_path), "models": [str(inputs / model)], "tasks": [name]}
+    changes["training__max_steps"] = steps
+    report = run_glue(settings(inputs, tmp_path / "out", **changes)).report
+    assert report.score(model, name, TASKS[name].metrics[0]).mean > 0.9  # chance: 0.5 of sst2, 0 of stsb
+    log = tmp_path / "out" / "logs" / model / name / "lr0.002-seed0.jsonl"
+    losses = [json.loads(line)["loss"] for line in log.read_text().splitlines()]
+    assert len(losses) == steps // 20 and losses[-1] < 0.5 * losses[0]
+
+
+def test_evaluation_is_outside_mixed_precision(inputs, tmp_path):
+    """What was trained under autocast is scored as a fresh load of it scores."""
+    changes = {"tasks": ["stsb"], "models": [str(inputs / "student")], "save_models": True}
+    report = run_glue(settings(inputs, tmp_path / "out", training__precision="bfloat16", **changes)).report
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out/models/student/stsb/lr2e-05-seed0")
+    split = load_task("stsb", GlueDataConfig(dataset=str(inputs / "files"))).validation["validation"]
+    found = predict(model, tokenize(split, make_bert_tokenizer(), 32), 64)
+    scores = GlueMetrics(["stsb"], "sklearn").scores("stsb", found, split.labels)
+    assert report.results[0].scores == pytest.approx(scores, abs=1e-6)
+
+
+def test_two_seeds_give_mean_and_spread(inputs, tmp_path):
+    changes = {"tasks": ["stsb"], "seeds": [3, 5], "training__learning_rates": [1e-3, 1e-5]}
+    report = run_glue(settings(inputs, tmp_path / "out", models=[str(inputs / "student")], **changes)).report
+    assert len(report.results) == 4
+    score = report.score("student", "stsb", "pearson")
+    values = {
+        r.seed: r.scores["pearson"]
+        for r in report.results
+        if (r.task, r.learning_rate) == ("stsb", score.learning_rate)
+    }
+    assert score.seeds == values and values[3] != values[5]
+    mean = (values[3] + values[5]) / 2
+    assert score.mean == pytest.approx(mean)
+    assert score.spread == pytest.approx(abs(values[3] - values[5]) / math.sqrt(2))
+    assert f"{100 * score.mean:.2f} ± {100 * score.spread:.2f}" in (tmp_path / "out" / "report.md").read_text()
+    assert any("best on these same examples, out of 1e-05, 0.001" in note for note in report.notes)
+    assert any("over 2 seeds (3, 5)" in note for note in report.notes)
+
+
+def result(model="a", task="sst2", rate=1e-5, seed=0, fresh=(), **scores):
+    scores = scores or {"accuracy": 0.5}
+    return Result(
+        *(model, model, None, "Bert", task, rate, seed, scores, 10, 10, 1, 1.0, None, "cpu", list(fresh), "", "x")
+    )
+
+
+def test_the_best_rate_over_the_seeds_is_shown():
+    found = [result(rate=1e-5, seed=s, accuracy=a) for s, a in enumerate((0.6, 0.9))]
+    found += [result(rate=2e-5, seed=s, accuracy=a) for s, a in enumerate((0.8, 0.8))]
+    found += [result("b", rate=1e-5, seed=0, accuracy=1.0, fresh=["pooler"])]
+    found += [result("a", "rte", seed=s, accuracy=0.5) for s in (0, 1)]
+    report = make_report(found, ["a", "b"], {"max_examples": 7})
+    score = report.score("a", "sst2")
+    assert (score.learning_rate, score.mean, score.spread) == (2e-5, 0.8, 0.0)
+    assert report.score("b", "sst2").spread is None
+    assert report.table().rows[0] == ["SST-2", "accuracy", "80.00 ± 0.00", "100.00", "+20.00"]
+    assert report.table().rows[1] == ["RTE", "accuracy", "50.00 ± 0.00", "-", "-"]
+    assert report.score("a", "average").seeds == {0: 0.65, 1: 0.65}
+    assert not [s for s in report.scores if (s.model, s.task) == ("b", "average")]
+    notes = " ".join(report.notes)
+    assert "The pooler of b started at random, unlike that of a" in notes and "first 7 examples" in notes
+
+
+# --- resuming
+
+
+def trained(monkeypatch):
+    """Which finetunings run from here on."""
+    keys, train = [], GlueTrainer.run_stage
+
+    def noted(self, checkpoint):
+        keys.append((self.task.name, self.args.seed, self.args.learning_rate))
+        return train(self, checkpoint)
+
+    monkeypatch.setattr(GlueTrainer, "run_stage", noted)
+    return keys
+
+
+@pytest.mark.slow
+def test_a_resumed_run_runs_what_is_missing(inputs, tmp_path, monkeypatch, capsys):
+    out, models = tmp_path / "out", [str(inputs / "student")]
+    shutil.copytree(inputs / "files", tmp_path / "files")
+    own = {"data__dataset": str(tmp_path / "files"), "models": models}
+    first = run_glue(settings(inputs, out, seeds=[0, 1], **own)).report
+    with pytest.raises(UserError, match="already holds a run"):
+        run_glue(settings(inputs, out, **own))
+    (out / "results" / "student" / "sst2" / "lr2e-05-seed1.json").unlink()
+    runs = trained(monkeypatch)
+    resume = {"resume_from_checkpoint": True, **own}
+    again = run_glue(settings(inputs, out, seeds=[0, 1], **resume)).report
+    assert runs == [("SST-2", 1, 2e-5)]
+    assert [r.scores for r in again.results] == [r.scores for r in first.results]
+    runs.clear()
+    capsys.readouterr()
+    run_glue(settings(inputs, out, seeds=[0, 1], **resume))
+    assert not runs and "2 of 2 finetunings are finished" in capsys.readouterr().out
+
+    # Seeds, tasks and models may be added; other settings may not change.
+    run_glue(settings(inputs, out, tasks=["sst2", "rte"], seeds=[1, 2], **resume))
+    assert runs == [("SST-2", 2, 2e-5), ("RTE", 1, 2e-5), ("RTE", 2, 2e-5)]
+    with pytest.raises(UserError, match="other settings \\(training.epochs\\)"):
+        run_glue(settings(inputs, out, training__epochs=2, **resume))
+    changed = {**resume, "models": [str(inputs / "teacher")], "names": ["student"]}
+    with pytest.raises(UserError, match="under the name student"):
+        run_glue(settings(inputs, out, **changed))
+    write_rows(tmp_path / "files" / "sst2" / "train.tsv", examples("sst2", 41))
+    with pytest.raises(UserError, match="examples of SST-2 are others"):
+        run_glue(settings(inputs, out, seeds=[0, 7], **resume))
+    path = out / "results" / "student" / "sst2" / "lr2e-05-seed1.json"
+    path.write_text("{")
+    with pytest.raises(UserError, match="is damaged: delete it"):
+        run_glue(settings(inputs, out, seeds=[1], **resume))
+
+
+def test_an_interrupted_finetuning_goes_on_bit_for_bit(inputs, tmp_path, monkeypatch):
+    changes = {"models": [str(inputs / "student")], "tasks": ["stsb"], "training__max_steps": 6}
+    whole = run_glue(settings(inputs, tmp_path / "whole", **changes)).report
+    losses, calls = GlueTrainer.losses, []
+
+    def interrupted(self, *arguments):
+        calls.append(1)
+        if len(calls) == 4:
+            signal.raise_signal(signal.SIGINT)
+        return losses(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(GlueTrainer, "losses", interrupted)
+        run_glue(settings(inputs, tmp_path / "parts", **changes))
+    place = tmp_path / "parts" / "checkpoints" / "student" / "stsb" / "lr2e-05-seed0"
+    assert (place / "step-4").is_dir() and not (tmp_path / "parts" / "results").exists()
+    parts = run_glue(settings(inputs, tmp_path / "parts", resume_from_checkpoint=True, **changes)).report
+    assert parts.results[0].scores == whole.results[0].scores and not place.exists()
+    logs = [tmp_path / name / "logs/student/stsb/lr2e-05-seed0.jsonl" for name in ("whole", "parts")]
+    assert logs[0].read_text() == logs[1].read_text()
+
+
+# --- the command
+
+
+def test_the_command_with_flags(inputs, tmp_path, capsys):
+    flags = ["--models", str(inputs / "teacher"), "--names", "softmax", "--tasks", "CoLA,SST-2", "--seeds", "4"]
+    flags += ["--data.dataset", str(inputs / "files"), "--data.sequence_length", "32", "--training.max_steps", "1"]
+    flags += ["--training.learning_rates", "1e-5", "--device", "cpu", "--output_dir", str(tmp_path / "out")]
+    assert main(["glue", *flags]) == 0
+    assert "softmax" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [result["task"] for result in report["results"]] == ["cola", "sst2"]
+    assert main(["glue", "--output_dir", str(tmp_path / "out"), "--resume_from_checkpoint"]) == 0
+    assert "2 of 2 finetunings" in capsys.readouterr().out
+
+
+def test_nothing_heavy_is_loaded_for_the_settings():
+    code = "import sys, linearize.glue_settings, linearize.glue_metrics, linearize.glue_report\n"
+    code += "print([name for name in ('datasets', 'evaluate', 'sklearn', 'scipy.stats') if name in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+
+
+def test_presets_are_the_published_ones():
+    assert set(preset_names(GlueRunConfig)) == {"bert_base_glue", "bert_base_glue_published"}
+    config = resolve("bert_base_glue_published", settings=GlueRunConfig)
+    assert (config.training.batch_size, config.training.epochs, config.data.sequence_length) == (32, 3, 128)
+    assert config.training.learning_rates == [5e-5, 4e-5, 3e-5, 2e-5]
+    assert config.tasks == list(TASKS) and config.data.revision == REVISION
+    stage = config.training.stage(3668, 128, 2e-5)  # MRPC
+    assert (stage.max_steps, stage.warmup_steps, stage.batch_size) == (344, 34, 32)
+    with pytest.raises(UserError, match="multiple of the 3 processes"):
+        config.training.stage(3668, 128, 2e-5, 3)
+
+
+def test_names_of_models(tmp_path):
+    (tmp_path / "run" / "final").mkdir(parents=True)
+    config = GlueRunConfig(
+        models=["me/encoder", str(tmp_path / "run" / "final"), str(tmp_path / "run" / "..") + "/run2"]
+    )
+    assert config.model_names() == ["encoder", "run", "run2"]
+
+
+def test_a_real_checkpoint_gets_a_head(minilm):
+    model, fresh = load_classifier(Finetuning("minilm", str(minilm), None, "mnli", 2e-5, 0))
+    assert fresh == [] and model.config.num_labels == 3
+    stored = linearize.conversion.load_encoder(minilm).state_dict()
+    loaded = model.bert.state_dict()
+    assert all(torch.equal(stored[name], tensor) for name, tensor in loaded.items())
