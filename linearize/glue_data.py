@@ -101,9 +101,8 @@ def _read_split(name: str, split: str, config: GlueDataConfig) -> Split:
 
 
 def _open_split(name: str, split: str, config: GlueDataConfig) -> Source:
-    folder = Path(config.dataset).expanduser()
-    if folder.is_dir():
-        return _open_file(_find_file(folder / name, split, TASKS[name]))
+    if config.folder is not None:
+        return _open_file(_find_file(config.folder / name, split, TASKS[name]))
     if config.dataset.startswith((".", "/", "~")):
         raise UserError(f"There is no folder {config.dataset}: check data.dataset.")
     try:

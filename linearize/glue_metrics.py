@@ -25,7 +25,7 @@ class GlueMetrics:
         source: What computes them, with its version.
     """
 
-    def __init__(self, tasks: Sequence[str], kind: Literal["auto", "evaluate", "sklearn"] = "auto") -> None:
+    def __init__(self, tasks: Sequence[str], kind: Literal["auto", "evaluate", "sklearn"]) -> None:
         """Load them.
 
         Args:

@@ -36,6 +36,12 @@ class GlueDataConfig:
     max_examples: int | None = None
     """Examples of each split at most, the first ones; none: all."""
 
+    @property
+    def folder(self) -> Path | None:
+        """The local folder; None of a Hub dataset."""
+        path = Path(self.dataset).expanduser()
+        return path if path.is_dir() else None
+
     def __post_init__(self) -> None:
         convert_fields(self, "data")
         require(bool(self.dataset), "data.dataset is empty: give a Hub id or a folder.")
@@ -182,7 +188,7 @@ class GlueRunConfig(RunSettings):
     """Start every model's pooler at random, as that of a model whose checkpoint has none."""
     metrics: Literal["auto", "evaluate", "sklearn"] = "auto"
     """What computes the metrics: evaluate, which fetches its script from the Hub and runs it, or scikit-learn and
-    scipy; auto: evaluate where the script can be had."""
+    scipy; auto: evaluate for examples from the Hub where its script can be had, else scikit-learn and scipy."""
     save_models: bool = False
     """Keep every finetuned model under `models`."""
     report_to: list[str] = field(default_factory=lambda: ["none"])
@@ -212,6 +218,11 @@ class GlueRunConfig(RunSettings):
                 bool(FILE_NAME.match(name)),
                 f"The model name {name!r} is no file name: give one of letters, digits, dots and dashes with names.",
             )
+
+    @property
+    def metrics_kind(self) -> Literal["auto", "evaluate", "sklearn"]:
+        """`metrics`, which for local files asks nothing of the Hub by itself."""
+        return "sklearn" if self.metrics == "auto" and self.data.folder is not None else self.metrics
 
     def model_names(self) -> list[str]:
         """What each model is called."""

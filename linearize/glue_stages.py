@@ -142,7 +142,7 @@ class _GlueRun:
             load_tokenizer(source, revision=revision)
         if waiting:
             tasks, is_main = list(dict.fromkeys(run.task for run in waiting)), self.state.is_main_process
-            self.metrics = main_process_first(lambda: GlueMetrics(tasks, settings.metrics) if is_main else None)
+            self.metrics = main_process_first(lambda: GlueMetrics(tasks, settings.metrics_kind) if is_main else None)
 
     def _check_same_data(self, task: str, identity: str) -> None:
         for key, result in self.results.items():

@@ -71,7 +71,6 @@ def settings(inputs, output, **changes):
         "models": [str(inputs / "teacher"), str(inputs / "student")],
         "output_dir": str(output),
         "device": "cpu",
-        "metrics": "sklearn",
         "tasks": ["sst2"],
         "seeds": [0],
         "data": {"dataset": str(inputs / "files"), "sequence_length": 32},

@@ -72,12 +72,12 @@ def test_metrics_are_those_of_the_tasks():
 
 
 def test_evaluate_is_taken_where_its_script_is(tmp_path, monkeypatch):
-    assert GlueMetrics(["sst2"]).source.startswith("scikit-learn")  # no network here
+    assert GlueMetrics(["sst2"], "auto").source.startswith("scikit-learn")  # no network here
     with pytest.raises(UserError, match="cannot be loaded .* set metrics to sklearn"):
         GlueMetrics(["sst2"], "evaluate")
     (tmp_path / "glue.py").write_text(SCRIPT)
     monkeypatch.setattr(glue_metrics, "EVALUATE_METRIC", str(tmp_path / "glue.py"))
-    metrics = GlueMetrics(["sst2", "mnli"])
+    metrics = GlueMetrics(["sst2", "mnli"], "auto")
     assert metrics.source.startswith("evaluate ")
     for name in ("sst2", "mnli"):
         assert metrics.scores(name, *KNOWN[name][:2]) == pytest.approx(KNOWN[name][2])
@@ -86,7 +86,13 @@ def test_evaluate_is_taken_where_its_script_is(tmp_path, monkeypatch):
         GlueMetrics(["sst2"], "evaluate")
     monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
     with pytest.raises(UserError, match="need scikit-learn and scipy.*linearize\\[eval\\]"):
-        GlueMetrics(["sst2"])
+        GlueMetrics(["sst2"], "auto")
+
+
+def test_local_files_have_no_script_fetched(inputs, tmp_path):
+    local, remote = settings(inputs, tmp_path), settings(inputs, tmp_path, data__dataset="nyu-mll/glue")
+    assert (local.metrics, local.metrics_kind, remote.metrics_kind) == ("auto", "sklearn", "auto")
+    assert settings(inputs, tmp_path, metrics="evaluate").metrics_kind == "evaluate"
 
 
 # --- data

@@ -43,7 +43,7 @@ def test_a_bad_file_is_one_sentence(case, inputs, tmp_path, capsys):
 
 def check_sentence(flags, sentence, inputs, tmp_path, capsys):
     base = ["--models", str(inputs / "teacher"), "--device", "cpu", "--output_dir", str(tmp_path / "out")]
-    base += ["--data.dataset", str(inputs / "files"), "--data.sequence_length", "32", "--metrics", "sklearn"]
+    base += ["--data.dataset", str(inputs / "files"), "--data.sequence_length", "32"]
     capsys.readouterr()
     assert main(["glue", *base, *flags]) == 2
     error = capsys.readouterr().err
