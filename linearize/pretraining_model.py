@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from transformers import (
+    AutoModelForMaskedLM,
     BertConfig,
     BertForMaskedLM,
     GPT2Config,
@@ -18,7 +20,7 @@ from transformers import (
 
 from linearize.conversion import load_config, load_encoder, load_model, student_config
 from linearize.errors import UserError
-from linearize.modeling import BACKBONES, is_encoder
+from linearize.modeling import BACKBONES, LandmarkAttentionConfig, backbone_of, is_encoder
 from linearize.pretraining_settings import ROPE_THETA
 
 if TYPE_CHECKING:
@@ -49,11 +51,28 @@ def trains_encoder(config: PretrainConfig) -> bool:
     return encoder
 
 
+def positions_of(length: int, mixers: Iterable[Mapping[str, Any]]) -> int:
+    """Positions that a text of `length` tokens takes: landmarks have some of their own."""
+    default = LandmarkAttentionConfig().block_size
+    blocks = [settings.get("block_size", default) for settings in mixers if settings.get("type") == "landmark"]
+    return length + max((length // (size - 1) for size in blocks if size > 1), default=0)
+
+
 def stock_config(config: PretrainConfig, tokenizer: Any = None) -> PreTrainedConfig:
-    """The config of a stock model with the settings' shape; without a tokenizer its vocabulary is `vocab_size`."""
+    """The config of a stock model with the settings' shape; without a tokenizer its vocabulary is `vocab_size`.
+
+    Raises:
+        UserError: It has too few positions for the text.
+    """
     shape = config.model
     entries = config.vocab_size if tokenizer is None else len(tokenizer)
-    positions = shape.n_positions or config.data.sequence_length
+    needed = positions_of(config.data.sequence_length, [config.attention or {}, *(config.mixers or {}).values()])
+    if shape.n_positions is not None and shape.n_positions < needed:
+        raise UserError(
+            f"model.n_positions is {shape.n_positions}, but texts of {config.data.sequence_length} tokens and their "
+            f"landmarks take {needed}: raise it, or leave it out."
+        )
+    positions = shape.n_positions or needed
     common: dict[str, Any] = {
         "vocab_size": -(-entries // shape.vocab_multiple) * shape.vocab_multiple,
         "pad_token_id": None if tokenizer is None else tokenizer.pad_token_id,
@@ -104,9 +123,11 @@ def check_model(config: PretrainConfig) -> None:
     """Refuse a shape and an attention that cannot be before the text takes its time.
 
     Raises:
-        UserError: As `random_student_config`, or the scalers of random weights are to train.
+        UserError: As `random_student_config`; the scalers of random weights are to train; or a checkpoint is an
+            encoder without the head that trains.
     """
     if config.model_name_or_path is not None:
+        _check_head(config.model_name_or_path)
         return
     if config.training.train != "all":
         raise UserError("training.train is scalers, but all other weights are random: set model_name_or_path.")
@@ -122,7 +143,9 @@ def build_model(config: PretrainConfig, tokenizer: Any) -> Any:
     """
     set_seed(config.seed)
     if config.model_name_or_path is not None:
-        model = _checked(_load(config.model_name_or_path), config, tokenizer)
+        source = config.model_name_or_path
+        load = load_encoder if is_encoder(load_config(source)) else load_model
+        model = _checked(load(source), config, tokenizer)
         return model if config.training.train == "all" else _freeze_all_but_scalers(model)
     check_model(config)
     return random_model(config, tokenizer)
@@ -144,16 +167,15 @@ def random_model(config: PretrainConfig, tokenizer: Any) -> Any:
     return student.eval()
 
 
-def _load(source: str) -> Any:
-    if not is_encoder(load_config(source)):
-        return load_model(source)
-    model: Any = load_encoder(source)
-    if model.get_output_embeddings() is None:
+def _check_head(source: str) -> None:
+    config: Any = load_config(source)
+    if not is_encoder(config):
+        return
+    if backbone_of(config).auto_class(config.architectures) is not AutoModelForMaskedLM:
         raise UserError(
-            f"{source} is a {type(model).__name__}, which has no head that finds hidden tokens: name a checkpoint "
-            "whose architectures in config.json are BertForMaskedLM."
+            f"{source} has no head that finds hidden tokens: name a checkpoint whose architectures in config.json are "
+            "BertForMaskedLM."
         )
-    return model
 
 
 def _freeze_all_but_scalers(model: Any) -> Any:
@@ -180,7 +202,8 @@ def build_distiller(config: PretrainConfig, model: Any) -> Distiller | None:
 
 def _checked(model: Any, config: PretrainConfig, tokenizer: Any) -> Any:
     positions, length = getattr(model.config, "max_position_embeddings", None), config.data.sequence_length
-    if positions is not None and length > positions:
+    needed = positions_of(length, (getattr(model.config, "mixers", None) or {}).values())
+    if positions is not None and needed > positions:
         raise UserError(
             f"data.sequence_length is {length}, but {config.model_name_or_path} has {positions} positions: lower it."
         )

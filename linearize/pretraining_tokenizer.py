@@ -126,7 +126,8 @@ def train_wordpiece(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
         pair=f"{first} $A {last} $B:1 {last}:1",
         special_tokens=[(mark, pieces.token_to_id(mark)) for mark in (first, last)],
     )
-    return PreTrainedTokenizerFast(tokenizer_object=pieces, **MARKS)
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    return PreTrainedTokenizerFast(tokenizer_object=pieces, model_input_names=names, **MARKS)
 
 
 def _first_characters(source: Source, column: str, limit: int) -> Iterator[str]:
