@@ -1,5 +1,5 @@
-r"""A GPT-2, Llama or BERT from scratch on text, softmax or with any mechanism: a teacher to convert, a yardstick beside
-a converted model, or an attention that no pretrained model had.
+r"""A GPT-2, Llama or BERT from scratch on text, softmax or with any mechanism: a teacher to convert, a yardstick
+beside a converted model, or an attention that no pretrained model had.
 
 The defaults are a GPT-2 of 29 M parameters on 100 M tokens of TinyStories, with a tokenizer trained on them
 (recipes/configs/pretrain/gpt2_mini_pretrain.yaml).

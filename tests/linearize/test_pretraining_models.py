@@ -283,7 +283,7 @@ def test_the_reported_accuracy_is_that_of_the_saved_weights(root, trained):
     tokenizer = AutoTokenizer.from_pretrained(result.final)
     rows = Subset(prepare_rows(config.data, tokenizer)[1], range(2048 // 32))
     model = AutoModelForMaskedLM.from_pretrained(result.final)
-    scores = masked_scores(model, rows, Masking.of(tokenizer, 0.15), arm=None, batch_size=4)
+    scores = masked_scores(model, rows, Masking.of(tokenizer, 0.15), arm=None, batch_size=16)
     assert scores.accuracy == pytest.approx(result.report.accuracy, abs=1e-9)
     assert scores.perplexity == pytest.approx(result.report.perplexity, rel=1e-5)
     assert scores.tokens == result.report.perplexity_tokens and 0 < scores.accuracy < 1
