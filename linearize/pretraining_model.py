@@ -79,9 +79,9 @@ def stock_config(config: PretrainConfig, tokenizer: Any = None) -> PreTrainedCon
     }
     if shape.tie_embeddings is not None:
         common["tie_word_embeddings"] = shape.tie_embeddings
-    if tokenizer is not None and shape.type != "bert":
-        common["eos_token_id"] = end = tokenizer.eos_token_id
-        common["bos_token_id"] = end if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if shape.type != "bert":
+        start, end = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+        common |= {"bos_token_id": end if start is None else start, "eos_token_id": end}
     if shape.type == "gpt2":
         common |= {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd", "n_inner")}
         common |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), shape.dropout)
