@@ -12,7 +12,7 @@ from linearize.failures import command
 from linearize.gain_cell_stages import GainCellRunConfig
 from linearize.glue_settings import GlueRunConfig
 from linearize.landmark_stages import LandmarkRunConfig
-from linearize.pretraining import PretrainConfig
+from linearize.pretraining_settings import PretrainConfig
 from linearize.settings import RunConfig, RunSettings
 from linearize.settings_flags import with_settings
 from linearize.settings_io import Settings, resolve
@@ -96,7 +96,7 @@ def run(
 @command
 @with_settings(*field_types(PretrainConfig), settings=PretrainConfig)
 def pretrain(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
-    """Train a stock softmax model from scratch on text, as a YAML file and flags say (flags win)."""
+    """Train a GPT-2, Llama or BERT from scratch on text, softmax or any mechanism, as a YAML file and flags say."""
     import linearize
 
     linearize.pretrain(run_settings(config, overrides, context.obj, PretrainConfig))

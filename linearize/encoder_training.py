@@ -277,18 +277,13 @@ class EmbeddingTrainer(EncoderTrainer):
         return total, *parts
 
 
-class MaskedTrainer(EncoderTrainer):
-    """Trains an encoder to find hidden tokens.
+class HiddenTokens(StageTrainer):
+    """The loss on hidden tokens, for a trainer of any encoder.
 
     Args:
         masking: What to hide.
         arguments, others: As in `StageTrainer`.
     """
-
-    STAGE = "masked language modelling"
-    ADVICE = "lower mlm.learning_rate or mlm.mixer_learning_rate"
-
-    config: MaskedConfig
 
     def __init__(self, masking: Masking, *arguments: Any, **others: Any) -> None:
         self.masking = masking
@@ -311,3 +306,12 @@ class MaskedTrainer(EncoderTrainer):
         """The cross-entropy of the hidden tokens."""
         given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         return (masked_loss(model(**given).logits, inputs["labels"]) / denominator,)
+
+
+class MaskedTrainer(HiddenTokens, EncoderTrainer):
+    """Trains a converted encoder to find hidden tokens."""
+
+    STAGE = "masked language modelling"
+    ADVICE = "lower mlm.learning_rate or mlm.mixer_learning_rate"
+
+    config: MaskedConfig

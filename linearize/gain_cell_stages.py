@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from linearize.failures import stage
-from linearize.pretraining import PretrainingConfig
+from linearize.pretraining_settings import PretrainingConfig
 from linearize.run_directory import FINAL
 from linearize.settings import AdaptationConfig, DistillationConfig, TransferConfig
 from linearize.settings_io import resolve

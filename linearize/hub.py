@@ -80,7 +80,7 @@ def loaded_commit(source: str | os.PathLike[str], revision: str | None = None) -
 
 
 def make_record(
-    teacher: str | os.PathLike[str],
+    teacher: str | os.PathLike[str] | None,
     *,
     revision: str | None = None,
     recipe: Mapping[str, Any] | None = None,
@@ -95,7 +95,8 @@ def make_record(
     """The contents of `linearize.json`.
 
     Args:
-        teacher: Hub id or path of the teacher; of a path only the last name is kept.
+        teacher: Hub id or path of the teacher; of a path only the last name is kept. None: there was none, the
+            model was trained from random weights.
         revision: Commit of the teacher's repository, where there is one.
         recipe: The settings of the run.
         tokens: Training tokens by stage.
@@ -106,13 +107,13 @@ def make_record(
         embeddings: `evaluation.embeddings.EmbeddingReport.to_dict()`, of an encoder.
         calibration: `calibration.CalibrationReport.summary()`.
     """
-    name = os.fspath(teacher)
+    name = None if teacher is None else os.fspath(teacher)
     parts = {"embeddings": embeddings, "calibration": calibration}
     measured = {part: dict(values) for part, values in parts.items() if values}
     return {
         "teacher": published_name(name),
         "teacher_revision": revision,
-        "teacher_on_hub": not os.path.exists(name),
+        "teacher_on_hub": name is not None and not os.path.exists(name),
         "recipe": published_settings(recipe or {}),
         "tokens": dict(tokens or {}),
         "seconds": {stage: round(value, 1) for stage, value in (seconds or {}).items()},

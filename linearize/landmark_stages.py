@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from linearize.errors import UserError
-from linearize.pretraining import PretrainingConfig
+from linearize.pretraining_settings import PretrainingConfig
 from linearize.settings_io import resolve
 from linearize.settings_values import convert_fields, require
 from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun, StagedRunConfig

@@ -7,6 +7,7 @@ token, 10% as a random one and 10% as they are.
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +73,32 @@ def masked_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return functional.cross_entropy(at_least_float32(logits[hidden]), labels[hidden], reduction="sum")
 
 
+@dataclass(frozen=True)
+class MaskedResult:
+    """How well a model finds hidden tokens.
+
+    Fields: perplexity; nll, nats per hidden token; accuracy, share of them that the model finds first; tokens, how
+    many there were; seconds.
+    """
+
+    perplexity: float
+    nll: float
+    accuracy: float
+    tokens: int
+    seconds: float
+
+
 def masked_perplexity(
     model: Any, rows: Any, masking: Masking, *, arm: str | None = "mixed", batch_size: int = 32
 ) -> float:
-    """Perplexity of the hidden tokens of held-out rows, the same ones each time.
+    """The perplexity of `masked_scores`; arguments and errors as there."""
+    return masked_scores(model, rows, masking, arm=arm, batch_size=batch_size).perplexity
+
+
+def masked_scores(
+    model: Any, rows: Any, masking: Masking, *, arm: str | None = "mixed", batch_size: int = 32
+) -> MaskedResult:
+    """Loss and accuracy on the hidden tokens of held-out rows, the same ones each time.
 
     Args:
         model: An encoder with a masked-language-modelling head.
@@ -87,14 +110,18 @@ def masked_perplexity(
     Raises:
         UserError: nothing was hidden.
     """
-    generator, total, count = torch.Generator().manual_seed(MEASURE_SEED), 0.0, 0
+    generator, total, count, right = torch.Generator().manual_seed(MEASURE_SEED), 0.0, 0, 0
+    start_time = time.perf_counter()
     with measuring(model, arm) as base:
         for start in range(0, len(rows), batch_size):
             batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
             batch = {name: x.to(input_device(base)) for name, x in masking.hide(batch, generator).items()}
             labels = batch.pop("labels")
-            total += masked_loss(base(**batch).logits, labels).item()
-            count += int((labels != IGNORE_INDEX).sum())
+            logits, hidden = base(**batch).logits, labels != IGNORE_INDEX
+            total += masked_loss(logits, labels).item()
+            count += int(hidden.sum())
+            right += int((logits[hidden].argmax(-1) == labels[hidden]).sum())
     if not count:
-        raise UserError("There is no token to hide: give more held-out text, or raise mlm.mask_probability.")
-    return math.exp(min(total / count, 700))
+        raise UserError("There is no token to hide: give more held-out text, or raise mask_probability.")
+    nll = total / count
+    return MaskedResult(math.exp(min(nll, 700)), nll, right / count, count, time.perf_counter() - start_time)

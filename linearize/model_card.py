@@ -54,6 +54,8 @@ print(tokenizer.decode(inputs.input_ids[0, place]))""",
 }
 """Auto class -> the Hub's name of the task, and what a reader copies."""
 IMPORT = "from transformers import pipeline\n"
+ARCHITECTURES = {"gpt2": "GPT-2", "llama": "Llama", "mistral": "Mistral", "bert": "BERT"}
+"""Stock `model_type` -> how it is written."""
 
 
 def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
@@ -122,6 +124,19 @@ def mechanisms(config: Any) -> list[str]:
     return list(dict.fromkeys(config.mixers[name]["type"] for name in config.mixer_types if name in config.mixers))
 
 
+def from_scratch(record: Mapping[str, Any]) -> bool:
+    """Whether the model was trained from random weights, without a teacher."""
+    return "teacher" in record and record["teacher"] is None
+
+
+def architecture(config: Any) -> str:
+    """Name of the model's architecture."""
+    from linearize.modeling import PREFIX
+
+    kind = config.model_type.removeprefix(PREFIX)
+    return ARCHITECTURES.get(kind, kind)
+
+
 def teacher_name(record: Mapping[str, Any]) -> str:
     """Name of the teacher as the card prints it."""
     return str(record.get("teacher") or "a pretrained model")
@@ -130,16 +145,25 @@ def teacher_name(record: Mapping[str, Any]) -> str:
 def title(record: Mapping[str, Any], config: Any) -> str:
     """Heading of the card."""
     kinds = " and ".join(name.replace("_", "-") for name in mechanisms(config)) or "softmax"
-    return f"{os.path.basename(teacher_name(record))} with {kinds} attention"
+    name = architecture(config) if from_scratch(record) else os.path.basename(teacher_name(record))
+    return f"{name} with {kinds} attention"
 
 
 def introduction(record: Mapping[str, Any], config: Any) -> str:
     """What the model is, in two sentences."""
     converted = sum(name in config.mixers for name in config.mixer_types)
-    lines = [
-        f"`{teacher_name(record)}` with {converted} of its {config.num_hidden_layers} attention layers converted "
-        f"({', '.join(mechanisms(config)) or 'none'})."
-    ]
+    kinds = ", ".join(mechanisms(config)) or "none"
+    if from_scratch(record):
+        size = f" of {record['parameters']:,} parameters" if record.get("parameters") else ""
+        lines = [
+            f"A {architecture(config)}{size}, trained from random weights, with another attention than softmax in "
+            f"{converted} of its {config.num_hidden_layers} layers ({kinds})."
+        ]
+    else:
+        lines = [
+            f"`{teacher_name(record)}` with {converted} of its {config.num_hidden_layers} attention layers converted "
+            f"({kinds})."
+        ]
     for name, settings in config.mixers.items():
         values = ", ".join(f"{key} {value}" for key, value in settings.items() if key != "type" and value is not None)
         lines.append(f"Layers `{name}`: {settings['type']} attention, {values}.")
@@ -162,6 +186,8 @@ def state_sentence(config: Any) -> str:
 def evaluation_section(record: Mapping[str, Any]) -> str:
     """The tables of the evaluation, if there was one."""
     parts = []
+    if validation := validation_sentence(record):
+        parts.append(validation)
     if record.get("evaluation"):
         from linearize.evaluation.report import Report
 
@@ -183,11 +209,26 @@ def evaluation_section(record: Mapping[str, Any]) -> str:
     return "## Evaluation\n\n" + "\n\n".join(parts) if parts else ""
 
 
+def validation_sentence(record: Mapping[str, Any]) -> str:
+    """What was measured at the end of a training from random weights, if anything was."""
+    measured = record.get("validation") or {}
+    if measured.get("perplexity") is None:
+        return ""
+    perplexity, tokens = measured["perplexity"], measured["tokens"]
+    if measured.get("accuracy") is None:
+        return f"Perplexity of {tokens:,} tokens of the validation text: {perplexity:.2f}."
+    return (
+        f"Of {tokens:,} hidden tokens of the validation text {measured['accuracy']:.1%} are found; their perplexity "
+        f"is {perplexity:.2f}."
+    )
+
+
 def training_section(record: Mapping[str, Any]) -> str:
     """Tokens, settings and versions."""
     lines = ["## How it was made", ""]
     revision = f", revision `{record['teacher_revision']}`" if record.get("teacher_revision") else ""
-    lines.append(f"- teacher: `{teacher_name(record)}`{revision}")
+    start = "no teacher: random weights" if from_scratch(record) else f"teacher: `{teacher_name(record)}`{revision}"
+    lines.append(f"- {start}")
     if calibration := record.get("calibration"):
         before, after = (calibration[f"error_{when}"] for when in ("before", "after"))
         lines.append(

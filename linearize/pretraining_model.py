@@ -1,26 +1,129 @@
-"""What a pretraining starts from: a model with random weights, and a tokenizer that is loaded or trained."""
+"""What a pretraining starts from: a checkpoint, or a model with random weights, and a teacher beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import tokenizers
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, set_seed
+from transformers import (
+    AutoModelForMaskedLM,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    set_seed,
+)
 
-from linearize import data_packing
-from linearize.conversion import load_model, load_tokenizer
-from linearize.data import cache_root, main_process_first, open_training_source
-from linearize.data_documents import resolve_format, split_text
+from linearize.conversion import load_config, load_encoder, load_model, student_config
 from linearize.errors import UserError
+from linearize.modeling import BACKBONES, backbone_of, is_encoder
+from linearize.pretraining_settings import ROPE_THETA
 
 if TYPE_CHECKING:
-    from linearize.data_sources import Source
     from linearize.distillation import Distiller
-    from linearize.pretraining import PretrainConfig
+    from linearize.pretraining_settings import PretrainConfig
 
-END_OF_TEXT = "<|endoftext|>"
+STOCK: dict[str, type[PreTrainedModel]] = {
+    "gpt2": GPT2LMHeadModel,
+    "llama": LlamaForCausalLM,
+    "bert": BertForMaskedLM,
+}
+"""`model.type` -> the stock class that trains."""
+
+
+def trains_encoder(config: PretrainConfig) -> bool:
+    """Whether a run trains an encoder, to find hidden tokens.
+
+    Raises:
+        UserError: The checkpoint's config cannot be read, or the run distils, which an encoder cannot.
+    """
+    source = config.model_name_or_path
+    encoder = config.model.encoder if source is None else is_encoder(load_config(source))
+    if encoder and config.distillation is not None:
+        raise UserError(
+            "distillation teaches the next token, and an encoder predicts none: set distillation to none, or use "
+            "`linearize encoder`."
+        )
+    return encoder
+
+
+def stock_config(config: PretrainConfig, tokenizer: Any = None) -> PreTrainedConfig:
+    """The config of a stock model with the settings' shape; without a tokenizer its vocabulary is `vocab_size`."""
+    shape = config.model
+    entries = config.vocab_size if tokenizer is None else len(tokenizer)
+    positions = shape.n_positions or config.data.sequence_length
+    common: dict[str, Any] = {
+        "vocab_size": -(-entries // shape.vocab_multiple) * shape.vocab_multiple,
+        "pad_token_id": None if tokenizer is None else tokenizer.pad_token_id,
+    }
+    if shape.tie_embeddings is not None:
+        common["tie_word_embeddings"] = shape.tie_embeddings
+    if shape.type != "bert":
+        start, end = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
+        common |= {"bos_token_id": end if start is None else start, "eos_token_id": end}
+    if shape.type == "gpt2":
+        common |= {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd", "n_inner")}
+        common |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), shape.dropout)
+        return GPT2Config(n_positions=positions, **common)
+    common |= {
+        "num_hidden_layers": shape.n_layer,
+        "num_attention_heads": shape.n_head,
+        "hidden_size": shape.n_embd,
+        "intermediate_size": shape.inner,
+        "max_position_embeddings": positions,
+    }
+    if shape.type == "bert":
+        common |= dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), shape.dropout)
+        return BertConfig(**common)
+    return LlamaConfig(
+        num_key_value_heads=shape.n_kv_head or shape.n_head,
+        head_dim=shape.head_dim or shape.n_embd // shape.n_head,
+        attention_dropout=shape.dropout,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta or ROPE_THETA},
+        **common,
+    )
+
+
+def random_configs(config: PretrainConfig, tokenizer: Any = None) -> tuple[PreTrainedConfig, PreTrainedConfig | None]:
+    """The stock config of the settings' shape, and that with their attention, None where all layers are softmax.
+
+    Raises:
+        UserError: Settings that are wrong, do not fit the shape, or that no model of this type can have.
+    """
+    stock: Any = stock_config(config, tokenizer)
+    if config.attention is None and config.mixers is None:
+        return stock, None
+    kind = BACKBONES[config.model.type].config
+    student: Any = student_config(
+        stock, kind, config.attention, config.mixer_types, config.mixers, config.softmax_layers, "keep"
+    )
+    length, positions = config.data.sequence_length, config.model.n_positions
+    if positions is None and student.learned_positions:
+        stock.max_position_embeddings = student.max_position_embeddings = student.positions_of(length)
+    elif student.longest_text is not None and student.longest_text < length:
+        raise UserError(
+            f"model.n_positions is {positions}, but texts of {length} tokens and their landmarks take "
+            f"{student.positions_of(length)}: raise it, or leave it out."
+        )
+    return stock, student
+
+
+def check_model(config: PretrainConfig) -> None:
+    """Refuse a shape and an attention that cannot be before the text takes its time.
+
+    Raises:
+        UserError: As `random_configs`; the scalers of random weights are to train; or a checkpoint is an
+            encoder without the head that trains.
+    """
+    if config.model_name_or_path is not None:
+        _check_head(config.model_name_or_path)
+        return
+    if config.training.train != "all":
+        raise UserError("training.train is scalers, but all other weights are random: set model_name_or_path.")
+    random_configs(config)
 
 
 def build_model(config: PretrainConfig, tokenizer: Any) -> Any:
@@ -30,27 +133,40 @@ def build_model(config: PretrainConfig, tokenizer: Any) -> Any:
         UserError: The checkpoint cannot be read, has too few positions or entries for text and tokenizer, or has no
             scalers where only they are to train.
     """
-    shape = config.model
     set_seed(config.seed)
     if config.model_name_or_path is not None:
-        model = _checked(load_model(config.model_name_or_path), config, tokenizer)
+        source = config.model_name_or_path
+        load = load_encoder if is_encoder(load_config(source)) else load_model
+        model = _checked(load(source), config, tokenizer)
         return model if config.training.train == "all" else _freeze_all_but_scalers(model)
-    if config.training.train != "all":
-        raise UserError("training.train is scalers, but random weights have none: set model_name_or_path.")
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=config.data.sequence_length,
-            n_layer=shape.n_layer,
-            n_head=shape.n_head,
-            n_embd=shape.n_embd,
-            embd_pdrop=shape.dropout,
-            attn_pdrop=shape.dropout,
-            resid_pdrop=shape.dropout,
-            bos_token_id=tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
+    check_model(config)
+    return random_model(config, tokenizer)
+
+
+def random_model(config: PretrainConfig, tokenizer: Any) -> Any:
+    """A model with random weights: those that the stock class draws, whatever the attention, so that two runs of one
+    seed start alike; the mechanism's own parameters start as it says."""
+    stock_class = STOCK[config.model.type]
+    stock, changed = random_configs(config, tokenizer)
+    model: Any = stock_class(stock)
+    if changed is None:
+        return model
+    student = BACKBONES[config.model.type].model([stock_class.__name__])(changed)
+    weights = model.state_dict()
+    odd = [name for name in student.load_state_dict(weights, strict=False).missing_keys if "mixer." not in name]
+    assert not odd, odd
+    return student.eval()
+
+
+def _check_head(source: str) -> None:
+    config: Any = load_config(source)
+    if not is_encoder(config):
+        return
+    if backbone_of(config).auto_class(config.architectures) is not AutoModelForMaskedLM:
+        raise UserError(
+            f"{source} has no head that finds hidden tokens: name a checkpoint whose architectures in config.json are "
+            "BertForMaskedLM."
         )
-    )
 
 
 def _freeze_all_but_scalers(model: Any) -> Any:
@@ -77,9 +193,12 @@ def build_distiller(config: PretrainConfig, model: Any) -> Distiller | None:
 
 def _checked(model: Any, config: PretrainConfig, tokenizer: Any) -> Any:
     positions, length = getattr(model.config, "max_position_embeddings", None), config.data.sequence_length
-    if positions is not None and length > positions:
+    longest = getattr(model.config, "longest_text", None) or positions
+    if longest is not None and length > longest:
+        landmarks = "" if longest == positions else f", which with its landmarks hold {longest} tokens"
         raise UserError(
-            f"data.sequence_length is {length}, but {config.model_name_or_path} has {positions} positions: lower it."
+            f"data.sequence_length is {length}, but {config.model_name_or_path} has {positions} positions{landmarks}: "
+            "lower it."
         )
     entries = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > entries:
@@ -88,85 +207,3 @@ def _checked(model: Any, config: PretrainConfig, tokenizer: Any) -> Any:
             "tokenizer that the checkpoint was trained with."
         )
     return model
-
-
-def make_tokenizer(config: PretrainConfig) -> Any:
-    """The tokenizer of a run.
-
-    Raises:
-        UserError: It cannot be loaded, it has no token that ends a text, or there is no plain text to train it on.
-    """
-    if config.tokenizer == "train":
-        tokenizer = main_process_first(lambda: _trained_tokenizer(config))
-    else:
-        tokenizer = load_tokenizer(config.tokenizer_source)
-        if tokenizer.eos_token_id is None:
-            raise UserError(
-                f"The tokenizer {config.tokenizer_source} has no token that ends a text (eos_token), which "
-                "separates documents: name another, or set tokenizer to train."
-            )
-    tokenizer.model_max_length = config.data.sequence_length
-    return tokenizer
-
-
-def _trained_tokenizer(config: PretrainConfig) -> Any:
-    """The tokenizer of the training text, from the cache of the data where it has it."""
-    source = open_training_source(config.data)
-    column = config.data.text_field
-    if resolve_format(source, config.data.format, column, config.data.messages_field) != "text":
-        raise UserError(
-            f"A tokenizer is trained on plain text, but {source.name} holds chat or instruction records: set "
-            "tokenizer to load, or data.format to text."
-        )
-    key = data_packing.cache_key(
-        kind="tokenizer",
-        source=source.identity,
-        field=column,
-        vocab_size=config.vocab_size,
-        characters=config.tokenizer_characters,
-        tokenizers=tokenizers.__version__,
-    )
-
-    def build(folder: Path) -> dict[str, Any]:
-        texts = _first_characters(source, column, config.tokenizer_characters)
-        trained = train_tokenizer(texts, config.vocab_size)
-        trained.save_pretrained(folder)
-        return {"entries": len(trained)}
-
-    return load_tokenizer(str(data_packing.cached(cache_root(config.data.cache_dir), key, build)))
-
-
-def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE as GPT-2's: it can write anything, and `<|endoftext|>` ends a text.
-
-    Args:
-        texts: What it learns its merges from.
-        vocab_size: Entries, at most; a short text gives fewer.
-    """
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, unk_token=END_OF_TEXT
-    )
-
-
-def _first_characters(source: Source, column: str, limit: int) -> Iterator[str]:
-    """Pieces of the records' texts, up to `limit` characters."""
-    left = limit
-    for _, record in source.records():
-        text = record.get(column)
-        if not isinstance(text, str):
-            continue
-        for piece, _, _ in split_text(text[:left]):
-            yield piece
-        left -= len(text)
-        if left <= 0:
-            return

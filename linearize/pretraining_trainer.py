@@ -1,5 +1,5 @@
-"""The Trainers of pretraining: the model's own loss or a teacher's beside it, weight decay on matrices only, and
-validation perplexity."""
+"""The Trainers of pretraining: the model's own loss, a teacher's beside it, or that of an encoder's hidden tokens;
+groups of parameters, and validation perplexity."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import TrainingArguments
 
+from linearize.encoder_training import HiddenTokens
 from linearize.evaluation import PerplexityResult, perplexity
+from linearize.finetuning import SCHEDULERS
+from linearize.masking import MaskedResult, masked_scores
 from linearize.stage_trainer import StageTrainer, stage_arguments
 from linearize.training_log import TrainingLog
 
 if TYPE_CHECKING:
-    from linearize.data import TokenBlocks
     from linearize.distillation import Distiller
-    from linearize.pretraining import PretrainConfig, PretrainingConfig
+    from linearize.pretraining_settings import PretrainConfig, PretrainingConfig
     from linearize.settings import StepPlan
 
 
@@ -34,22 +36,39 @@ def pretraining_arguments(config: PretrainConfig, checkpoints: Path) -> tuple[Tr
         config.seed,
         config.report_to,
         config.device,
-        lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": training.min_lr_ratio},
+        **schedule_arguments(training),
         adam_beta1=training.adam_beta1,
         adam_beta2=training.adam_beta2,
+        adam_epsilon=training.adam_epsilon,
         bf16=training.precision == "bfloat16" or (training.precision == "auto" and not on_cpu),
         eval_strategy="no" if training.eval_steps is None else "steps",
         eval_steps=training.eval_steps,
     )
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Weight decay on tensors of two or more dimensions (matrices and embeddings), none on biases and norms."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def schedule_arguments(training: PretrainingConfig) -> dict[str, Any]:
+    """The Trainer's arguments for the learning rate over the run."""
+    ratio, rate = training.min_lr_ratio, training.learning_rate
+    if training.schedule == "cosine":
+        return {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": ratio}}
+    if training.schedule == "constant" or ratio == 1 or not rate:
+        return {"lr_scheduler_type": SCHEDULERS["constant"]}
+    return {"lr_scheduler_type": "polynomial", "lr_scheduler_kwargs": {"lr_end": ratio * rate, "power": 1.0}}
+
+
+def decay_groups(
+    model: nn.Module, weight_decay: float, decay: str = "matrices", mixer_learning_rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Weight decay on tensors of two or more dimensions (matrices and embeddings), none on biases and norms, or on all
+    of them; none on a mechanism's own parameters, which may have a learning rate of their own."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    mixers = [parameter for name, parameter in trained if "mixer." in name]
+    others = [parameter for name, parameter in trained if "mixer." not in name]
+    rate = {} if mixer_learning_rate is None else {"lr": mixer_learning_rate}
     return [
-        {"params": [parameter for parameter in parameters if parameter.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [parameter for parameter in parameters if parameter.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in others if p.dim() >= 2 or decay == "all"], "weight_decay": weight_decay},
+        {"params": [p for p in others if p.dim() < 2 and decay != "all"], "weight_decay": 0.0},
+        {"params": mixers, "weight_decay": 0.0, **rate},
     ]
 
 
@@ -60,7 +79,7 @@ class PretrainingTrainer(StageTrainer):
         model: A transformers model with a language-modelling head.
         args: As `pretraining_arguments` makes them.
         config: The stage's settings.
-        validation: Token blocks for the perplexity; its first `eval_tokens` are scored.
+        validation: Token blocks (rows of an encoder) for the perplexity; its first `eval_tokens` are scored.
         validation_log: Gets a record of each measurement.
         others: As in `StageTrainer`.
     """
@@ -76,13 +95,13 @@ class PretrainingTrainer(StageTrainer):
         args: TrainingArguments,
         *,
         config: PretrainingConfig,
-        validation: TokenBlocks,
+        validation: Any,
         validation_log: TrainingLog | None,
         **others: Any,
     ) -> None:
         self.validation_log = validation_log
         self.measuring_seconds = 0.0
-        self._measured: tuple[int, PerplexityResult] | None = None
+        self._measured: tuple[int, PerplexityResult | MaskedResult] | None = None
         count = min(len(validation), max(1, config.eval_tokens // validation.sequence_length))
         self.scored: Any = Subset(validation, range(count))
         super().__init__(model, args, config=config, eval_dataset=self.scored, **others)
@@ -94,9 +113,15 @@ class PretrainingTrainer(StageTrainer):
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """All parameters, by whether they have weight decay."""
-        return decay_groups(model, self.config.weight_decay)
+        config = self.config
+        return decay_groups(model, config.weight_decay, config.decay, config.mixer_learning_rate)
 
-    def measure(self, step: int) -> PerplexityResult | None:
+    def scores(self) -> PerplexityResult | MaskedResult:
+        """What is measured on the validation text."""
+        size = self.args.per_device_train_batch_size
+        return perplexity(self.trained, self.scored, arm=None, batch_size=size, description="validation")
+
+    def measure(self, step: int) -> PerplexityResult | MaskedResult | None:
         """The validation perplexity of the weights as they are saved: in float32, outside mixed precision.
 
         Args:
@@ -108,18 +133,12 @@ class PretrainingTrainer(StageTrainer):
         if not len(self.scored) or self.validation_log is None:
             return None
         if self._measured is None or self._measured[0] != step:
-            result = perplexity(
-                self.trained,
-                self.scored,
-                arm=None,
-                batch_size=self.args.per_device_train_batch_size,
-                description="validation",
-            )
+            result = self.scores()
             self._measured = step, result
             self.measuring_seconds += result.seconds
             tokens = step * self.config.tokens_per_step
             record = {"step": step, "tokens": tokens, "nll": result.nll, "perplexity": result.perplexity}
-            self.validation_log.write(record)
+            self.validation_log.write({**record, **_accuracy(result)})
         return self._measured[1]
 
     def evaluate(
@@ -130,10 +149,31 @@ class PretrainingTrainer(StageTrainer):
         self.accelerator.wait_for_everyone()
         metrics = {}
         if result is not None:
-            metrics = {f"{metric_key_prefix}_loss": result.nll, f"{metric_key_prefix}_perplexity": result.perplexity}
+            found = {"loss": result.nll, "perplexity": result.perplexity, **_accuracy(result)}
+            metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
             self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+def _accuracy(result: PerplexityResult | MaskedResult) -> dict[str, float]:
+    return {"accuracy": result.accuracy} if isinstance(result, MaskedResult) else {}
+
+
+class MaskedPretrainingTrainer(HiddenTokens, PretrainingTrainer):
+    """Trains a whole encoder to find hidden tokens.
+
+    Args:
+        masking: What to hide.
+        arguments, others: As in `PretrainingTrainer`.
+    """
+
+    config: PretrainingConfig
+
+    def scores(self) -> MaskedResult:
+        """Loss and accuracy on hidden tokens of the validation text, the same ones each time."""
+        size = self.args.per_device_train_batch_size
+        return masked_scores(self.trained, self.scored, self.masking, arm=None, batch_size=size)
 
 
 class DistillationTrainer(PretrainingTrainer):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -18,8 +18,9 @@ from linearize.settings import FinetuneConfig, RunConfig, StepPlan, TransferConf
 
 if TYPE_CHECKING:
     from linearize.encoder_settings import EncoderRunConfig
+    from linearize.pretraining_settings import PretrainConfig
 
-Settings = TypeVar("Settings", RunConfig, "EncoderRunConfig")
+Settings = TypeVar("Settings", RunConfig, "EncoderRunConfig", "PretrainConfig")
 
 
 @dataclass(frozen=True)
@@ -223,16 +224,20 @@ def complete_attention(config: Settings) -> Settings:
     Raises:
         UserError: unknown mechanism, unknown setting, or a value that it cannot take.
     """
+    return dataclasses.replace(config, attention=complete_mixer(config.attention or {"type": "linear"}))
+
+
+def complete_mixer(settings: Mapping[str, Any], section: str = "attention") -> dict[str, Any]:
+    """The same of the settings of one mechanism, `section` in messages."""
     from linearize.modeling.registry import mechanism
 
-    settings = dict(config.attention)
-    with _one_sentence("attention"):
+    with _one_sentence(section):
         typed_config: Any = mechanism(settings["type"]).config
         unknown = [name for name in settings if name not in typed_config.__dataclass_fields__]
         if unknown:
             known = ", ".join(typed_config.__dataclass_fields__)
-            raise UserError(f"Unknown setting attention.{unknown[0]}; known are {known}.")
-        return dataclasses.replace(config, attention=dataclasses.asdict(typed_config(**settings)))
+            raise UserError(f"Unknown setting {section}.{unknown[0]}; known are {known}.")
+        return dataclasses.asdict(typed_config(**settings))
 
 
 @contextlib.contextmanager

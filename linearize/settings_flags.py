@@ -20,7 +20,7 @@ import typer
 
 from linearize.settings import RunConfig, RunSettings
 from linearize.settings_io import flat_names
-from linearize.settings_values import FALSE, TRUE, field_types, options, section_type
+from linearize.settings_values import FALSE, NOTHING, TRUE, field_types, options, section_type
 
 NO = "no_"
 
@@ -159,7 +159,7 @@ def _value(name: str, value: Any) -> Any:
     if name.startswith("attention."):
         return yaml.safe_load(value)
     if name == "attention" and isinstance(value, str) and not value.strip().startswith("{"):
-        return {"type": value}
+        return value if value.strip().lower() in NOTHING else {"type": value}
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from linearize.failures import stage
-from linearize.pretraining import PretrainConfig, PretrainingConfig, pretrain
+from linearize.pretraining import pretrain
+from linearize.pretraining_settings import PretrainConfig, PretrainingConfig
 from linearize.run_directory import CONFIG, FINAL, RunDirectory
 from linearize.settings import DataConfig, DistillationConfig, RunSettings
 

@@ -33,7 +33,15 @@ class MixerConfigMixin:
             return None
         positions: int = getattr(self, "max_position_embeddings")  # noqa: B009 # GPT-2 has it by another name
         first = self.mixer(0)
-        return positions - positions // first.block_size if getattr(first, "type", "") == "landmark" else positions
+        return (
+            positions - (positions + 1) // first.block_size if getattr(first, "type", "") == "landmark" else positions
+        )
+
+    def positions_of(self, tokens: int) -> int:
+        """Positions that a text of so many tokens takes, the landmarks among them counted."""
+        first = self.mixer(0)
+        marked = getattr(first, "type", "") == "landmark"
+        return tokens + tokens // (first.block_size - 1) if marked else tokens
 
     def prepare_mixers(self) -> None:
         """Check both fields and write every setting back, so that a later default never changes an old checkpoint.

@@ -248,7 +248,7 @@ def test_a_pipeline_without_the_package(converted, tmp_path):
         (["transfer", "{converted}", "{out}"], "train it with `linearize encoder`"),
         (["chat", "{converted}", "--prompt", "hello"], "predicts no next token"),
         (["info", "{teacher}", "--hardware", "gain-cell"], "which gain cells cannot run"),
-        (["pretrain", "--model_name_or_path", "{converted}", "--output_dir", "{out}"], "ends a text"),
+        (["pretrain", "--model_name_or_path", "{converted}", "--output_dir", "{out}"], "no head that finds hidden"),
     ],
 )
 def test_what_encoders_cannot_do_is_one_sentence(arguments, sentence, teacher, converted, tmp_path, capsys):

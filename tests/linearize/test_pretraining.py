@@ -19,7 +19,8 @@ from linearize.cli import main
 from linearize.data import load_text_blocks
 from linearize.evaluation import perplexity
 from linearize.pretraining import ModelConfig, PretrainConfig, PretrainingConfig, pretrain
-from linearize.pretraining_model import END_OF_TEXT, build_model, train_tokenizer
+from linearize.pretraining_model import build_model
+from linearize.pretraining_tokenizer import END_OF_TEXT, train_tokenizer
 from linearize.pretraining_trainer import PretrainingTrainer, decay_groups
 from linearize.settings_flags import field_help, setting_parameters
 from linearize.settings_io import flat_names, preset_names, resolve, write_config
@@ -147,7 +148,7 @@ def test_micro_batches_do_not_change_the_steps(root, result):
 def test_weight_decay_is_for_matrices_alone():
     config = tiny(Path("nowhere"))
     model = build_model(config, make_tokenizer())
-    decayed, plain = decay_groups(model, 0.1)
+    decayed, plain, mixers = decay_groups(model, 0.1)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
     assert len(decayed["params"]) + len(plain["params"]) == len(names)

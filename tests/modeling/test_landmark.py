@@ -351,3 +351,14 @@ def test_what_has_no_place_for_landmarks(ids):
     long = torch.randint(3, 97, (1, 200))  # 266 with landmarks, of 256 positions
     with pytest.raises(ValueError, match="learned positions"):
         model(long)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", [30, 31, 32, 33])
+def test_the_longest_text_fills_the_learned_positions(positions):
+    model = make_student(make_gpt2(n_positions=positions), {"landmark": {"type": "landmark", "block_size": 4}})
+    longest = model.config.longest_text
+    assert model.config.positions_of(longest) <= positions < model.config.positions_of(longest + 1)
+    model(torch.randint(3, 97, (1, longest)))
+    with pytest.raises(ValueError, match="learned positions"):
+        model(torch.randint(3, 97, (1, longest + 1)))

@@ -194,16 +194,22 @@ def test_two_processes_make_the_same_repository(workspace, tmp_path):
 
 
 @pytest.mark.slow
-def test_pretraining_by_one_process_and_by_two(workspace, tmp_path):
+@pytest.mark.parametrize(
+    "model",
+    [{"model": {}}, {"model": {"type": "bert"}, "attention": {"type": "linear", "window": 4}}],
+    ids=["", "bert"],
+)
+def test_pretraining_by_one_process_and_by_two(model, workspace, tmp_path):
     config = {
         "device": "cpu",
         "tokenizer": "train",
         "vocab_size": 300,
-        "model": {"n_layer": 2, "n_head": 2, "n_embd": 32},
+        **model,
         "data": {"dataset": str(workspace / "text.jsonl"), "sequence_length": 16, "validation_documents": 6},
         "training": {"max_steps": 6, "batch_size": 2, "tokens_per_step": 128, "warmup_steps": 1, "save_steps": 3},
     }
     config["data"]["cache_dir"] = str(tmp_path / "cache")
+    config["model"] = {"n_layer": 2, "n_head": 2, "n_embd": 32, **model["model"]}
     config["training"] |= {"eval_steps": 2, "logging_steps": 1}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
     reports = []
