@@ -276,7 +276,7 @@ class _GlueRun:
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
             return
-        of_other_weights = ("evaluation", "embeddings", "tasks")
+        of_other_weights = ("evaluation", "embeddings", "tasks", "validation")
         record = {name: value for name, value in read_record(run.source).items() if name not in of_other_weights}
         places = result.steps * self.settings.training.batch_size * self.settings.data.sequence_length
         tokens = {**(record.get("tokens") or {}), f"finetuning on {TASKS[run.task].name}": places}

@@ -305,7 +305,7 @@ class _Run:
             tokens[name] = tokens.get(name, 0) + outcome.tokens
         source = self.config.model_name_or_path
         self.record = make_record(
-            earlier.get("teacher") or source,
+            earlier.get("teacher", source),  # None of a model trained from random weights
             revision=earlier.get("teacher_revision") if earlier else loaded_commit(source, self.config.revision),
             recipe=self._recipe(earlier.get("recipe") or {}),
             tokens=tokens,

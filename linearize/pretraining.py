@@ -31,20 +31,9 @@ from typing import Any
 from linearize.errors import UserError
 from linearize.failures import stage
 from linearize.hub import FINAL, library_versions
-from linearize.pretraining_settings import ModelConfig, PretrainConfig, PretrainDataConfig, PretrainingConfig
+from linearize.pretraining_settings import PretrainConfig
 from linearize.run_directory import CONFIG, RunDirectory
 from linearize.settings_io import resolve, to_values
-
-__all__ = [
-    "ModelConfig",
-    "PretrainConfig",
-    "PretrainDataConfig",
-    "PretrainDirectory",
-    "PretrainReport",
-    "PretrainResult",
-    "PretrainingConfig",
-    "pretrain",
-]
 
 CHECKPOINTS = Path("checkpoints", "pretrain")
 LOG, VALIDATION = Path("logs", "pretrain.jsonl"), Path("logs", "validation.jsonl")

@@ -18,8 +18,9 @@ from linearize import UserError
 from linearize.cli import main
 from linearize.data import load_text_blocks
 from linearize.evaluation import perplexity
-from linearize.pretraining import ModelConfig, PretrainConfig, PretrainingConfig, pretrain
+from linearize.pretraining import pretrain
 from linearize.pretraining_model import build_model
+from linearize.pretraining_settings import ModelConfig, PretrainConfig, PretrainingConfig
 from linearize.pretraining_tokenizer import END_OF_TEXT, train_tokenizer
 from linearize.pretraining_trainer import PretrainingTrainer, decay_groups
 from linearize.settings_flags import field_help, setting_parameters

@@ -24,8 +24,9 @@ from linearize.hub import read_record
 from linearize.masking import Masking, masked_scores
 from linearize.modeling import BACKBONES
 from linearize.modeling.registry import ATTENTIONS
-from linearize.pretraining import PretrainConfig, pretrain
+from linearize.pretraining import pretrain
 from linearize.pretraining_model import STOCK, check_model, random_configs, random_model, stock_config
+from linearize.pretraining_settings import PretrainConfig
 from linearize.pretraining_tokenizer import MARKS, train_wordpiece
 from linearize.pretraining_trainer import MaskedPretrainingTrainer, PretrainingTrainer, decay_groups
 from linearize.settings_io import preset_names, resolve, write_config

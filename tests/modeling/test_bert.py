@@ -114,18 +114,23 @@ def test_a_window_over_everything_is_the_teacher(ids):
     assert close(ours[mask.bool()], theirs[mask.bool()])
 
 
+def first_layer(student, ids, mask):
+    """What the observer of the first layer is given: the attention, query, key, value, teacher's output, mask."""
+    seen = []
+    attention = student.mixer_attentions()[0]
+    attention.observer = lambda *args: seen.append(args)
+    with student.use_arm("teacher"):
+        student(ids, attention_mask=mask)
+    return seen[0]
+
+
 @torch.no_grad()
 def test_the_mechanism_sees_both_ways(ids):
     """Its output is the op's definition with `causal=False`, and the last token changes the first one's state."""
     student = make_student(make_bert(), MIXERS).double()
     perturb(student)
-    seen = []
-    attention = student.mixer_attentions()[0]
-    attention.observer = lambda *args: seen.append(args)
     mask = mask_of((23, 15))
-    with student.use_arm("teacher"):
-        student(ids, attention_mask=mask)
-    _, query, key, value, output, padding_mask = seen[0]
+    attention, query, key, value, output, padding_mask = first_layer(student, ids, mask)
     assert query.shape == key.shape == value.shape == output.shape == (2, 4, 23, 16)
     assert torch.equal(padding_mask, mask.bool())
     mixed = attention.mix(query, key, value, padding_mask)
@@ -245,13 +250,7 @@ def test_cosine_attention_sees_both_ways(ids):
     """On the queries, keys and values of a layer it is the op's definition with `causal=False`."""
     student = make_student(make_bert(), {"cosine": {"type": "cosine", "window": 0, "sinks": 0}}).double()
     perturb(student)
-    seen = []
-    attention = student.mixer_attentions()[0]
-    attention.observer = lambda *args: seen.append(args)
-    mask = mask_of((23, 15))
-    with student.use_arm("teacher"):
-        student(ids, attention_mask=mask)
-    _, query, key, value, _, padding_mask = seen[0]
+    attention, query, key, value, _, padding_mask = first_layer(student, ids, mask_of((23, 15)))
     scales = attention.mixer.scales
     expected, _ = cosine_reference(
         query, key, value, exponent=scales.exponent(), gain=scales.gain, causal=False, attention_mask=padding_mask

@@ -25,7 +25,7 @@ from linearize.encoder_settings import EncoderRunConfig
 from linearize.gain_cell_stages import GainCellRunConfig
 from linearize.glue_settings import GlueRunConfig
 from linearize.landmark_stages import LandmarkRunConfig
-from linearize.pretraining import PretrainConfig
+from linearize.pretraining_settings import PretrainConfig
 from linearize.settings import RunConfig
 from linearize.settings_io import flat_names, preset_names, resolve
 
