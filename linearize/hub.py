@@ -24,6 +24,8 @@ RECORD_FILE = "linearize.json"
 CARD_FILE = "README.md"
 FINAL = "final"
 """The repository in a run directory."""
+OF_THE_MECHANISM = ("transfer", "scalers")
+"""Stages that train nothing else."""
 OWNED_SUFFIXES = (".safetensors", ".safetensors.index.json", ".py")
 MAX_SHARD_SIZE = "5GB"
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
@@ -185,6 +187,11 @@ def _record_files(name: str, record: Mapping[str, Any], config: Any) -> dict[str
 
     record_text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     return {RECORD_FILE: record_text, CARD_FILE: model_card(name, record, config)}
+
+
+def base_was_trained(record: Mapping[str, Any]) -> bool:
+    """Whether a stage trained weights beside the mechanism's own, which then are the teacher's no more."""
+    return any(count for stage, count in (record.get("tokens") or {}).items() if stage not in OF_THE_MECHANISM)
 
 
 def find_converted(directory: str | os.PathLike[str]) -> Path:

@@ -381,11 +381,13 @@ class _Run:
         return tasks
 
     def _base_is_teacher(self) -> bool:
-        """Whether the weights outside the mechanism are the teacher's: not once LoRA was merged, or if unknown."""
+        """Whether the weights outside the mechanism are the teacher's: not once a stage trained them or if unknown."""
         if not self.plan.converted:
             return True
+        from linearize.hub import base_was_trained
+
         record = self._earlier_record()
-        return bool(record) and not record.get("tokens", {}).get("finetune")
+        return bool(record) and not base_was_trained(record)
 
     def _earlier_record(self) -> dict[str, Any]:
         """The record of the converted model that the run starts from; empty for a teacher."""

@@ -27,12 +27,12 @@ STUDENT = "student"
 SOFTMAX_ARM = "student, softmax arm alone"
 LINEAR_ARM = "student, linear arm alone"
 MERGED_NOTE = (
-    "LoRA is merged into these weights, so the teacher cannot be measured on them: the reference is the merged "
-    "weights with softmax attention. Give the teacher to compare with it."
+    "These weights were trained or have LoRA merged, so the teacher cannot be measured on them: the reference is the "
+    "same weights with softmax attention. Give the teacher to compare with it."
 )
 MERGED_BRANCHES_NOTE = (
-    "LoRA is merged into these weights, so neither the teacher nor the training-free control can be measured on them: "
-    "the reference is the merged weights with softmax attention. Give the teacher to compare with it."
+    "These weights were trained or have LoRA merged, so neither the teacher nor the training-free control can be "
+    "measured on them: the reference is the same weights with softmax attention. Give the teacher to compare with it."
 )
 UNTOUCHED_NOTE = (
     "Without LoRA the softmax arm is the control, by construction: the softmax branch has no trained parameters."
@@ -239,8 +239,9 @@ def evaluate(
 
     Teacher and control come from the student itself where its base weights are the teacher's: its teacher and softmax
     arms with the adapters off (the softmax branch has no parameters of its own, so an untrained student's softmax arm
-    is the training-free window). Once LoRA is merged the base weights are others, and both need `original`. Control,
-    single arms and linear share are those of a mechanism with branches; other mechanisms have no such rows.
+    is the training-free window). Once LoRA is merged, or they were trained, the base weights are others, and both need
+    `original`. Control, single arms and linear share are those of a mechanism with branches; other mechanisms have no
+    such rows.
 
     Args:
         model: student, peft-wrapped student, or stock model (which gets its perplexity and nothing else).

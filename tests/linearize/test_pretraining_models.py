@@ -29,6 +29,7 @@ from linearize.pretraining_model import STOCK, check_model, random_configs, rand
 from linearize.pretraining_settings import PretrainConfig
 from linearize.pretraining_tokenizer import MARKS, train_wordpiece
 from linearize.pretraining_trainer import MaskedPretrainingTrainer, PretrainingTrainer, decay_groups
+from linearize.settings import DataConfig
 from linearize.settings_io import preset_names, resolve, write_config
 from linearize.training_log import read_log
 
@@ -211,6 +212,27 @@ def test_all_mechanisms_start_from_the_stock_weights(kind, root):
                 before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
                 module.reset_parameters()
                 assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+
+
+def test_what_comes_after_claims_no_teacher(root, trained, tmp_path):
+    final = trained("llama", "linear").final
+    flags = ["--text", str(DEMO_TEXT / "validation.jsonl.gz"), "--sequence_length", "32", "--max_tokens", "512"]
+    assert main(["evaluate", str(final), *flags, "--device", "cpu", "--output", str(tmp_path / "measured")]) == 0
+    measured = json.loads((tmp_path / "measured" / "evaluation.json").read_text())
+    assert measured["reference"] == "its weights with softmax attention"
+    settings = {
+        "model_name_or_path": str(final),
+        "output_dir": str(tmp_path / "out"),
+        "device": "cpu",
+        "data": dataclasses.asdict(tiny(root, "llama").data),
+        "transfer": None,
+        "finetune": {"max_steps": 1, "batch_size": 2, "tokens_per_step": 64},
+        "evaluation": None,
+    }
+    known = {field.name for field in dataclasses.fields(DataConfig)}
+    settings["data"] = {name: value for name, value in settings["data"].items() if name in known}
+    record = read_record(linearize.run(settings).final)
+    assert record["teacher"] is None and set(record["tokens"]) == {"all weights", "finetune"}
 
 
 def test_hybrids_by_layer_and_by_name(root):
