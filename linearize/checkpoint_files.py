@@ -25,7 +25,7 @@ from linearize.weight_diff_sources import Source
 
 BIN = "pytorch_model.bin"
 BIN_INDEX = f"{BIN}.index.json"
-SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt"]
+SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 """What is fetched first: the settings, the tokenizer, and the index that names the weights."""
 
 

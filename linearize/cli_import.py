@@ -1,4 +1,4 @@
-"""The commands `linearize import gain-cell | landmark`."""
+"""The commands `linearize import gain-cell | landmark | cosine`."""
 
 from __future__ import annotations
 
@@ -78,3 +78,25 @@ def import_landmark(
         revision=revision,
         dtype=dtype,
     )
+
+
+@importer.command("cosine")
+@command
+def import_cosine(
+    source: Annotated[
+        str, typer.Argument(help="The checkpoint of the published cosine code (BERT, GPT-J): a directory or a Hub id.")
+    ],
+    output: Output,
+    tokenizer: Annotated[
+        str | None, typer.Option("--tokenizer", help="Directory or Hub id of the tokenizer, where SOURCE has none.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option("--revision", help="Of the checkpoint on the Hub.")] = None,
+    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
+    overwrite: Overwrite = False,
+) -> None:
+    """Make a converted repository of a checkpoint of the published cosine-attention code (BERT or GPT-J)."""
+    from linearize.commands import import_published_cosine
+    from linearize.weight_diff_sources import check_output
+
+    check_output(output, overwrite)
+    import_published_cosine(source, output, tokenizer=tokenizer, revision=revision, dtype=dtype)

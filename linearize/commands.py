@@ -414,3 +414,30 @@ def import_published_landmark(
         f"at a time; behind a block, {where} predicts the next token; {found.model.config.vocab_size} ids, "
         f"{settings['mem_id']} was the landmark"
     )
+
+
+def import_published_cosine(
+    source: str, output: str, *, tokenizer: str | None, revision: str | None, dtype: str
+) -> None:
+    """Write the repository of a published cosine checkpoint."""
+    from linearize.checkpoint_files import find_checkpoint
+    from linearize.cosine_import import import_cosine
+    from linearize.hub import make_record, save_final
+    from linearize.weight_diff_sources import check_apart
+
+    weights = choose_dtype(dtype)
+    if Path(source).is_dir():
+        check_apart(output, find_checkpoint(source))
+    with stage("reading the checkpoint", "choose a smaller --dtype"):
+        found = import_cosine(source, tokenizer=tokenizer, revision=revision, dtype=weights)
+    record = make_record(source, revision=found.source.origin.revision, recipe={"imported": found.settings})
+    with stage("saving the model"):
+        save_final(found.model, found.tokenizer, output, record)
+    for note in found.notes:
+        print(note)
+    settings = found.settings
+    (low, high), key = settings["exponents"], settings["scale_side"] == "key"
+    print(
+        f"Saved {output}: {settings['layers']} layers of cosine attention, exponents {low} to {high} of the "
+        f"{'place of a key' if key else 'length of the text'}"
+    )

@@ -335,6 +335,21 @@ def take_generation_config(model: PreTrainedModel, source: str, where: dict) -> 
         model.generation_config = GenerationConfig.from_pretrained(source, **where)
 
 
+def take_saved_generation_config(model: Any, source: str) -> None:
+    """Those of a checkpoint of an old version; of settings that transformers refuses to save, the ids of special
+    tokens."""
+    from transformers import GenerationConfig
+
+    take_generation_config(model, source, {})
+    config: Any = model.generation_config
+    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        model.generation_config = GenerationConfig(**ids)
+    model.generation_config.pad_token_id = model.config.pad_token_id
+
+
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Hide transformers' load reports and bars: what they say is checked here and said in one sentence."""

@@ -22,10 +22,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerBase
+from transformers import LlamaConfig, PreTrainedTokenizerBase
 
 from linearize.checkpoint_files import find_checkpoint, map_weights
-from linearize.conversion import check_loaded, quiet_transformers, student_config, take_generation_config
+from linearize.conversion import check_loaded, quiet_transformers, student_config, take_saved_generation_config
 from linearize.errors import UserError
 from linearize.landmark_import_tokenizer import published_tokenizer
 from linearize.load_errors import explained
@@ -120,7 +120,7 @@ def import_landmark(
     student = student_config(teacher, LinearizedLlamaConfig, attention, None, None, (), "keep")
     _move_landmark(weights, settings, tied=bool(teacher.tie_word_embeddings))
     model = _load(found, student, weights, dtype)
-    _take_generation(model, found)
+    take_saved_generation_config(model, str(found.path))
     settings |= {"block_size": attention["block_size"], "top_k": attention["top_k"]}
     return ImportedLandmark(model, words, found, settings, _notes(config))
 
@@ -252,18 +252,6 @@ def _load(
         model, info = load(None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True)
     check_loaded(source.name, info, model)
     return model.eval()
-
-
-def _take_generation(model: LinearizedLlamaForCausalLM, source: Source) -> None:
-    """Its generation settings; of those that transformers refuses to save, the ids of special tokens."""
-    take_generation_config(model, str(source.path), {})
-    config: Any = model.generation_config
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        model.generation_config = GenerationConfig(**ids)
-    model.generation_config.pad_token_id = model.config.pad_token_id
 
 
 def _notes(config: Mapping[str, Any]) -> list[str]:

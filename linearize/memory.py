@@ -42,6 +42,10 @@ MAP_PROGRAMS = 528
 """Programs that each write a part of the gradients of the maps of one side, over all heads."""
 FORECAST = ("linear", "cosine")
 """Mechanisms whose memory is known."""
+GELU = ("gpt2", "gptj")
+"""Architectures whose MLP has an activation in many steps and no gate."""
+EAGER = ("gptj",)
+"""Architectures whose softmax attention holds its scores: twice H x T of them and the mask, in float32."""
 ADAM_STATES = 4
 """float32 copies of a trained parameter: weight, gradient, first and second moment."""
 
@@ -94,8 +98,10 @@ class Factors:
     """Stage 2: those that a half-precision model keeps in float32 (norms, inputs of the adapters)."""
     intermediate: float = 3.4
     """Stage 2: tensors of the MLP's width that a layer keeps, in the model's type."""
+    eager_hidden: float = 6.0
+    """Stage 1: tensors of the hidden size alive around a teacher's softmax attention that holds its scores."""
     gelu_intermediate: float = 5.5
-    """The same of GPT-2, whose MLP has no gate and an activation in many steps (3 shapes, within 2%)."""
+    """The same of GPT-2 and GPT-J, whose MLP has no gate and an activation in many steps (3 shapes, within 2%)."""
     recomputed_layer: float = 1.1
     """Gradient checkpointing: one layer's forward and backward over what it keeps."""
     logits: float = 3.0
@@ -131,12 +137,12 @@ class Shape:
         """Read the config of a teacher or a student."""
         heads = config.num_attention_heads
         architecture = config.model_type.removeprefix(PREFIX)
-        gpt2 = architecture == "gpt2"
+        gpt2, gelu = architecture == "gpt2", architecture in GELU
         return cls(
             architecture=architecture,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
-            intermediate=config.n_inner or 4 * config.hidden_size if gpt2 else config.intermediate_size,
+            intermediate=config.n_inner or 4 * config.hidden_size if gelu else config.intermediate_size,
             heads=heads,
             key_heads=getattr(config, "num_key_value_heads", None) or heads,
             head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
@@ -153,12 +159,15 @@ class Shape:
 
     @property
     def other_parameters(self) -> int:
-        """Embeddings, head, norms, and GPT-2's biases of norms and projections."""
+        """Embeddings, head, norms; biases of GPT-2's norms and projections, of GPT-J's norms, MLP and head."""
         embeddings = (self.vocabulary * (1 if self.tied else 2) + self.positions) * self.hidden
         norms = (2 * self.layers + 1) * self.hidden
         if self.architecture == "gpt2":
             biases = sum(outputs for sides in linear_layers(self).values() for _, outputs in sides)
             return embeddings + 2 * norms + self.layers * biases
+        if self.architecture == "gptj":  # one norm per layer
+            biases = self.layers * (self.intermediate + self.hidden) + self.vocabulary
+            return embeddings + 2 * (self.layers + 1) * self.hidden + biases
         return embeddings + norms
 
 
@@ -360,6 +369,9 @@ def forecast_transfer(teacher: Any, config: RunConfig, *, fused: bool = False) -
     else:
         hidden = FACTORS.teacher_hidden * BYTES[config.dtype] * shape.hidden
         activations = tokens * (mechanism.activations(shape, "transfer") + hidden)
+    if shape.architecture in EAGER:
+        length, held = config.data.sequence_length, FACTORS.eager_hidden * BYTES[config.dtype] * shape.hidden
+        activations = max(activations, tokens * (4 * (2 * shape.heads + 1) * length + held))
     return Forecast(
         weights=weight_bytes(shape, config),
         mixers=ADAM_STATES * 4 * mechanism.parameters,
@@ -393,6 +405,9 @@ def linear_layers(shape: Shape) -> dict[str, list[tuple[int, int]]]:
             "c_proj": [(query, hidden), (intermediate, hidden)],
             "c_fc": [(hidden, intermediate)],
         }
+    if shape.architecture == "gptj":
+        attention = dict.fromkeys(shape.lora_targets, [(hidden, hidden)])
+        return {**attention, "fc_in": [(hidden, intermediate)], "fc_out": [(intermediate, hidden)]}
     return {
         "q_proj": [(hidden, query)],
         "k_proj": [(hidden, keys)],
@@ -423,7 +438,7 @@ def forecast_finetune(teacher: Any, config: RunConfig, *, fused: bool = False) -
     tokens = settings.batch_size * config.data.sequence_length
     size = BYTES[config.dtype]
     hidden = FACTORS.hidden * size + (4 * FACTORS.hidden_in_float32 if size < 4 else 0.0)
-    wide = FACTORS.gelu_intermediate if shape.architecture == "gpt2" else FACTORS.intermediate
+    wide = FACTORS.gelu_intermediate if shape.architecture in GELU else FACTORS.intermediate
     dense = tokens * (hidden * shape.hidden + wide * size * shape.intermediate)
     if fused and isinstance(mechanism, Mechanism):
         mixer, backward = _fused_finetuning(shape, mechanism, config.dtype, tokens)

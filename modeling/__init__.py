@@ -28,6 +28,7 @@ from .modeling_bert import (
     LinearizedBertModel,
 )
 from .modeling_gpt2 import LinearizedGPT2Config, LinearizedGPT2ForCausalLM, LinearizedGPT2Model
+from .modeling_gptj import LinearizedGPTJConfig, LinearizedGPTJForCausalLM, LinearizedGPTJModel
 from .modeling_llama import LinearizedLlamaConfig, LinearizedLlamaForCausalLM, LinearizedLlamaModel
 from .modeling_mistral import LinearizedMistralConfig, LinearizedMistralForCausalLM, LinearizedMistralModel
 from .op_cosine import CosineState, cosine_attention
@@ -85,6 +86,12 @@ BACKBONES = {
         {AutoModelForCausalLM: LinearizedGPT2ForCausalLM},
         LinearizedGPT2ForCausalLM,
         ("c_attn", "c_proj"),
+    ),
+    "gptj": Backbone(
+        LinearizedGPTJConfig,
+        {AutoModelForCausalLM: LinearizedGPTJForCausalLM},
+        LinearizedGPTJForCausalLM,
+        ("q_proj", "k_proj", "v_proj", "out_proj"),
     ),
     "bert": Backbone(
         LinearizedBertConfig,
@@ -161,6 +168,9 @@ __all__ = [
     "LinearizedGPT2Config",
     "LinearizedGPT2ForCausalLM",
     "LinearizedGPT2Model",
+    "LinearizedGPTJConfig",
+    "LinearizedGPTJForCausalLM",
+    "LinearizedGPTJModel",
     "LinearizedLlamaConfig",
     "LinearizedLlamaForCausalLM",
     "LinearizedLlamaModel",

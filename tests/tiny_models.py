@@ -6,6 +6,8 @@ from transformers import (
     BertModel,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -43,6 +45,20 @@ TINY_GPT2 = {
 }
 
 
+TINY_GPTJ = {
+    "vocab_size": 97,
+    "n_embd": 64,
+    "n_layer": 3,
+    "n_head": 4,
+    "n_inner": 96,
+    "rotary_dim": 6,
+    "n_positions": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
 TINY_BERT = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -71,6 +87,12 @@ def make_gpt2(seed: int = 0, **changes) -> GPT2LMHeadModel:
     """A random GPT-2 alike, with biases that matter."""
     torch.manual_seed(seed)
     return with_biases(sharpened(GPT2LMHeadModel(GPT2Config(**{**TINY_GPT2, **changes}))))
+
+
+def make_gptj(seed: int = 0, **changes) -> GPTJForCausalLM:
+    """A random GPT-J alike, a part of each head rotated."""
+    torch.manual_seed(seed)
+    return with_biases(sharpened(GPTJForCausalLM(GPTJConfig(**{**TINY_GPTJ, **changes}))))
 
 
 def make_bert(seed: int = 0, kind: type[PreTrainedModel] = BertModel, **changes) -> PreTrainedModel:

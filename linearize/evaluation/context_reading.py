@@ -111,14 +111,15 @@ def check_positions(model: Any, flag: str, lengths: Sequence[int], answer: int =
     """
     config = model.config.get_text_config()
     positions = getattr(config, "max_position_embeddings", None)
-    if positions is None or getattr(config, "rope_parameters", None):
+    computed = getattr(config, "rope_parameters", None) or not getattr(config, "learned_positions", True)
+    if positions is None or computed:
         return
     longest = positions - max(answer - 1, 0)
     if lengths and max(lengths) > longest:
         room = f" and an answer of up to {answer} tokens" if answer else ""
         raise UserError(
-            f"{flag} asks for {length_label(max(lengths))} tokens{room}, but this {config.model_type} model has no "
-            f"rotary positions and its own end at {positions:,}: ask for at most {longest:,}."
+            f"{flag} asks for {length_label(max(lengths))} tokens{room}, but this {config.model_type} model looks "
+            f"its positions up in a table that ends at {positions:,}: ask for at most {longest:,}."
         )
 
 

@@ -10,7 +10,7 @@ import calibration_worker
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import make_bert, make_gpt2, make_mistral, make_student, make_teacher, perturb
+from tiny_models import make_bert, make_gpt2, make_gptj, make_mistral, make_student, make_teacher, perturb
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from linearize.calibration import calibrate, calibrates, save_calibration
@@ -58,7 +58,8 @@ def squared_errors(student, blocks):
     return torch.stack(list(found.values()))
 
 
-PAIRS = [(make, name) for make in (make_teacher, make_gpt2, make_mistral, make_bert) for name in VARIANTS]
+MAKERS = (make_teacher, make_gpt2, make_gptj, make_mistral, make_bert)
+PAIRS = [(make, name) for make in MAKERS for name in VARIANTS]
 PAIRS.remove((make_bert, "key-window"))  # an encoder has no such form
 
 

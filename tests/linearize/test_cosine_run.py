@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import yaml
-from tiny_models import make_gpt2, make_mistral, make_student, make_teacher
+from tiny_models import make_gpt2, make_gptj, make_mistral, make_student, make_teacher
 from tiny_runs import make_bert_directory, make_teacher_directory, tiny_config, write_text
 from transformers import AutoModel, AutoModelForCausalLM
 
@@ -26,8 +26,8 @@ VARIANTS = {
     "key": {"window": 0, "sinks": 0, "scale_side": "key"},
     "map": {"window": 8, "sinks": 2, "feature_map": "softmax"},
 }
-TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2, "mistral": make_mistral}
-PAIRS = [("llama", "window"), ("llama", "key"), ("gpt2", "map"), ("mistral", "pure")]
+TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2, "gptj": make_gptj, "mistral": make_mistral}
+PAIRS = [("llama", "window"), ("llama", "key"), ("gpt2", "map"), ("gptj", "key"), ("mistral", "pure")]
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from tiny_models import make_gpt2, make_student, make_teacher, perturb
+from tiny_models import make_gpt2, make_gptj, make_student, make_teacher, perturb
 from tiny_runs import make_teacher_directory, make_tokenizer, write_text
 from torch import nn
 from transformers import (
@@ -142,7 +142,7 @@ def make_hybrid():
     return make_student(make_teacher(), mixers, ["linear", "softmax", "linear"])
 
 
-@pytest.mark.parametrize("make", [make_teacher, make_gpt2, make_mistral, make_linear, make_hybrid])
+@pytest.mark.parametrize("make", [make_teacher, make_gpt2, make_gptj, make_mistral, make_linear, make_hybrid])
 @torch.no_grad()
 def test_prefill_in_pieces_is_a_prefill_at_once(make):
     model = make()
@@ -190,9 +190,12 @@ def test_an_answer_ends_before_its_end_token(tokenizer):
 def test_learned_positions_end_and_rotary_ones_do_not():
     check_positions(make_teacher(), "--passkey", [100_000], 10)
     check_positions(make_gpt2(), "--passkey", [247], 10)
-    with pytest.raises(UserError, match="no rotary positions and its own end at 256: ask for at most 247"):
+    with pytest.raises(UserError, match="a table that ends at 256: ask for at most 247"):
         check_positions(make_gpt2(), "--passkey", [248], 10)
     check_positions(make_gpt2(), "--context_perplexity", [256])
+    check_positions(make_student(make_gptj()), "--passkey", [100_000], 10)
+    with pytest.raises(UserError, match="a table that ends at 256: ask for at most 247"):  # the stock model's
+        check_positions(make_gptj(), "--passkey", [248], 10)
 
 
 # --- perplexity over the context length
@@ -355,7 +358,7 @@ def test_evaluate_takes_text_and_yarn(directory, tmp_path, capsys, monkeypatch):
         ("llama", ["--passkey", "400", "--rope_scaling", "ntk=2"], "--rope_scaling is 'ntk=2'"),
         ("student", ["--passkey", "400", "--rope_scaling", "yarn=2"], "is a converted one"),
         ("gpt2", ["--passkey", "400", "--rope_scaling", "yarn=2"], "needs rotary positions"),
-        ("gpt2", ["--passkey", "400"], "no rotary positions and its own end at 256"),
+        ("gpt2", ["--passkey", "400"], "a table that ends at 256"),
         ("llama", ["--rope_scaling", "yarn=2"], "Nothing to measure"),
     ],
 )

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from tiny_models import make_gpt2, make_student, make_teacher
+from tiny_models import make_gpt2, make_gptj, make_student, make_teacher
 from torch.profiler import ProfilerActivity, profile
 
 from linearize import memory, run_plan
@@ -109,6 +109,14 @@ def test_forecast_of_a_gpt2_is_close_to_the_peak():
     teacher = make_gpt2(n_embd=256, n_positions=512)
     measured = stage_peaks(teacher, {"linear": {"type": "linear"}}, 512, "chunked")
     assert stage_forecasts(teacher, {}, 512, fused=False) == pytest.approx(measured, rel=0.15)
+
+
+@pytest.mark.parametrize("length", [256, 1024])
+def test_forecast_of_a_gptj_is_close_to_the_peak(length):
+    """The longer one is that of the teacher's scores, which it holds as the stock model does."""
+    teacher = make_gptj(n_embd=192, n_head=6, n_inner=384, rotary_dim=16, n_positions=1024)
+    measured = stage_peaks(teacher, {"linear": {"type": "linear"}}, length, "chunked")
+    assert stage_forecasts(teacher, {}, length, fused=False) == pytest.approx(measured, rel=0.15)
 
 
 @pytest.mark.skipif(not triton_support.interpreting(), reason="on the CPU the kernels run in Triton's interpreter")

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny_models import make_gpt2, make_mistral, make_student, make_teacher, perturb
+from tiny_models import make_gpt2, make_gptj, make_mistral, make_student, make_teacher, perturb
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, DynamicCache
 
@@ -13,7 +13,7 @@ from linearize import LandmarkAttentionConfig, convert
 from linearize.modeling.compiled import compiled_training
 from linearize.modeling.landmark_tokens import Landmarks
 
-TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2, "mistral": make_mistral}
+TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2, "gptj": make_gptj, "mistral": make_mistral}
 
 
 def make(kind="llama", **settings):

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import make_gpt2, make_mistral, make_student, make_teacher, perturb
+from tiny_models import make_gpt2, make_gptj, make_mistral, make_student, make_teacher, perturb
 
 LOAD = """
 import sys
@@ -43,10 +43,13 @@ def test_loads_without_the_package(tmp_path):
         "all": (make_teacher, linear, None),
         "some": (make_teacher, linear, some),
         "gpt2": (make_gpt2, linear, None),
+        "gptj": (make_gptj, linear, None),
+        "gptj-some": (make_gptj, linear, some),
         "mistral": (make_mistral, linear, None),
         "mistral-some": (make_mistral, linear, some),  # its softmax layer has a sliding window
         "cosine": (make_teacher, cosine, both),
         "gpt2-cosine": (make_gpt2, cosine, both),
+        "gptj-cosine": (make_gptj, cosine, both),
         "mistral-cosine": (make_mistral, cosine, both),
     }
     expected = {}
@@ -65,6 +68,6 @@ def test_loads_without_the_package(tmp_path):
         assert loaded["tokens"] == expected[name][1]
         logits = torch.load(tmp_path / name / "logits.pt", weights_only=True)
         assert (logits - expected[name][0]).abs().max() <= 1e-5
-        backbone = name.split("-")[0] if name.startswith(("gpt2", "mistral")) else "llama"
+        backbone = name.split("-")[0] if name.startswith(("gpt2", "gptj", "mistral")) else "llama"
         assert (tmp_path / name / "again" / f"modeling_{backbone}.py").is_file()
         assert not list((tmp_path / name).glob("*.bin"))

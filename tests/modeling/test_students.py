@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from tiny_models import TINY, make_gpt2, make_mistral, make_student, make_teacher, perturb
+from tiny_models import TINY, make_gpt2, make_gptj, make_mistral, make_student, make_teacher, perturb
 from transformers import DynamicCache, GenerationConfig
 
-TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2, "mistral": make_mistral}
+TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2, "gptj": make_gptj, "mistral": make_mistral}
 SMALL_CELL = {"tile": 4, "leak": 0.01, "score_saturation": 4.0, "output_saturation": 4.0}
 MODELS = {
     "hybrid": ({"linear": {"type": "linear", "window": 5, "sinks": 2}}, None),
@@ -168,8 +168,9 @@ def test_left_padded_generation_equals_single(model, ids):
     model.double()
     batch, mask = ids.clone(), torch.ones_like(ids)
     batch[1, :6], mask[1, :6] = 0, 0
-    together = model.generate(batch, attention_mask=mask, max_new_tokens=8, do_sample=False)
-    alone = model.generate(ids[1:, 6:], max_new_tokens=8, do_sample=False)
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    together = model.generate(batch, attention_mask=mask, **options)
+    alone = model.generate(ids[1:, 6:], **options)
     assert torch.equal(together[1, 23:], alone[0, 17:])
 
 
