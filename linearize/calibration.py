@@ -1,54 +1,40 @@
-"""Fit a mechanism's numbers per head to the teacher's attention outputs, by least squares and without gradients.
+"""Fit a mechanism's own numbers to softmax attention before anything trains: a few sequences, each layer for itself.
 
-Cosine attention gives `a softmax(window) + g cosine(s)`: for an exponent s the window's weight a and the gain g have a
-closed form, so that the exponent alone is searched for, each head for itself. All layers see the teacher's hidden
-states, as in attention transfer, and every round of the search is one pass over a few sequences.
+What is fitted, and how, is `calibration_cosine.py` and `calibration_landmark.py`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from linearize.adaptation import over_processes
 from linearize.data_rows import collate
 from linearize.errors import UserError
-from linearize.evaluation.arms import input_device, measuring, unwrap
+from linearize.evaluation.arms import unwrap
 
 LOG = "calibration.json"
-FIRST_ROUND = 17
-"""Exponents from 0 to 1 that every head tries first."""
-LATER_ROUNDS = 2
-"""Rounds after it, each around the best one so far."""
-LATER = tuple(sign * i / 8 for i in range(1, 8) for sign in (-1, 1))
-"""Exponents of a later round, in steps of the round before."""
-WORTHWHILE = 1e-9
-"""Share of the teacher's square that another exponent must gain: an exponent that does not matter stays."""
-COLLINEAR = 1e-9
-"""Share of their own size that two branches must differ by to be told apart."""
 
 
 @dataclass
 class CalibrationReport:
     """What a calibration did; plain data.
 
-    Fields: sequences, the number that it looked at, over all processes; before and after, the squared error of each
-    layer by its index, over the teacher's squared outputs; exponents, gains and window_weights, of each layer's heads
-    (empty where the mechanism has none).
+    Fields: sequences, the number that it looked at, over all processes; measure, what before and after are of each
+    layer, by its index; values, what was fitted, by its name and layer (of cosine attention: exponents, gains and
+    window_weights of the heads).
     """
 
     sequences: int
+    measure: str
     before: dict[int, float] = field(default_factory=dict)
     after: dict[int, float] = field(default_factory=dict)
-    exponents: dict[int, list[float]] = field(default_factory=dict)
-    gains: dict[int, list[float]] = field(default_factory=dict)
-    window_weights: dict[int, list[float]] = field(default_factory=dict)
+    values: dict[str, dict[int, list[float]]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
@@ -57,15 +43,21 @@ class CalibrationReport:
     def summary(self) -> dict[str, Any]:
         """What the record of a converted repository keeps: means over the layers."""
         before, after = (sum(errors.values()) / len(errors) for errors in (self.before, self.after))
-        return {"sequences": self.sequences, "error_before": round(before, 6), "error_after": round(after, 6)}
+        return {
+            "sequences": self.sequences,
+            "measure": self.measure,
+            "before": round(before, 6),
+            "after": round(after, 6),
+        }
 
     def sentence(self) -> str:
         """One line for a person."""
-        figures = self.summary()
-        return (
-            f"calibration on {self.sequences} sequences: squared error of the attention's output "
-            f"{figures['error_before']:.3f} -> {figures['error_after']:.3f} of the teacher's square"
-        )
+        return calibration_sentence(self.summary())
+
+
+def calibration_sentence(summary: Mapping[str, Any]) -> str:
+    """One line of a `CalibrationReport.summary()`."""
+    return "calibration: {sequences:,} sequences, {measure} {before:.3f} -> {after:.3f}".format_map(summary)
 
 
 def calibrates(config: Any) -> bool:
@@ -73,43 +65,38 @@ def calibrates(config: Any) -> bool:
     from linearize.modeling.registry import mechanism
 
     used = [config] if isinstance(config, dict) else [config.mixers.get(name) for name in set(config.mixer_types)]
-    return any(mechanism(settings["type"]).calibrates for settings in used if settings is not None)
+    return any(
+        mechanism(settings["type"]).calibrates and settings.get("landmark_key") != "token"
+        for settings in used
+        if settings is not None
+    )
 
 
 @torch.no_grad()
 def calibrate(model: Any, rows: Any, sequences: int, batch_size: int = 1) -> CalibrationReport:
-    """Set exponents, gains and window weights of a converted model, in place; the same on every process.
+    """Fit the layers of a converted model whose mechanism has a calibration, in place; the same on every process.
 
     Args:
-        model: a converted model whose weights are the teacher's; layers of mechanisms without a calibration stay as
-            they are.
+        model: a converted model whose weights are the teacher's; other layers stay as they are.
         rows: training sequences, `len()` and `[i] -> {"input_ids": (L,)}`, with an `attention_mask` where padded;
             every process gives all of them.
-        sequences: to look at, the first ones; the processes share them out.
+        sequences: to look at, the first ones.
         batch_size: sequences at once.
 
     Raises:
-        UserError: no layer can be calibrated, there is no sequence, or the teacher's outputs are not finite.
+        UserError: no layer can be calibrated, there is no sequence, or the model's outputs are not finite.
     """
-    layers = _layers(model)
+    from linearize.calibration_cosine import calibrate_cosine
+    from linearize.calibration_landmark import calibrate_landmark
+
     count = min(sequences, len(rows))
     if count < 1:
         raise UserError(
             "The calibration has no sequence to look at: give more text, or set calibration_sequences to 0."
         )
-    batches = _batches(rows, count, batch_size)
-    found = {i: _Fit(attention.mixer) for i, attention in layers.items()}
-    for _ in range(1 + LATER_ROUNDS):
-        _observe(model, layers, batches, found)
-        for layer, fit in found.items():
-            fit.solve(layer)
-    report = CalibrationReport(count)
-    for layer, fit in found.items():
-        fit.apply()
-        report.before[layer], report.after[layer] = fit.errors()
-        for name, values in zip(("exponents", "gains", "window_weights"), fit.values(), strict=True):
-            getattr(report, name)[layer] = values
-    return report
+    kind, layers = _layers(model)
+    fit = {"cosine": calibrate_cosine, "landmark": calibrate_landmark}[kind]
+    return fit(model, layers, [rows[i] for i in range(count)], batch_size)
 
 
 def save_calibration(report: CalibrationReport, folder: str | os.PathLike[str]) -> None:
@@ -123,167 +110,24 @@ def save_calibration(report: CalibrationReport, folder: str | os.PathLike[str]) 
     write_file(path, (json.dumps(report.to_dict(), indent=1) + "\n").encode())
 
 
-def _layers(model: Any) -> dict[int, Any]:
-    """The attentions that can be calibrated, by layer."""
-    from linearize.modeling.registry import mechanism
+def _layers(model: Any) -> tuple[str, dict[int, Any]]:
+    """The mechanism that can be calibrated, and its attentions by layer."""
+    from linearize.modeling.registry import ATTENTIONS, mechanism
 
-    base, layers = unwrap(model), {}
+    base = unwrap(model)
+    found: dict[str, dict[int, Any]] = {}
     for attention in base.mixer_attentions() if hasattr(base, "mixer_attentions") else ():
-        if mechanism(base.config.mixer(attention.layer_idx).type).calibrates:
-            layers[attention.layer_idx] = attention
-    if not layers:
-        raise UserError("The model has no layer to calibrate: convert it with attention type cosine first.")
-    return layers
+        kind = base.config.mixer(attention.layer_idx).type
+        if mechanism(kind).calibrates:
+            found.setdefault(kind, {})[attention.layer_idx] = attention
+    if not found:
+        kinds = " or ".join(name for name, entry in ATTENTIONS.items() if entry.calibrates)
+        raise UserError(f"The model has no layer to calibrate: convert it with attention type {kinds} first.")
+    return next(iter(found.items()))
 
 
-def _batches(rows: Any, count: int, batch_size: int) -> list[dict[str, Tensor]]:
-    """This process's part of the first `count` rows."""
-    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank, world = (torch.distributed.get_rank(), torch.distributed.get_world_size()) if ready else (0, 1)
-    mine = [rows[i] for i in range(rank, count, world)]
+def batched(rows: Sequence[Any], batch_size: int) -> list[dict[str, Tensor]]:
+    """Rows as the model's arguments."""
     names = ("input_ids", "attention_mask")
-    mine = [{name: row[name] for name in names if name in row} for row in mine]
-    return [collate(mine[i : i + batch_size]) for i in range(0, len(mine), batch_size)]
-
-
-def _observe(model: Any, layers: dict[int, Any], batches: Sequence[dict[str, Tensor]], found: dict[int, _Fit]) -> None:
-    """One pass of the teacher, and the sums of all processes."""
-
-    def meter(attention, query, key, value, teacher_output, padding_mask):
-        found[attention.layer_idx].add(attention, query, key, value, teacher_output, padding_mask)
-
-    with measuring(model, "teacher") as base:
-        device = input_device(base)
-        for attention in layers.values():
-            attention.observer = meter
-        try:
-            for batch in batches:
-                base.base_model(**{name: x.to(device) for name, x in batch.items()}, use_cache=False)
-        finally:
-            for attention in layers.values():
-                attention.observer = None
-    for fit in found.values():  # in the same order everywhere; each process has looked at its own part
-        fit.sums = over_processes(fit.sums.to(device)).cpu()
-
-
-class _Fit:
-    """The search of one layer: the products of its terms for the exponents of a round, and the best so far.
-
-    Legend: N exponents of a round, H heads. The terms are the softmax branch o, the cosine branch z with gain 1 and
-    the teacher's output t; all float64 on the CPU between passes.
-
-    Args:
-        mixer: of the layer, with the values that it starts from.
-
-    Attributes:
-        sums: `(N, 6, H)`: oo, oz, zz, ot, zt, tt, of the passes since the last `solve`.
-    """
-
-    def __init__(self, mixer: Any) -> None:
-        self.mixer, scales = mixer, mixer.scales
-        self.start = _double(scales.exponent())
-        self.heads = len(self.start)
-        grid = torch.linspace(0, 1, FIRST_ROUND, dtype=torch.float64)[:, None].expand(-1, self.heads)
-        self.step = 1 / (FIRST_ROUND - 1)
-        self.range = scales.exponent_range()
-        self._try(torch.cat([self.start[None], grid.clamp(*self.range)]))
-        self.chosen = self.start.expand(3, -1)  # exponent, window weight, gain
-        self.best = self.initial = self.total = torch.zeros_like(self.start)
-
-    def _try(self, exponents: Tensor) -> None:
-        self.exponents = exponents
-        self.sums = torch.zeros(len(exponents), 6, self.heads, dtype=torch.float64)
-
-    def add(self, attention, query, key, value, teacher_output, padding_mask) -> None:
-        """Take a batch of a pass."""
-        exponents = self.exponents.to(query.device, torch.promote_types(query.dtype, torch.float32))
-        near, terms = self.mixer.calibration_terms(query, key, value, padding_mask, attention.causal, exponents)
-        t = teacher_output.double()
-        if padding_mask is not None:
-            t = t.masked_fill(~padding_mask.bool()[:, None, :, None], 0.0)
-        o = torch.zeros_like(t) if near is None else near.double()
-        self.sums = self.sums.to(t.device)
-        fixed = {"oo": _dot(o, o), "ot": _dot(o, t), "tt": _dot(t, t)}
-        for i, far in enumerate(terms):
-            z = far.double()
-            products = (fixed["oo"], _dot(o, z), _dot(z, z), fixed["ot"], _dot(z, t), fixed["tt"])
-            self.sums[i] += torch.stack(products)
-
-    def solve(self, layer: int) -> None:
-        """Keep the best exponent of the round with its factors, and lay the next round around it."""
-        sums = self.sums
-        if not sums.isfinite().all():
-            raise UserError(f"The outputs of layer {layer} are not finite: load the teacher in another dtype.")
-        factors = self._factors(sums)
-        errors = _squared_error(sums, factors)
-        if not self.total.any():  # the first round, whose first exponent is the one that is there
-            self.total, self.initial = sums[0, 5], _squared_error(sums[0], self._present())
-            self.chosen, self.best = torch.stack([self.exponents[0], *factors[:, 0]]), errors[0]
-        error, place = errors.min(0)
-        heads = torch.arange(self.heads)
-        found = torch.stack([self.exponents[place, heads], *factors[:, place, heads]])
-        better = error < self.best - WORTHWHILE * self.total
-        self.chosen = torch.where(better, found, self.chosen)
-        self.best = torch.where(better, error, self.best)
-        steps = torch.tensor(LATER, dtype=torch.float64)[:, None] * self.step
-        self.step /= 8
-        self._try((self.chosen[0] + steps).clamp(*self.range))
-
-    def _present(self) -> Tensor:
-        """Window weight and gain that the layer starts from: `(2, H)`."""
-        scales = self.mixer.scales
-        one = torch.ones(self.heads, dtype=torch.float64)
-        return torch.stack([one if x is None else _double(x) for x in (scales.window_weight, scales.gain)])
-
-    def _factors(self, sums: Tensor) -> Tensor:
-        """The least-squares window weight and gain for each exponent: `(2, N, H)`; 1 where there is none to learn."""
-        oo, oz, zz, ot, zt, _ = sums.unbind(1)
-        one = torch.ones_like(oo)
-        scales = self.mixer.scales
-        if scales.window_weight is None:
-            return torch.stack([one, one if scales.gain is None else _ratio(zt, zz)])
-        if scales.gain is None:
-            return torch.stack([_ratio(ot - oz, oo), one])
-        determinant = oo * zz - oz.square()
-        apart = determinant > COLLINEAR * oo * zz
-        safe = determinant.where(apart, one)
-        weight = torch.where(apart, (zz * ot - oz * zt) / safe, _ratio(ot, oo))
-        gain = torch.where(apart, (oo * zt - oz * ot) / safe, torch.zeros_like(one))
-        return torch.stack([weight, gain])
-
-    def apply(self) -> None:
-        """Set the layer's parameters to the best values found."""
-        exponent, weight, gain = self.chosen
-        self.mixer.scales.assign(exponent, gain, weight)
-
-    def errors(self) -> tuple[float, float]:
-        """Before and after, over the teacher's squared outputs."""
-        total = self.total.sum().clamp(min=torch.finfo(torch.float64).tiny)
-        return float(self.initial.sum() / total), float(self.best.sum() / total)
-
-    def values(self) -> tuple[list[float], list[float], list[float]]:
-        """Exponents, gains and window weights, as the layer has them."""
-        scales = self.mixer.scales
-        learned = (scales.exponent(), scales.gain, scales.window_weight)
-        exponents, gains, weights = ([] if x is None else x.tolist() for x in learned)
-        return exponents, gains, weights
-
-
-def _double(x: Tensor) -> Tensor:
-    return x.detach().double().cpu()
-
-
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    """Sums over batch, tokens and dimensions: `(H,)`."""
-    return torch.einsum("bhtd,bhtd->h", x, y)
-
-
-def _ratio(x: Tensor, y: Tensor) -> Tensor:
-    return torch.where(y > 0, x / y.where(y > 0, torch.ones_like(y)), torch.zeros_like(x))
-
-
-def _squared_error(sums: Tensor, factors: Tensor) -> Tensor:
-    """|t - a o - g z|^2 from the products `(..., 6, H)` and a, g `(2, ..., H)`."""
-    oo, oz, zz, ot, zt, tt = sums.unbind(-2)
-    a, g = factors
-    return tt - 2 * (a * ot + g * zt) + a * a * oo + 2 * a * g * oz + g * g * zz
+    rows = [{name: row[name] for name in names if name in row} for row in rows]
+    return [collate(rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]

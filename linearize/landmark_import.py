@@ -116,6 +116,7 @@ def import_landmark(
         "block_size": settings["mem_freq"] + 1,
         "top_k": _room(settings) if top_k is None else top_k,
         "include_landmark_in_loss": settings["include_landmark_in_loss"],
+        "landmark_key": "token",
     }
     student = student_config(teacher, LinearizedLlamaConfig, attention, None, None, (), "keep")
     _move_landmark(weights, settings, tied=bool(teacher.tie_word_embeddings))

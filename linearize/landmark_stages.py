@@ -1,14 +1,15 @@
 """A pretrained model onto landmark attention, all weights trained at a short context.
 
     teacher    the yardstick: the softmax teacher trained on the same tokens
-    start      the teacher's weights with landmarks, untrained
+    start      the teacher's weights with landmarks, whose keys are fitted to the teacher's scores, and untrained
     landmark   trained; from the labels, and from the teacher's distribution and hidden states where asked for
 
 Each is a directory of the run; one that is there is not made again, so a stopped run goes on where it was. With LoRA
 in place of all weights: `linearize run llama3_8b_landmark`.
 
 Source: Mohtashami and Jaggi 2023 (arXiv 2305.16300), which trains on labels with every block open; the teacher, and
-blocks that are left out in training so that retrieval is trained too, are this project's.
+blocks that are left out in training so that retrieval is trained too, and pooled keys with their fit are this
+project's.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from linearize.errors import UserError
+from linearize.failures import stage
 from linearize.pretraining_settings import PretrainingConfig
 from linearize.settings_io import resolve
 from linearize.settings_values import convert_fields, require
 from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun, StagedRunConfig
 
 BEFORE, AFTER = "landmark attention, untrained", "landmark attention, trained"
+CALIBRATED = "landmark attention, keys fitted"
 
 
 @dataclass
@@ -42,6 +45,8 @@ class LandmarkRunConfig(StagedRunConfig):
     """Settings of landmark attention: block_size, top_k, block_dropout and others."""
     sliding_window: Literal["keep", "lift"] = "lift"
     """What the teacher arm of a Mistral with a sliding window sees; landmark layers never have it."""
+    calibration_sequences: int = 64
+    """Training sequences that pooled landmark keys are fitted to before anything trains; 0: not fitted."""
     training: PretrainingConfig = field(default_factory=PretrainingConfig)
     """The steps of the landmark model, and of the teacher."""
 
@@ -49,6 +54,7 @@ class LandmarkRunConfig(StagedRunConfig):
         convert_fields(self, "")
         self.attention.setdefault("type", "landmark")
         self._check_run()
+        self._check_calibration(self.calibration_sequences)
         require(
             self.attention["type"] == "landmark",
             f"attention.type is {self.attention['type']!r}, but this run trains landmark attention.",
@@ -117,21 +123,40 @@ class _Stages(StagedRun):
             self._train_teacher((settings.training,))
         final = self._train("landmark", self._make_start(), settings.training)
         if self.state.is_main_process:
-            curves = (Curve("landmark", "landmark attention", BEFORE), Curve("teacher", "teacher", "teacher"))
+            first = CALIBRATED if any(row.name == CALIBRATED for row in self.rows) else BEFORE
+            curves = (Curve("landmark", "landmark attention", first), Curve("teacher", "teacher", "teacher"))
             self._finish(final, curves)
         self.state.wait_for_everyone()
         return self.path
 
     def _make_start(self) -> Path:
         from linearize.conversion import convert, load_student
+        from linearize.hub import read_record
 
         start, settings = self.path / "start", self.settings
         if (start / "config.json").is_file():
-            self._measure(BEFORE, 0, load_student(start))
+            fitted = read_record(start).get("calibration")
+            self._measure(CALIBRATED if fitted else BEFORE, 0, load_student(start))
             return start
         student = convert(
             settings.model_name_or_path, settings.attention, dtype="float32", sliding_window=settings.sliding_window
         )
         self._measure(BEFORE, 0, student)
-        self._save(student, start)
+        calibration = self._calibrate(student)
+        self._save(student, start, calibration)
         return start
+
+    def _calibrate(self, student: Any) -> dict[str, Any] | None:
+        """Fit pooled keys, and measure again; what the record says of it."""
+        from linearize.calibration import calibrate, calibrates, save_calibration
+
+        sequences = self.settings.calibration_sequences
+        if not sequences or not calibrates(student.config):
+            return None
+        with stage("calibration", f"lower data.sequence_length (now {self.settings.data.sequence_length})"):
+            report = calibrate(student.to(self.state.device), self.train, sequences)
+        if self.state.is_main_process:
+            save_calibration(report, self.path)
+            print(report.sentence(), flush=True)
+        self._measure(CALIBRATED, 0, student)
+        return report.summary()

@@ -230,11 +230,9 @@ def training_section(record: Mapping[str, Any]) -> str:
     start = "no teacher: random weights" if from_scratch(record) else f"teacher: `{teacher_name(record)}`{revision}"
     lines.append(f"- {start}")
     if calibration := record.get("calibration"):
-        before, after = (calibration[f"error_{when}"] for when in ("before", "after"))
-        lines.append(
-            f"- calibration: {calibration['sequences']:,} sequences, squared error of the attention's output "
-            f"{before:.3f} -> {after:.3f} of the teacher's square"
-        )
+        from linearize.calibration import calibration_sentence
+
+        lines.append(f"- {calibration_sentence(calibration)}")
     for stage, tokens in (record.get("tokens") or {}).items():
         lines.append(f"- {stage}: {tokens:,} tokens")
     versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())

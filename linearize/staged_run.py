@@ -155,12 +155,13 @@ class StagedRun:
         schedule = replace(next(filter(None, reversed(stages))), tokens=tokens, max_steps=None)
         self._train("teacher", Path(self.settings.model_name_or_path), schedule)
 
-    def _save(self, student: Any, path: Path) -> None:
+    def _save(self, student: Any, path: Path, calibration: Mapping[str, Any] | None = None) -> None:
         from linearize.hub import make_record, save_final
 
         if self.state.is_main_process:
             recipe = {"attention": self.settings.attention}
-            save_final(student, self.tokenizer, path, make_record(self.settings.model_name_or_path, recipe=recipe))
+            record = make_record(self.settings.model_name_or_path, recipe=recipe, calibration=calibration)
+            save_final(student, self.tokenizer, path, record)
         self.state.wait_for_everyone()
 
     def _measure(self, name: str, tokens: int, model: Any) -> None:

@@ -4,12 +4,14 @@ Source: Mohtashami and Jaggi 2023 (arXiv 2305.16300). The landmark tokens themse
 `landmark_tokens.py` puts them between a call's tokens, this mechanism finds them by their positions.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
+from .landmark_keys import LandmarkKeys
 from .op_dispatch import check_contract
 from .op_landmark import (
     CONTRACT,
@@ -20,6 +22,8 @@ from .op_landmark import (
     landmark_retrieval_attention,
 )
 from .op_landmark_chunked import Grid
+
+LANDMARK_KEYS = ("pooled", "token")
 
 
 @strict
@@ -36,6 +40,10 @@ class LandmarkAttentionConfig:
     """Which blocks a query reads: the best for each token and head (`token_and_head`); for each head, shared by the
     call's tokens of a block (`head`), the later ones of the call among them, so that what a token reads depends on how
     the text is cut into calls; for each token, shared by the heads (`token`)."""
+    landmark_key: str = "pooled"
+    """Where a landmark's key comes from: from the keys of its block, by learned weights and a linear map, and in part
+    from the landmark token (`pooled`), which can be fitted to the model before it trains; or from the token alone, as
+    published (`token`)."""
     max_blocks: int | None = None
     """Blocks that a query may read from, the last ones; the cache holds up to twice as many. None: all."""
     offload: bool = False
@@ -53,6 +61,8 @@ class LandmarkAttentionConfig:
             raise ValueError(f"type is {self.type!r}: choose one of landmark")
         check_block_size(self.block_size)
         check_retrieval(self.top_k, self.max_blocks, self.selection)
+        if self.landmark_key not in LANDMARK_KEYS:
+            raise ValueError(f"landmark_key is {self.landmark_key!r}: choose one of {', '.join(LANDMARK_KEYS)}")
         if not 0 <= self.block_dropout < 1:
             raise ValueError(f"block_dropout is {self.block_dropout}: it must be at least 0 and below 1")
         check_contract("landmark attention", self.contract, CONTRACT)
@@ -69,11 +79,17 @@ class LandmarkAttentionConfig:
 class LandmarkAttention(nn.Module):
     """Mixes tokens in place of softmax attention; the backbone projects before and after, and rotates nothing.
 
-    It has no parameters: the landmark's embedding belongs to the model.
+    The landmark's embedding belongs to the model; what is learned here is how landmarks' keys are pooled.
 
     Args:
         config: settings, resolved.
         num_heads: H. num_key_value_heads: G. head_dim: D. scaling: of the softmax scores.
+
+    Attributes:
+        keys: what pools landmarks' keys, or None.
+        observer: called in a whole text's pass with `(mixer, query, blocks, landmarks)`: unrotated queries, and keys
+            `(B, G, U, P, D)` rotated by their place in the block, before they are pooled; what it changes in `keys`
+            counts in the same pass.
     """
 
     arms = ("mixed",)
@@ -81,6 +97,10 @@ class LandmarkAttention(nn.Module):
     def __init__(self, config, num_heads: int, num_key_value_heads: int, head_dim: int, scaling: float):
         super().__init__()
         self.config, self.scaling, self.op_backend = config, scaling, "auto"
+        self.keys = (
+            LandmarkKeys(num_key_value_heads, head_dim, config.block_size) if config.landmark_key == "pooled" else None
+        )
+        self.observer: Callable[..., None] | None = None
 
     @staticmethod
     def parameter_group(name: str) -> str:
@@ -117,22 +137,22 @@ class LandmarkAttention(nn.Module):
             raise ValueError("landmark attention is causal: a block's landmark comes after its tokens")
         if landmarks is None:
             raise ValueError("landmark attention needs the model's landmarks: call it through the model")
-        size, rotary = self.config.block_size, landmarks.rotary
         dropped = self.training and self.config.block_dropout > 0
-        if cache_layer is None and not dropped and (self.training or query.shape[2] <= (self.config.top_k + 1) * size):
-            at = landmarks.position.clamp(min=0)
-            mask = None if landmarks.position_is_simple else landmarks.position >= 0
-            output, _ = landmark_attention(
-                rotated(query, rotary, at), rotated(key, rotary, at), value,
-                block_size=size, scaling=self.scaling, attention_mask=mask, backend=self.op_backend,
-            )  # fmt: skip
-            return output
+        whole = self.training or query.shape[2] <= (self.config.top_k + 1) * self.config.block_size
+        if cache_layer is None and whole and not dropped:
+            return self._attend_all(query, key, value, landmarks)
+        size, rotary = self.config.block_size, landmarks.rotary
         placed = rotated(key, rotary, landmarks.position.clamp(min=0) % size)
         if cache_layer is None:
-            local, first, blocks = self._split(placed, value, landmarks)
+            grid = self._grid(key, landmarks)
+            local = self._key_blocks(grid, query, placed, landmarks), grid.spread(value).unflatten(2, (-1, size))
+            number = torch.arange(local[0].shape[2], device=key.device)
+            first = torch.zeros(key.shape[0], dtype=torch.long, device=key.device)
+            blocks = LandmarkBlocks(*local, local[0][:, :, :, -1], torch.where(grid.real[..., -1], number, -1))
         else:
+            finish = self._finished if landmarks.position.shape[1] > landmarks.tokens else None
             local, first, blocks = cache_layer.append(
-                placed, value, landmarks, size, self.config.max_blocks, self.config.offload
+                placed, value, landmarks, size, self.config.max_blocks, self.config.offload, finish
             )
         if dropped:
             share = self.config.block_dropout * torch.rand(blocks.index.shape[0], 1, device=query.device)
@@ -145,15 +165,49 @@ class LandmarkAttention(nn.Module):
             rotary=rotary, scaling=self.scaling, backend=self.op_backend,
         )  # fmt: skip
 
-    def _split(self, key, value, landmarks):
-        """A whole text as blocks: local ones, number of the first, and the complete ones among them."""
-        size = self.config.block_size
-        grid = Grid(key, size, 0, None if landmarks.position_is_simple else landmarks.position >= 0)
-        key, value = (grid.spread(x).unflatten(2, (-1, size)) for x in (key, value))
-        number = torch.arange(key.shape[2], device=key.device)
-        index = torch.where(grid.real[..., -1], number, -1)
-        first = torch.zeros(key.shape[0], dtype=torch.long, device=key.device)
-        return (key, value), first, LandmarkBlocks(key, value, key[:, :, :, -1], index)
+    def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, landmarks) -> Tensor:
+        """A whole text, every block open."""
+        size, rotary, at = self.config.block_size, landmarks.rotary, landmarks.position.clamp(min=0)
+        if self.keys is None:
+            key = rotated(key, rotary, at)
+        else:
+            grid = self._grid(key, landmarks)
+            blocks = self._key_blocks(grid, query, rotated(key, rotary, at % size), landmarks)
+            key = grid.collect(block_rotated(blocks, rotary, size).flatten(2, 3))
+        mask = None if landmarks.position_is_simple else landmarks.position >= 0
+        output, _ = landmark_attention(
+            rotated(query, rotary, at), key, value,
+            block_size=size, scaling=self.scaling, attention_mask=mask, backend=self.op_backend,
+        )  # fmt: skip
+        return output
+
+    def _grid(self, key: Tensor, landmarks) -> Grid:
+        mask = None if landmarks.position_is_simple else landmarks.position >= 0
+        return Grid(key, self.config.block_size, 0, mask)
+
+    def _key_blocks(self, grid: Grid, query: Tensor, placed: Tensor, landmarks) -> Tensor:
+        """The keys of a whole text `(B, G, U, P, D)`, those of landmarks pooled."""
+        blocks = grid.spread(placed).unflatten(2, (-1, self.config.block_size))
+        if self.observer is not None:
+            self.observer(self, query, blocks, landmarks)
+        return self._finished(blocks, grid.real[..., -1])
+
+    def _finished(self, blocks: Tensor, complete: Tensor) -> Tensor:
+        """Keys `(B, G, U, P, D)`, those of landmarks pooled in the blocks that are `complete`, `(B, U)`."""
+        if self.keys is None:
+            return blocks
+        own = torch.where(complete[:, None, :, None], self.keys(blocks), blocks[..., -1, :])
+        return torch.cat([blocks[..., :-1, :], own[..., None, :]], dim=-2)
+
+
+def block_rotated(blocks: Tensor, rotary: tuple[Tensor, Tensor] | None, block_size: int) -> Tensor:
+    """`(B, heads, U, any, D)`, rotated by the place in the block: rotated on to that in the text, in its dtype."""
+    if rotary is None:
+        return blocks
+    start = torch.arange(blocks.shape[2], device=blocks.device) * block_size
+    cos, sin = (table[start][:, None] for table in rotary)
+    front, back = blocks.chunk(2, dim=-1)
+    return (blocks * cos + torch.cat([-back, front], dim=-1) * sin).to(blocks.dtype)
 
 
 def rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None, position: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from .attention_linear import WindowMix
 from .cache_layers import softmax_layer
 from .decoding import CapturedDecoding, replace_forward
 from .feature_maps import FeatureMap
+from .landmark_keys import LandmarkKeys
 from .landmark_tokens import Landmarks, LandmarkTokens, published_loss, through_landmarks
 from .op_dispatch import BACKENDS
 from .registry import mechanism
@@ -157,7 +158,7 @@ class MixerModelMixin(ModelBase):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (CosineScales, FeatureMap, LandmarkTokens, RangeScaler, WindowMix)):
+        if isinstance(module, (CosineScales, FeatureMap, LandmarkKeys, LandmarkTokens, RangeScaler, WindowMix)):
             module.reset_parameters()
 
     @property
@@ -220,7 +221,7 @@ class MixerModelMixin(ModelBase):
         own: Any = self.landmarks
         landmarks = Landmarks.plan(real, past, own.block_size, simple)
         length = landmarks.position.shape[1]
-        landmarks.rotary = self.rotary_tables(max(own.reach, length) if self.training else own.reach)
+        landmarks.rotary = self.rotary_tables(max(own.reach, length) if cache is None else own.reach)
         return landmarks
 
     def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor] | None:

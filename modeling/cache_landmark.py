@@ -44,13 +44,14 @@ class LandmarkStateLayer(StateLayer):
         self.longest, self.on_cpu = 0, False
 
     def append(
-        self, key: Tensor, value: Tensor, landmarks, size: int, max_blocks: int | None, offload: bool
+        self, key: Tensor, value: Tensor, landmarks, size: int, max_blocks: int | None, offload: bool, finish=None
     ) -> tuple[tuple[Tensor, Tensor], Tensor, LandmarkBlocks]:
         """Take a call's keys, rotated by their place, and values, `(B, G, L, D)` each.
 
         Args:
             landmarks: the call's `Landmarks`. size: P. max_blocks: blocks to keep, None: all. offload: keep them on
-                the CPU.
+                the CPU. finish: takes keys `(B, G, U, P, D)` and which blocks are complete, `(B, U)`, and gives them
+                their landmarks' keys; None where no block is completed, or the keys are the landmarks' own.
 
         Returns:
             Keys and values of the blocks that the call touches, number of the first, and the complete blocks.
@@ -75,6 +76,8 @@ class LandmarkStateLayer(StateLayer):
         count = state.count + (position >= 0).sum(1)
         number = first[:, None] + torch.arange(touched, device=key.device)
         complete = (number + 1) * size <= count[:, None]
+        if finish is not None:
+            filled[0] = torch.cat([finish(filled[0][:, :, :-1], complete), filled[0][:, :, -1:]], dim=2)
         state = _keep(state, filled, number, complete)
         rest = (count // size - first)[:, None, None, None, None].expand(-1, groups, 1, size, dim)
         tails = [x.gather(2, rest)[:, :, 0] for x in filled]

@@ -27,8 +27,8 @@ class Mechanism:
     state_bytes takes (config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes). bidirectional:
     whether its forward takes `causal=False`, which encoders need. transfers: whether attention transfer has something
     to train in it. constant_state: whether its state never grows. in_place: whether a step can change its state in
-    place, which captured decoding needs. calibrates: whether its numbers per head can be fitted to the teacher's
-    outputs before any training (`calibration_terms`).
+    place, which captured decoding needs. calibrates: whether its own numbers can be fitted to softmax attention
+    before any training.
     """
 
     attention: type[nn.Module]
@@ -84,6 +84,7 @@ ATTENTIONS = {
         bidirectional=False,
         transfers=False,
         constant_state=False,
+        calibrates=True,
     ),
 }
 

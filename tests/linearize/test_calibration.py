@@ -73,9 +73,9 @@ def test_the_error_of_every_head_falls(make_model, name):
     for layer, (old, new) in enumerate(zip(before, after, strict=True)):
         assert report.before[layer] == pytest.approx(float(old[0].sum() / old[1].sum()), rel=1e-3)
         assert report.after[layer] == pytest.approx(float(new[0].sum() / new[1].sum()), rel=1e-3)
-    assert report.sequences == 6 and len(report.exponents[0]) == 4
-    assert bool(report.gains[0]) is VARIANTS[name].get("gain", True)
-    assert bool(report.window_weights[0]) is bool(VARIANTS[name]["window"])
+    assert report.sequences == 6 and len(report.values["exponents"][0]) == 4
+    assert bool(report.values["gains"][0]) is VARIANTS[name].get("gain", True)
+    assert bool(report.values["window_weights"][0]) is bool(VARIANTS[name]["window"])
 
 
 @torch.no_grad()
@@ -167,9 +167,9 @@ def test_the_report_is_written(tmp_path):
     report = calibrate(make(make_teacher(), "pure"), rows(), 6)
     save_calibration(report, tmp_path)
     written = json.loads((tmp_path / "logs" / "calibration.json").read_text())
-    assert written["sequences"] == 6 and len(written["exponents"]) == 3
-    assert report.summary()["error_after"] < report.summary()["error_before"]
-    assert report.sentence().startswith("calibration on 6 sequences: squared error")
+    assert written["sequences"] == 6 and len(written["values"]["exponents"]) == 3
+    assert report.summary()["after"] < report.summary()["before"]
+    assert report.sentence().startswith("calibration: 6 sequences, squared error")
 
 
 def test_bad_input_is_one_sentence():

@@ -47,7 +47,7 @@ def make_settings(tmp_path):
 def test_a_run_leaves_a_repository(make_settings, backbone, variant, tmp_path, capsys):
     settings = make_settings(backbone, variant)
     result = linearize.run(copy.deepcopy(settings))
-    assert "calibration on 3 sequences: squared error" in capsys.readouterr().out
+    assert "calibration: 3 sequences, squared error" in capsys.readouterr().out
     final = tmp_path / "out" / "final"
     model = AutoModelForCausalLM.from_pretrained(final, trust_remote_code=True)
     start = linearize.convert(settings["model_name_or_path"], linearize.CosineAttentionConfig(**settings["attention"]))
@@ -62,8 +62,8 @@ def test_a_run_leaves_a_repository(make_settings, backbone, variant, tmp_path, c
     assert any(name.startswith("control: softmax window 8 + 2 sinks") for name in rows) is windowed
     assert (result.report.share is not None) is windowed
     record = read_record(final)
-    assert record["calibration"]["error_after"] < record["calibration"]["error_before"]
-    assert len(json.loads((tmp_path / "out" / "logs" / "calibration.json").read_text())["exponents"]) == 2
+    assert record["calibration"]["after"] < record["calibration"]["before"]
+    assert len(json.loads((tmp_path / "out" / "logs" / "calibration.json").read_text())["values"]["exponents"]) == 2
     card = (final / "README.md").read_text()
     assert "with cosine attention" in card and "2409.18747" in card and "- calibration: 3 sequences" in card
     described = info(final)
@@ -107,9 +107,9 @@ def test_the_commands_calibrate_once(make_settings, tmp_path, capsys):
     assert "calibration" not in read_record(tmp_path / "start")
     capsys.readouterr()
     assert main(["transfer", str(tmp_path / "start"), str(tmp_path / "one"), *flags]) == 0
-    assert capsys.readouterr().out.count("calibration on 3 sequences") == 1
+    assert capsys.readouterr().out.count("calibration: 3 sequences") == 1
     assert main(["finetune", str(tmp_path / "one"), str(tmp_path / "two"), *flags]) == 0
-    assert "calibration on" not in capsys.readouterr().out
+    assert "calibration:" not in capsys.readouterr().out
     records = [read_record(tmp_path / name / "final") for name in ("one", "two")]
     assert records[0]["calibration"] == records[1]["calibration"]
     assert set(records[1]["tokens"]) == {"transfer", "finetune"}
@@ -187,7 +187,7 @@ def test_an_encoder(variant, tmp_path, capsys):
         "evaluation": {"pairs": 4},
     }  # fmt: skip
     result = linearize.run_encoder(settings)
-    assert capsys.readouterr().out.count("calibration on 4 sequences") == 1
+    assert capsys.readouterr().out.count("calibration: 4 sequences") == 1
     assert "student after calibration" in [row["name"] for row in result.report["embeddings"]["rows"]]
     assert read_record(result.final)["calibration"]["sequences"] == 4
     model = AutoModel.from_pretrained(result.final, trust_remote_code=True)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import linearize
 from linearize import UserError
 from linearize.cli import main
-from linearize.landmark_stages import AFTER, BEFORE, LandmarkRunConfig, run_landmark
+from linearize.landmark_stages import AFTER, BEFORE, CALIBRATED, LandmarkRunConfig, run_landmark
 from linearize.settings import RunConfig
 from linearize.settings_io import preset_names, resolve
 from linearize.staged_run import TEACHER
@@ -53,10 +53,11 @@ def test_all_weights(settings, tmp_path, capsys):
         ("teacher", 0),
         (TEACHER, 1536),
         (BEFORE, 0),
+        (CALIBRATED, 0),
         (AFTER, 1536),
     ]
     found = {row["name"]: row["perplexity"] for row in rows}
-    assert found[AFTER] < found[BEFORE] and found[TEACHER] < found["teacher"]
+    assert found[AFTER] < found[CALIBRATED] and found[TEACHER] < found["teacher"]
     assert (out / "plots" / "perplexity.png").stat().st_size > 5000
     start = linearize.load_student(out / "start").state_dict()
     final = AutoModelForCausalLM.from_pretrained(out / "final", trust_remote_code=True)
@@ -85,7 +86,7 @@ def test_all_weights(settings, tmp_path, capsys):
 
 
 def test_published_labels(settings):
-    attention = {**settings["attention"], "include_landmark_in_loss": True}
+    attention = {**settings["attention"], "include_landmark_in_loss": True, "landmark_key": "token"}
     out = run_landmark({**settings, "attention": attention, "distillation": None, "train_teacher": False})
     rows = json.loads((out / "report.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["teacher", BEFORE, AFTER]

@@ -173,7 +173,8 @@ def test_compiled_training_changes_nothing(share, ids, monkeypatch):
 def test_only_the_landmark_is_new_and_starts_from_the_mean(tmp_path):
     teacher = make_teacher()
     teacher.bfloat16().save_pretrained(tmp_path / "teacher")
-    student = convert(tmp_path / "teacher", LandmarkAttentionConfig(block_size=8, include_landmark_in_loss=True))
+    settings = LandmarkAttentionConfig(block_size=8, include_landmark_in_loss=True, landmark_key="token")
+    student = convert(tmp_path / "teacher", settings)
     assert set(student.mixer_state_dict()) == {"model.mixer.embedding", "model.mixer.output"}
     embeddings = teacher.get_input_embeddings().weight
     assert student.dtype == torch.bfloat16 and student.model.mixer.embedding.dtype == torch.float32

@@ -1,0 +1,61 @@
+"""Pooled landmark keys: their formula, where they start, and the same key however a block comes in."""
+
+import pytest
+import torch
+from tiny_models import make_gpt2, make_student, make_teacher, perturb
+from transformers import DynamicCache
+
+from linearize.modeling.attention_landmark import LandmarkAttentionConfig
+from linearize.modeling.landmark_keys import LandmarkKeys
+
+
+def make_keys(seed=0):
+    torch.manual_seed(seed)
+    keys = LandmarkKeys(2, 6, 5).double()
+    for parameter in keys.parameters():
+        torch.nn.init.normal_(parameter)
+    return keys
+
+
+def test_formula():
+    keys, blocks = make_keys(), torch.randn(3, 2, 4, 5, 6, dtype=torch.float64)
+    found = keys(blocks)
+    for b, g, u in ((0, 0, 0), (1, 1, 2), (2, 0, 3)):
+        k = blocks[b, g, u]
+        weights = torch.stack([keys.content[g] @ k[j] + keys.place[g, j] for j in range(4)]).softmax(0)
+        pooled = sum(weights[j] * k[j] for j in range(4))
+        expected = pooled @ keys.mix[g] + keys.bias[g] + keys.landmark[g] * k[4]
+        torch.testing.assert_close(found[b, g, u], expected, rtol=0, atol=1e-12)
+
+
+def test_starts_from_the_mean():
+    keys, blocks = make_keys(), torch.randn(1, 2, 3, 5, 6)
+    with torch.no_grad():
+        keys.float().reset_parameters()
+    torch.testing.assert_close(keys(blocks), blocks[..., :4, :].mean(3))
+    half = keys(blocks.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), blocks[..., :4, :].mean(3), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("make", [make_teacher, make_gpt2], ids=["rotary", "learned positions"])
+def test_the_whole_text_and_the_cache_pool_alike(make):
+    """Every block read, so that both are the same softmax: whole, in pieces that cut blocks, and left-padded."""
+    model = make_student(make(), {"landmark": {"type": "landmark", "block_size": 8, "top_k": 9}}).eval()
+    perturb(model)
+    ids = torch.randint(3, 97, (2, 70), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        model.train()
+        whole = model(ids, use_cache=False).logits
+        model.eval()
+        cache = DynamicCache(config=model.config)
+        pieces = [model(piece, past_key_values=cache).logits for piece in ids.split([3, 4, 1, 1, 12, 1, 40, 8], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=1e-5)
+
+
+def test_the_token_alone_is_the_published_key():
+    settings = LandmarkAttentionConfig(block_size=8, landmark_key="token")
+    model = make_student(make_teacher(), {"landmark": vars(settings)})
+    assert all(attention.mixer.keys is None for attention in model.mixer_attentions())
+    with pytest.raises(ValueError, match="landmark_key is 'mean': choose one of pooled, token"):
+        LandmarkAttentionConfig(landmark_key="mean")
