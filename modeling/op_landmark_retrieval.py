@@ -53,11 +53,12 @@ def run_retrieval(query, key, value, blocks, *, position, first, top_k, selectio
     batch, heads, _, dim = query.shape
     count, size = key.shape[2:4]
     lanes = _Lanes(position, first, count, size)
-    if selection != "head" and lanes.width > 1 and blocks.key.device != query.device:
-        # What many queries select for themselves is nearly everything: it comes once, for this call.
-        blocks = blocks._replace(key=blocks.key.to(query.device), value=blocks.value.to(query.device))
     scaling = dim**-0.5 if scaling is None else scaling
     stored = blocks.index.shape[1]
+    selecting = count * heads * (1 if selection == "head" else lanes.width)
+    if blocks.key.device != query.device and selecting * top_k >= stored * key.shape[1]:
+        # What many queries select is nearly everything, much of it more than once: it comes once, for this call.
+        blocks = blocks._replace(key=blocks.key.to(query.device), value=blocks.value.to(query.device))
     if top_k >= stored:
         selection = "head"  # whichever it is, all are selected
     call = _Call(blocks, min(top_k, stored), selection, max_blocks, rotary, scaling)
