@@ -150,8 +150,8 @@ def check_open_blocks(open_blocks: Tensor, rows: int) -> None:
     """Refuse what is not a choice of blocks for each row."""
     if open_blocks.dtype != torch.bool or open_blocks.dim() != 2 or open_blocks.shape[0] != rows:
         raise ValueError(
-            f"open_blocks is {tuple(open_blocks.shape)} of {open_blocks.dtype}: it must be (rows, blocks) of torch.bool, "
-            f"and this call has {rows} rows"
+            f"open_blocks is {tuple(open_blocks.shape)} of {open_blocks.dtype}: it must be (rows, blocks) of "
+            f"torch.bool, and this call has {rows} rows"
         )
 
 

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from ..hybrid_linear.rows import load_rows, store_rows
-from .tiles import LOG2E, block_gradient, block_is_open, locate
+from .tiles import LOG2E, block_is_open, locate, score_gradient, weigh_block
 
 
 @triton.jit
@@ -22,9 +22,9 @@ def query_step(
     real = (there >= lowest) & (there < stop)
     k = load_rows(k_row, k_t, first + there, real, D, BD).to(DOT)
     v = load_rows(v_row, v_t, first + there, real, D, BD).to(DOT)
-    _, ds = block_gradient(
-        q, k, v, grad, level, delta, place, block, shown, lowest, stop, scale, P, OWN, PRECISION
-    )
+    weights, mass, gate, own = weigh_block(q, k, place, block, shown, lowest, stop, scale, P, OWN, PRECISION)
+    weights = weights * (1.0 / mass)[:, None]
+    ds = score_gradient(weights, tl.exp2(gate - level), own, v, grad, delta, P, OWN, PRECISION)
     return tl.dot(ds.to(DOT), k, acc, input_precision=PRECISION)
 
 
@@ -87,8 +87,12 @@ def key_step(
     grad = load_rows(do_row, do_t, first + place, real, D, BD).to(DOT)
     lse = tl.load(level + first + place, mask=real, other=0.0)
     drift = tl.load(delta + first + place, mask=real, other=0.0)
-    p, ds = block_gradient(q, k, v, grad, lse, drift, place, block, shown, lowest, stop, scale, P, OWN, PRECISION)
-    grad_v = tl.dot(tl.trans(p.to(DOT)), grad, grad_v, input_precision=PRECISION)
+    weights, mass, gate, own = weigh_block(q, k, place, block, shown, lowest, stop, scale, P, OWN, PRECISION)
+    weights = weights * (1.0 / mass)[:, None]
+    share = tl.exp2(gate - lse)
+    p = (weights * share[:, None]).to(DOT)
+    grad_v = tl.dot(tl.trans(p), grad, grad_v, input_precision=PRECISION)
+    ds = score_gradient(weights, share, own, v, grad, drift, P, OWN, PRECISION)
     grad_k = tl.dot(tl.trans(ds.to(DOT)), q, grad_k, input_precision=PRECISION)
     return grad_k, grad_v
 

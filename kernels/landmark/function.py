@@ -16,7 +16,8 @@ from .forward import landmark_fwd_kernel
 class Call(NamedTuple):
     """What a call fixes beside its tensors.
 
-    Fields: rows; block_size; scaling; offset, a number or `(rows,)` int32; open_blocks, `(rows, blocks)` uint8 or None.
+    Fields: rows; block_size; scaling; offset, a number or `(rows,)` int32; open_blocks, None or `(rows, blocks)`
+    uint8.
     """
 
     rows: Rows
@@ -43,16 +44,18 @@ class Tiles(NamedTuple):
 
 
 def choose_tiles(dot: torch.dtype, block_size: int, dim: int) -> Tiles:
-    """Tiles by the dtype of the products, the block and the head dim.
+    """Tiles by the dtype of the products, the block and the head dim: for an H100, by what its compiler says of
+    registers and shared memory (160 KiB at most).
 
-    Four warps where a product may have 16 columns: with eight Triton 3.6 gave wrong results there (H100).
+    Four warps where a product may have 16 rows or columns: with eight Triton 3.6 gave wrong results there (H100).
     """
-    if dot == torch.bfloat16:
-        if block_size >= 64 and dim >= 64:
-            return Tiles(Launch(128, 8, 2), Launch(64, 4, 2), Launch(64, 8, 2))
-        return Tiles(*[Launch(64, 4, 2)] * 3)
-    warps = 8 if block_size == 128 and dim >= 64 else 4
-    return Tiles(Launch(64, warps, 1), Launch(32, warps, 1), Launch(32, warps, 1))
+    if dot != torch.bfloat16:  # three products and twice the bytes; rows only matter for what fits
+        return Tiles(Launch(32, 4, 1), Launch(32, 4, 1), Launch(32 if block_size * dim <= 4096 else 16, 4, 1))
+    if min(block_size, dim) < 64:
+        return Tiles(Launch(64, 4, 2), Launch(64, 4, 2), Launch(64, 4, 1))
+    if block_size == 64:
+        return Tiles(Launch(128, 8, 3), Launch(64, 4, 2), Launch(64, 4, 1))
+    return Tiles(Launch(128, 8, 1), Launch(64, 8, 1), Launch(32, 8, 1))
 
 
 @functools.lru_cache(maxsize=256)
@@ -176,4 +179,5 @@ class Landmark(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return None, *run_backward(ctx.call, *ctx.saved_tensors, grad)
+        query, key, value, output, level = ctx.saved_tensors
+        return None, *run_backward(ctx.call, query, key, value, output, level, grad)

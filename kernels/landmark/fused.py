@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..hybrid_linear.rows import make_rows
+from ..launching import ample_shared_memory
 from ..triton_support import unavailable
 from .function import Call, Landmark, run_forward
 
@@ -23,6 +24,11 @@ def unsupported(query, key, value, *, block_size, **options) -> str | None:
         return f"its Triton kernels hold a head dimension of at most {WIDEST}, this call has {query.shape[-1]}"
     if not query.dtype == key.dtype == value.dtype:
         return f"query, key and value come in different dtypes: {query.dtype}, {key.dtype}, {value.dtype}"
+    if query.dtype == torch.float32 and block_size == 128 and query.shape[-1] > 64:
+        width = query.shape[-1]
+        return f"in float32 its Triton kernels take blocks of 128 up to a head dimension of 64, this call has {width}"
+    if not ample_shared_memory(query.device):
+        return "its Triton kernels need a GPU with 160 KiB of shared memory for one program, such as an A100 or H100"
     rows = query.shape[0]  # one where packed
     if rows * query.shape[1] > MOST_ROWS:
         return f"the Triton kernels run {MOST_ROWS} rows times heads at most, this call has {rows} x {query.shape[1]}"
@@ -51,7 +57,7 @@ def fused(
         open_blocks = open_blocks.to(device=query.device, dtype=torch.uint8).contiguous()
     rows = make_rows(query, attention_mask, cu_seqlens, None)
     call = Call(rows, block_size, query.shape[-1] ** -0.5 if scaling is None else scaling, offset, open_blocks)
-    tensors = [x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value)]
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return Landmark.apply(call, *tensors), None
-    return run_forward(call, *tensors, save=False)[0], None
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        return Landmark.apply(call, query, key, value), None
+    return run_forward(call, query, key, value, save=False)[0], None

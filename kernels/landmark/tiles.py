@@ -86,21 +86,16 @@ def weigh_block(
 
 
 @triton.jit
-def block_gradient(
-    q, k, v, grad, level, delta, place, block, shown, lowest, stop, scale,
-    P: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Probabilities and gradients of the scaled scores, `(BQ, P)` each, of a tile of queries and a block of keys.
+def score_gradient(weights, share, own, v, grad, delta, P: tl.constexpr, OWN: tl.constexpr, PRECISION: tl.constexpr):
+    """Gradient of the scaled scores `(BQ, P)` of a tile of queries and a block of keys.
 
     With w the weights within a group, G its gate's probability and g = grad . v, a token of an earlier block has
     `G w (g - sum of w g)`, its landmark `G (sum of w g - delta)`, and a token of the own block `G w (g - delta)`.
 
     Args:
-        grad: `(BQ, D)`, of the output; level, delta: `(BQ,)`, log-sum-exp in base 2 and `grad . output`.
+        weights: `(BQ, P)`, w; share: `(BQ,)`, G; own: as `weigh_block` returns it. v: `(P, D)`.
+        grad: `(BQ, D)`, of the output; delta: `(BQ,)`, `grad . output`.
     """
-    weights, mass, gate, own = weigh_block(q, k, place, block, shown, lowest, stop, scale, P, OWN, PRECISION)
-    weights = weights / mass[:, None]
-    share = tl.exp2(gate - level)
     pull = tl.dot(grad, tl.trans(v), input_precision=PRECISION)
     mean = tl.sum(weights * pull, 1)
     centre = mean
@@ -108,6 +103,5 @@ def block_gradient(
     if OWN:
         centre = tl.where(own, delta, mean)
         landmark = tl.where(own, 0.0, landmark)
-    weights = weights * share[:, None]
     last = (tl.arange(0, P) == P - 1)[None, :]
-    return weights, tl.where(last, landmark[:, None], weights * (pull - centre[:, None]))
+    return tl.where(last, landmark[:, None], weights * (share[:, None] * (pull - centre[:, None])))

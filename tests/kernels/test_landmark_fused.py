@@ -1,4 +1,4 @@
-"""The Triton kernels of landmark attention in Triton's interpreter (float32, CPU), against the definition in float64."""
+"""The Triton kernels of landmark attention in the interpreter (float32, CPU), against the definition in float64."""
 
 import pytest
 import torch
@@ -162,6 +162,7 @@ def test_what_the_kernels_refuse():
         landmark_attention(*inputs, block_size=50, backend="triton")
     assert "float64" in kernel.unsupported(*(x.double() for x in inputs), block_size=SIZE)
     assert "at most 128" in kernel.unsupported(*make_inputs(2, dim=130), block_size=SIZE)
+    assert "dimension of 64" in kernel.unsupported(*make_inputs(2, dim=80), block_size=128)
     assert kernel.unsupported(*inputs, block_size=SIZE, offset=3, open_blocks=None) is None
 
 
