@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -36,6 +37,18 @@ def tile_side(size: int) -> int:
 def triton_type(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype, as a compile-time argument."""
     return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+AMPLE_SHARED_MEMORY = 160 * 1024  # bytes; what the tiles of cosine and landmark attention need at most (A100, H100)
+
+
+@functools.cache
+def ample_shared_memory(device: torch.device) -> bool:
+    """Whether one program may hold 160 KiB in shared memory."""
+    if device.type != "cuda":
+        return True
+    utilities = triton.runtime.driver.active.utils
+    return utilities.get_device_properties(device.index)["max_shared_mem"] >= AMPLE_SHARED_MEMORY
 
 
 LIMIT = 10000  # launches remembered

@@ -14,6 +14,7 @@ Source: Mohtashami and Jaggi 2023 (arXiv 2305.16300). Windows of one block, whic
 calls that the text comes in (but for `selection="head"`, whose queries of a call choose together), are this project's.
 """
 
+import torch
 from torch import Tensor
 
 from .op_dispatch import check_heads, check_shapes, choose_backend
@@ -34,9 +35,10 @@ def landmark_attention(
     scaling: float | None = None,
     attention_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    open_blocks: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, None]:
-    """Attend causally by the grouped softmax, every earlier block open.
+    """Attend causally by the grouped softmax, every earlier block open unless told otherwise.
 
     Args:
         query: `(B, H, T, D)`, rotated; key, value: `(B, G, T, D)`, never repeated.
@@ -46,7 +48,10 @@ def landmark_attention(
         scaling: of the scores; `D ** -0.5`.
         attention_mask: `(B, T)`, 1 = real; a row's real tokens are contiguous.
         cu_seqlens: `(N + 1,)` int32, B = 1: N packed sequences, each a row of its own.
-        backend: `auto`, `reference` or `chunked`; there is no Triton kernel.
+        open_blocks: `(B, blocks)` bool, `(N, blocks)` of packed rows: which of a row's blocks the blocks after them
+            read, as training that leaves blocks out does; a query always sees its own. Blocks that it does not reach
+            are open; None, all.
+        backend: `auto`, `reference`, `chunked` or `triton`, whose blocks are 16, 32, 64 or 128 tokens.
 
     Returns:
         Output `(B, H, T, D)` in the query's dtype, 0 at padding and where nothing is visible; and None.
@@ -66,6 +71,9 @@ def landmark_attention(
         "attention_mask": attention_mask,
         "cu_seqlens": cu_seqlens,
     }
+    if open_blocks is not None:  # else left out, for installed kernels that do not know it
+        check_open_blocks(open_blocks, query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
+        options["open_blocks"] = open_blocks
     run = choose_backend("landmark", CONTRACT, backend, query.is_cuda, args, options)
     return (run or run_landmark)(*args, **options)
 
@@ -136,6 +144,15 @@ def check_block_size(block_size: int) -> None:
     """Refuse a block without a token beside its landmark."""
     if block_size < 2:
         raise ValueError(f"block_size is {block_size}: it must be at least 2, a token and its landmark")
+
+
+def check_open_blocks(open_blocks: Tensor, rows: int) -> None:
+    """Refuse what is not a choice of blocks for each row."""
+    if open_blocks.dtype != torch.bool or open_blocks.dim() != 2 or open_blocks.shape[0] != rows:
+        raise ValueError(
+            f"open_blocks is {tuple(open_blocks.shape)} of {open_blocks.dtype}: it must be (rows, blocks) of "
+            f"torch.bool, and this call has {rows} rows"
+        )
 
 
 def check_retrieval(top_k: int, max_blocks: int | None, selection: str) -> None:

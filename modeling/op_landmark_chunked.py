@@ -14,7 +14,7 @@ HIDDEN = -1e30  # a logit of nothing; finite, since infinities give NaN in gradi
 TILE_ELEMENTS = 2**25  # scores that a tile may hold
 
 
-def run_landmark(query, key, value, *, block_size, offset, scaling, attention_mask, cu_seqlens):
+def run_landmark(query, key, value, *, block_size, offset, scaling, attention_mask, cu_seqlens, open_blocks=None):
     """`landmark_attention` without its checks."""
     dtype, heads = query.dtype, query.shape[1]
     if query.shape[2] == 0:
@@ -24,6 +24,7 @@ def run_landmark(query, key, value, *, block_size, offset, scaling, attention_ma
         output, _ = run_landmark(
             *(_take(x[0], rows).transpose(0, 1) for x in (query, key, value)),
             block_size=block_size, offset=offset, scaling=scaling, attention_mask=attention_mask, cu_seqlens=None,
+            open_blocks=open_blocks,
         )  # fmt: skip
         return output.transpose(0, 1)[:, attention_mask][None], None
     grid = Grid(query, block_size, offset, attention_mask)
@@ -32,10 +33,14 @@ def run_landmark(query, key, value, *, block_size, offset, scaling, attention_ma
     groups = key.shape[1]
     blocks[0] = blocks[0].unflatten(1, (groups, heads // groups))
     outputs, count = [], blocks[0].shape[3]
+    is_open = None if open_blocks is None else _fit(open_blocks.to(query.device), count)
     start = 0
     while start < count:
         stop = _tile_end(start, count, query.shape[0] * heads * block_size**2)
-        tile = (blocks[0][:, :, :, start:stop], blocks[1][:, :, :stop], blocks[2][:, :, :stop], grid.real[:, :stop])
+        tile = (
+            blocks[0][:, :, :, start:stop], blocks[1][:, :, :stop], blocks[2][:, :, :stop], grid.real[:, :stop],
+            None if is_open is None else is_open[:, :stop],
+        )  # fmt: skip
         if torch.is_grad_enabled() and query.requires_grad and count > stop - start:
             outputs.append(checkpoint(for_training(_attend), *tile, scaling, use_reentrant=False))
         else:
@@ -56,6 +61,11 @@ def packed_rows(cu_seqlens: Tensor, device) -> tuple[Tensor, Tensor]:
 def _take(x: Tensor, rows: Tensor) -> Tensor:
     """`(H, T, D)` to `(H, N, L, D)`."""
     return x[:, rows]
+
+
+def _fit(open_blocks: Tensor, count: int) -> Tensor:
+    """`(B, count)`: without the blocks beyond, and what it does not reach open."""
+    return functional.pad(open_blocks[:, :count], (0, max(0, count - open_blocks.shape[1])), value=True)
 
 
 def _tile_end(start: int, count: int, elements: int) -> int:
@@ -119,11 +129,12 @@ def _along(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _attend(query, key, value, real, scaling):
+def _attend(query, key, value, real, is_open, scaling):
     """The last blocks of queries over all keys.
 
     Args:
         query: `(B, G, H/G, u, P, D)`, the last u of N blocks; key, value: `(B, G, N, P, D)`; real: `(B, N, P)`.
+        is_open: `(B, N)`, blocks that later ones read; None, all.
 
     Returns:
         `(B, G, H/G, u, P, D)`, float32 at least.
@@ -136,6 +147,8 @@ def _attend(query, key, value, real, scaling):
     own = torch.arange(blocks - u, blocks, device=query.device)[:, None]
     number = torch.arange(blocks, device=query.device)
     earlier = (number < own)[:, None, :, None]  # (u, 1, N, 1)
+    if is_open is not None:
+        earlier = earlier & is_open[:, None, None, None, None, :, None]  # (B, 1, 1, u, 1, N, 1)
     place = torch.arange(size, device=query.device)
     local = (number == own)[:, None, :, None] & (place[:-1] <= place[:, None])[:, None]  # (u, P, N, F)
     tokens = real[:, None, None, None, None, :, :-1]

@@ -1,18 +1,15 @@
 """How the kernels are launched: tile sizes by width and dtype, grids, and the buffers between the passes."""
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..hybrid_linear.rows import PACKED, SPANS, Blocks, Rows, make_blocks
-from ..launching import cdiv, launch, tile_side, triton_type
+from ..launching import ample_shared_memory, cdiv, launch, tile_side, triton_type
 from ..triton_support import product_precision
 from .passes import cosine_apply_kernel, cosine_project_kernel, cosine_sums_kernel
 
-AMPLE_SHARED_MEMORY = 160 * 1024  # what the sizes below need at most (A100, H100)
 PROGRAMS = 512  # that sums of whole rows are cut into, where their length allows
 
 
@@ -81,18 +78,10 @@ def choose_tiles(dim: int, value_dim: int, dtype: torch.dtype) -> Tiles:
     return Tiles(tiles.chunk, *(tile._replace(columns=min(tile.columns, columns)) for tile in tiles[1:]))
 
 
-@functools.cache
-def _shared_memory(device: torch.device) -> int:
-    """Bytes that one program may hold in shared memory."""
-    if device.type != "cuda":
-        return AMPLE_SHARED_MEMORY
-    return triton.runtime.driver.active.utils.get_device_properties(device.index)["max_shared_mem"]
-
-
 def make_pass(rows: Rows, query: Tensor, value: Tensor, causal: bool) -> Pass:
     """The chunks and tile sizes of a call."""
     tiles = choose_tiles(query.shape[3], value.shape[3], query.dtype)
-    if _shared_memory(query.device) < AMPLE_SHARED_MEMORY:  # one chunk in flight
+    if not ample_shared_memory(query.device):  # one chunk in flight
         tiles = tiles._replace(sums=tiles.sums._replace(stages=2))
     return Pass(rows, make_blocks(rows, tiles.chunk), tiles, causal)
 

@@ -57,11 +57,11 @@ def _cut(length: int, block_size: int, offset: int) -> list[_Tokens]:
     return blocks
 
 
-def _row(query: Tensor, key: Tensor, value: Tensor, block_size: int, offset: int, scaling: float) -> Tensor:
-    """One row without padding; all three are `(H, T, D)`."""
+def _row(query: Tensor, key: Tensor, value: Tensor, block_size: int, offset: int, scaling: float, closed) -> Tensor:
+    """One row without padding; all three are `(H, T, D)`; closed: numbers of the blocks that no other reads."""
     output = query.new_zeros(*query.shape[:2], value.shape[-1])
     earlier: list[_Tokens] = []
-    for own in _cut(query.shape[1], block_size, offset):
+    for number, own in enumerate(_cut(query.shape[1], block_size, offset)):
         tokens = own.real + own.landmark
         q = query[:, tokens] * scaling
         later = torch.tensor(own.real)[None] > torch.tensor(tokens)[:, None]
@@ -71,13 +71,18 @@ def _row(query: Tensor, key: Tensor, value: Tensor, block_size: int, offset: int
             gate = (q @ key[:, block.landmark].mT)[..., 0]
             groups.append(_Group(gate, q @ key[:, block.real].mT, value[:, block.real]))
         output[:, tokens] = _grouped_softmax(local, value[:, own.real], groups)
-        if own.real:  # a landmark alone in its block gates nothing
+        if own.real and number not in closed:  # a landmark alone in its block gates nothing
             earlier.append(own)
     return output
 
 
+def _closed(is_open: list[bool]) -> set[int]:
+    """Numbers of the blocks of a row that are not open."""
+    return {number for number, flag in enumerate(is_open) if not flag}
+
+
 def reference(
-    query, key, value, *, block_size, offset=0, scaling=None, attention_mask=None, cu_seqlens=None
+    query, key, value, *, block_size, offset=0, scaling=None, attention_mask=None, cu_seqlens=None, open_blocks=None
 ) -> tuple[Tensor, None]:
     """Landmark attention by its definition; arguments and returns of `landmark_attention`."""
     batch, heads, length, dim = query.shape
@@ -92,12 +97,13 @@ def reference(
     else:
         rows = [(b, token) for b in range(batch)]
     offsets = offset.tolist() if isinstance(offset, Tensor) else [offset] * len(rows)
+    closed = [set()] * len(rows) if open_blocks is None else [_closed(flags) for flags in open_blocks.tolist()]
     outputs = [query.new_zeros(heads, length, value.shape[-1], dtype=wide) for _ in range(batch)]
     with torch.autocast(query.device.type, enabled=False):
-        for (b, real), start in zip(rows, offsets, strict=True):
+        for (b, real), start, shut in zip(rows, offsets, closed, strict=True):
             q, k, v = (x[b][:, real].to(wide) for x in (query, key, value))
             k, v = (x.repeat_interleave(heads // key.shape[1], 0) for x in (k, v))
-            outputs[b][:, real] = _row(q, k, v, block_size, start % block_size, scaling)
+            outputs[b][:, real] = _row(q, k, v, block_size, start % block_size, scaling, shut)
     return torch.stack(outputs).to(query.dtype), None
 
 

@@ -148,6 +148,29 @@ def test_packed_rows_are_rows_of_their_own(offsets):
     assert close(output, torch.cat(parts, 2))
 
 
+@pytest.mark.parametrize("closed", [[0], [1], [0, 2]])
+def test_a_closed_block_is_as_if_it_were_not_there(closed):
+    """For the queries after it; its own and those before it know nothing of it."""
+    length, size, offset = 18, 4, 1  # blocks of 3, 4, 4, 4 and 3 tokens
+    inputs = draw(length)
+    block = (torch.arange(length) + offset) // size
+    open_blocks = torch.tensor([[number not in closed for number in range(5)]]).expand(2, 5)
+    output = attend(inputs, size, offset=offset, open_blocks=open_blocks)
+    for number in range(5):
+        kept = (block == number) | (block < number) & ~torch.isin(block, torch.tensor(closed))
+        start = 0 if block[kept][0] > 0 else offset
+        alone = by_tokens([x[:, :, kept] for x in inputs], size, start)
+        own = block == number
+        assert close(output[:, :, own], alone[:, :, -int(own.sum()) :])
+    assert not close(output, attend(inputs, size, offset=offset))
+
+
+def test_blocks_that_open_blocks_does_not_reach_are_open():
+    inputs, part = draw(18), torch.tensor([[True, False], [False, False]])
+    whole = torch.nn.functional.pad(part, (0, 5), value=True)
+    assert close(attend(inputs, 4, open_blocks=part), attend(inputs, 4, open_blocks=whole))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_sums_are_at_least_in_float32(dtype):
     inputs = [x.to(dtype) for x in draw(13)]
@@ -208,10 +231,11 @@ def test_gradcheck():
 # --- the dispatch
 
 
-@pytest.mark.parametrize("op", ["landmark", "landmark_retrieval"])
-def test_the_dispatch_finds_the_definition_and_no_triton_kernel(op):
-    kernel, reason = find_kernel(op, 1)
-    assert kernel is not None and not reason
-    assert choose_backend(op, 1, "reference", False, (), {}) is kernel.reference
-    with pytest.raises(ValueError, match="no Triton kernel"):
-        choose_backend(op, 1, "triton", True, (), {})
+@pytest.mark.parametrize("op, reason", [("landmark", "float64"), ("landmark_retrieval", "no Triton kernel")])
+def test_the_dispatch_finds_the_definition(op, reason):
+    kernel, problem = find_kernel(op, 1)
+    assert kernel is not None and not problem
+    inputs = draw(4)
+    assert choose_backend(op, 1, "reference", False, inputs, {"block_size": 16}) is kernel.reference
+    with pytest.raises(ValueError, match=reason):
+        choose_backend(op, 1, "triton", True, inputs, {"block_size": 16})

@@ -66,11 +66,40 @@ def test_packed_rows(tiles):
     assert_close(dense(inputs, **options), definition(inputs, **options), **EXACT)
 
 
-def test_gradients(tiles):
+CHOICES = {
+    "all open": {},
+    "some closed": {"open_blocks": torch.tensor([[True, False, True, False], [False, True, False, True]])},
+    "few named": {"open_blocks": torch.tensor([[False], [True]])},
+    "all closed": {"open_blocks": torch.zeros(2, 9, dtype=torch.bool)},
+    "padded": {
+        "open_blocks": torch.tensor([[False, True, True], [True, False, True]]),
+        "attention_mask": torch.tensor([[1] * 14, [0] * 3 + [1] * 11]),
+        "offset": torch.tensor([3, 2]),
+    },
+}
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_blocks_that_later_ones_do_not_read(choice, tiles):
+    inputs = draw(14)
+    options = {"block_size": 4, "offset": 1, **choice}
+    assert_close(dense(inputs, **options), definition(inputs, **options), **EXACT)
+
+
+def test_packed_rows_close_blocks_of_their_own(tiles):
+    inputs = draw(20, batch=1)
+    is_open = torch.tensor([[False, True, True], [True, True, True], [True, False, True]])
+    options = {"block_size": 4, "cu_seqlens": torch.tensor([0, 7, 8, 20], dtype=torch.int32), "open_blocks": is_open}
+    assert_close(dense(inputs, **options), definition(inputs, **options), **EXACT)
+    assert not torch.equal(dense(inputs, **options), dense(inputs, **{**options, "open_blocks": None}))
+
+
+@pytest.mark.parametrize("choice", CHOICES.values(), ids=CHOICES)
+def test_gradients(choice, tiles):
     results = []
     for run in (dense, definition):
         inputs = [x.requires_grad_() for x in draw(14)]
-        output = run(inputs, block_size=4, offset=1)
+        output = run(inputs, **{"block_size": 4, "offset": 1, **choice})
         output.mul(torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view_as(output)).sum().backward()
         results.append([x.grad for x in inputs])
     for found, expected in zip(*results, strict=True):
@@ -184,6 +213,8 @@ def test_refusals_of_retrieval(change, sentence):
         ({"block_size": 1}, "at least 2"),
         ({"offset": 4}, "a place in a block"),
         ({"cu_seqlens": torch.tensor([0, 9])}, "batch size 1"),
+        ({"open_blocks": torch.ones(1, 3, dtype=torch.bool)}, "this call has 2 rows"),
+        ({"open_blocks": torch.ones(2, 3)}, "of torch.bool"),
     ],
 )
 def test_refusals(change, sentence):
