@@ -49,8 +49,8 @@ class LandmarkAttentionConfig:
     offload: bool = False
     """Keep blocks in CPU memory and their landmarks on the GPU; a step moves only the blocks that are read."""
     block_dropout: float = 0.0
-    """In training, the largest share of a row's blocks that is not offered (each row draws its own, from 0 on); what
-    is left is read as in retrieval."""
+    """In training, the largest share of a row's blocks that the blocks after them do not read (each row draws its own
+    share, from 0 on), so that retrieval is trained too."""
     include_landmark_in_loss: bool = False
     """The published labels: a block's last token predicts the landmark, and the landmark the next token."""
     contract: int = CONTRACT
@@ -137,9 +137,8 @@ class LandmarkAttention(nn.Module):
             raise ValueError("landmark attention is causal: a block's landmark comes after its tokens")
         if landmarks is None:
             raise ValueError("landmark attention needs the model's landmarks: call it through the model")
-        dropped = self.training and self.config.block_dropout > 0
         whole = self.training or query.shape[2] <= (self.config.top_k + 1) * self.config.block_size
-        if cache_layer is None and whole and not dropped:
+        if cache_layer is None and whole:
             return self._attend_all(query, key, value, landmarks)
         size, rotary = self.config.block_size, landmarks.rotary
         placed = rotated(key, rotary, landmarks.position.clamp(min=0) % size)
@@ -154,19 +153,15 @@ class LandmarkAttention(nn.Module):
             local, first, blocks = cache_layer.append(
                 placed, value, landmarks, size, self.config.max_blocks, self.config.offload, finish
             )
-        if dropped:
-            share = self.config.block_dropout * torch.rand(blocks.index.shape[0], 1, device=query.device)
-            kept = torch.rand(blocks.index.shape, device=query.device) >= share
-            blocks = blocks._replace(index=torch.where(kept, blocks.index, -1))
         return landmark_retrieval_attention(
             query, local[0], local[1], blocks,
             position=landmarks.position, first=first, top_k=self.config.top_k,
-            selection="head" if dropped else self.config.selection, max_blocks=self.config.max_blocks,
-            rotary=rotary, scaling=self.scaling, backend=self.op_backend,
+            selection=self.config.selection, max_blocks=self.config.max_blocks, rotary=rotary,
+            scaling=self.scaling, backend=self.op_backend,
         )  # fmt: skip
 
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, landmarks) -> Tensor:
-        """A whole text, every block open."""
+        """A whole text, every block open but those that training leaves out."""
         size, rotary, at = self.config.block_size, landmarks.rotary, landmarks.position.clamp(min=0)
         if self.keys is None:
             key = rotated(key, rotary, at)
@@ -177,9 +172,18 @@ class LandmarkAttention(nn.Module):
         mask = None if landmarks.position_is_simple else landmarks.position >= 0
         output, _ = landmark_attention(
             rotated(query, rotary, at), key, value,
-            block_size=size, scaling=self.scaling, attention_mask=mask, backend=self.op_backend,
+            block_size=size, scaling=self.scaling, attention_mask=mask, open_blocks=self._open_blocks(landmarks),
+            backend=self.op_backend,
         )  # fmt: skip
         return output
+
+    def _open_blocks(self, landmarks) -> Tensor | None:
+        """`(B, blocks)`, those that training does not leave out; None outside training, for all."""
+        if not self.training or not self.config.block_dropout:
+            return None
+        (rows, length), device = landmarks.position.shape, landmarks.position.device
+        share = self.config.block_dropout * torch.rand(rows, 1, device=device)
+        return torch.rand(rows, -(-length // self.config.block_size), device=device) >= share
 
     def _grid(self, key: Tensor, landmarks) -> Grid:
         mask = None if landmarks.position_is_simple else landmarks.position >= 0
