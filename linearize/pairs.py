@@ -1,4 +1,4 @@
-"""Which mechanism goes with which backbone, and what a pair can do, as the registries and the pipeline's own checks say.
+"""Which mechanism goes with which backbone and what a pair can do, from the registries and the checks of the pipeline.
 
 `scripts/write_pairs_table.py` puts the table into the README.
 """
@@ -114,7 +114,7 @@ def with_table(text: str) -> str:
     _, end, after = rest.partition(END)
     if not begin or not end:
         raise ValueError(f"there is no place for the table of pairs: put {BEGIN} and {END} where it belongs")
-    return f"{before}{BEGIN}\n{pairs_table()}\n{END}{after}"
+    return f"{before}{BEGIN}\n\n{pairs_table()}\n\n{END}{after}"
 
 
 def _kinds(config: Any) -> set[str]:
