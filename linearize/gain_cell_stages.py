@@ -25,7 +25,7 @@ from linearize.run_directory import FINAL
 from linearize.settings import AdaptationConfig, DistillationConfig, TransferConfig
 from linearize.settings_io import resolve
 from linearize.settings_values import convert_fields, require
-from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun, StagedRunConfig
+from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun, StagedRunConfig, planned_student
 
 TRAINED = {
     "teacher": TEACHER,
@@ -127,6 +127,7 @@ def run_gain_cell(config: GainCellRunConfig | Mapping[str, Any] | str | PathLike
     settings = resolve(config, settings=GainCellRunConfig)
     directory = GainCellDirectory(settings)
     directory.check()
+    planned_student(settings.model_name_or_path, settings.attention_of("linear"))
     return _Stages(settings, directory).run()
 
 

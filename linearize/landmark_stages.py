@@ -25,7 +25,7 @@ from linearize.failures import stage
 from linearize.pretraining_settings import PretrainingConfig
 from linearize.settings_io import resolve
 from linearize.settings_values import convert_fields, require
-from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun, StagedRunConfig
+from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun, StagedRunConfig, planned_student
 
 BEFORE, AFTER = "landmark attention, untrained", "landmark attention, trained"
 CALIBRATED = "landmark attention, keys fitted"
@@ -93,12 +93,8 @@ def run_landmark(config: LandmarkRunConfig | Mapping[str, Any] | str | PathLike[
 
 def _check_model(settings: LandmarkRunConfig) -> None:
     """Refuse a teacher that cannot be converted with these settings, before anything is trained."""
-    from linearize.conversion import load_config, student_config, teacher_backbone
-
     source, length = settings.model_name_or_path, settings.data.sequence_length
-    teacher = load_config(source)
-    kind = teacher_backbone(source, teacher).config
-    config: Any = student_config(teacher, kind, settings.attention, None, None, (), settings.sliding_window)
+    config = planned_student(source, settings.attention, settings.sliding_window)
     if config.longest_text is not None and length > config.longest_text:
         raise UserError(
             f"data.sequence_length is {length}, but with its landmarks no text above {config.longest_text} tokens "

@@ -79,6 +79,19 @@ class Curve:
     start: str
 
 
+def planned_student(source: str, attention: Mapping[str, Any], sliding_window: str = "keep") -> Any:
+    """The config of the student of a teacher, before text and weights take their time.
+
+    Raises:
+        UserError: the teacher cannot be read, or cannot be converted with these settings.
+    """
+    from linearize.conversion import load_config, student_config, teacher_backbone
+
+    teacher = load_config(source)
+    kind = teacher_backbone(source, teacher).config
+    return student_config(teacher, kind, attention, None, None, (), sliding_window)
+
+
 class StagedRun:
     """One call of a run of stages; a subclass says which, in `run`.
 
