@@ -21,6 +21,7 @@ from torch import Tensor
 from linearize.calibration import CalibrationReport, batched
 from linearize.errors import UserError
 from linearize.evaluation.arms import input_device, measuring
+from linearize.modeling.attention_landmark import block_rotated, rotated
 
 MEASURE = "divergence of the blocks' weights from those of softmax attention, in nats,"
 STEPS = 4  # on each batch
@@ -136,8 +137,6 @@ class BlockScores:
     """
 
     def __init__(self, query: Tensor, blocks: Tensor, landmarks: Any, scaling: float) -> None:
-        from linearize.modeling.attention_landmark import block_rotated, rotated
-
         position, (groups, count, size) = landmarks.position, blocks.shape[1:4]
         self.rotary, self.scaling, self.block_size = landmarks.rotary, scaling, size
         number = torch.arange(count, device=query.device)
@@ -160,8 +159,6 @@ class BlockScores:
 
     def divergence(self, keys: Tensor) -> Tensor:
         """Mean over queries and heads of the divergence with these landmarks' keys `(B, G, U, D)`, in nats."""
-        from linearize.modeling.attention_landmark import block_rotated
-
         keys = block_rotated(keys[:, :, :, None], self.rotary, self.block_size)[:, :, :, 0]
         gates = (self.query @ keys[:, :, None].transpose(-1, -2)) * self.scaling
         found = torch.where(self.own, self.sums, gates).masked_fill(~self.open, HIDDEN).log_softmax(-1)
