@@ -89,7 +89,7 @@ def run_cosine(
         elif window:
             output = run_bidirectional(inputs, rows.lengths, dtype, settings).numerator
         else:
-            output = sum_over_row(*(x.to(dtype) for x in inputs[:3]), sinks)
+            output = sum_over_row(inputs.query.to(dtype), inputs.key.to(dtype), inputs.value.to(dtype), sinks)
         if not key_side:
             place = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
             if initial_state is not None:
@@ -110,8 +110,8 @@ def unit(x: Tensor) -> Tensor:
 def sum_over_row(query: Tensor, key: Tensor, value: Tensor, sinks: int) -> Tensor:
     """Every query against all keys but the sinks, in the cheaper order of the two products: `(B, H, T, Dv)`.
 
-    The order by pairs, `(N(q) N(k)^T) v`, is the cheaper one only up to T <= 2 min(Dk, Dv), so that memory is linear in
-    T in both. Keys of padding must be 0, which leaves them out.
+    The order by pairs, `(N(q) N(k)^T) v`, is the cheaper one only up to T <= 2 min(Dk, Dv), so that memory is linear
+    in T in both. Keys of padding must be 0, which leaves them out.
     """
     groups, length, dim = key.shape[1:]
     ratio, value_dim = query.shape[1] // groups, value.shape[-1]
