@@ -167,7 +167,8 @@ class EncoderRunConfig(RunSettings):
     data: EncoderDataConfig = field(default_factory=EncoderDataConfig)
     """Training and validation text."""
     calibration_sequences: int = 128
-    """Training rows that a mechanism with a calibration (cosine) is fitted to before it trains; 0: not fitted."""
+    """Training rows that a mechanism with a calibration (cosine, landmark) is fitted to before it trains; 0: not
+    fitted."""
     transfer: TransferConfig | None = field(default_factory=_transfer)
     """Stage 1, attention transfer; none: skipped."""
     mlm: MaskedConfig | None = None

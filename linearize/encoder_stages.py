@@ -135,6 +135,7 @@ class _EncoderRun:
         from linearize.modeling import is_encoder
         from linearize.training_log import tracker_names
         from linearize.training_loop import exact_plan
+        from linearize.transfer import check_branch, check_transfers
 
         settings = self.settings
         source, length = settings.model_name_or_path, settings.data.sequence_length
@@ -156,6 +157,9 @@ class _EncoderRun:
         with stage("loading the model"):
             student: Any = convert(source, settings.attention, **where, dtype=torch.float32)
             self.student = student.to(self.state.device)
+        if settings.transfer is not None:
+            check_transfers(settings.attention["type"])
+            check_branch(settings.transfer, self.student.arms())
         self.student.set_op_backend(settings.op_backend)
         if settings.mlm is not None:
             check_masked_head(self.student)

@@ -96,7 +96,7 @@ class GainCellRunConfig(StagedRunConfig):
             "refinement.train must be scalers: all weights train in the stage after it.",
         )
         require(
-            self.transfer is None or self.transfer.branch == "mixed",
+            self.transfer is None or self.transfer.branch in (None, "mixed"),
             "transfer.branch must be mixed: gain-cell attention has no branches.",
         )
 

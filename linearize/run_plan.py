@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from linearize.pretraining_settings import PretrainConfig
 
 Settings = TypeVar("Settings", RunConfig, "EncoderRunConfig", "PretrainConfig")
+BRANCHES = {
+    "both": "both: the mixed output and the linear branch alone",
+    "mixed": "mixed: the output as it will be used",
+    "linear": "linear: the linear branch alone",
+    None: "as the mechanism needs",
+}
+"""How a plan names what attention transfer trains."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,8 @@ class RunPlan:
             rows.insert(3, ["sliding window", f"{window:,} tokens, {done}"])
         if self.calibration:
             rows.insert(-2, ["calibration", f"{self.calibration:,} sequences"])
+        if config.transfer is not None:
+            rows.insert(-2, ["transfer trains", BRANCHES[config.transfer.branch]])
         tables = [Table("Run", ["", "value"], rows, text=True)]
         if self.stages:
             header = ["stage", "trains", "tokens", "steps", "tokens a step", "expected memory a process"]
@@ -123,7 +132,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     """
     from linearize.conversion import refuse_encoder
     from linearize.training_loop import exact_plan
-    from linearize.transfer import check_branch, check_transfers
+    from linearize.transfer import check_branch, check_transfers, with_branch
 
     check_environment(config)
     teacher = read_teacher(config)
@@ -146,10 +155,12 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     stages = []
     if config.transfer is not None:
         check_transfers(settings.attention["type"])
-        check_branch(config.transfer.branch, mixer.arms)
-        steps = exact_plan(config.transfer, config.data.sequence_length, num_processes, "transfer")
+        transfer = with_branch(config.transfer, _mixers_of(teacher) or [settings.attention])
+        check_branch(transfer, mixer.arms)
+        config = dataclasses.replace(config, transfer=transfer)
+        steps = exact_plan(transfer, config.data.sequence_length, num_processes, "transfer")
         forecast = memory.forecast_transfer(teacher, settings, fused=fused) if known else None
-        stages.append(StagePlan("attention transfer", config.transfer, steps, {"mechanism": mixers}, forecast))
+        stages.append(StagePlan("attention transfer", transfer, steps, {"mechanism": mixers}, forecast))
     if config.finetune is not None:
         check_finetune(config, shape)
         steps = exact_plan(config.finetune, config.data.sequence_length, num_processes, "finetune")
@@ -218,13 +229,35 @@ def _sizes_of(config: RunConfig, student: Any) -> RunConfig:
 
 
 def complete_attention(config: Settings) -> Settings:
-    """The settings with every setting of the mechanism, checked, so that `config.yaml` says what later defaults would
-    change.
+    """The settings with every setting of the mechanism, checked, and the branch that attention transfer trains, so
+    that `config.yaml` says what later defaults would change.
 
     Raises:
         UserError: unknown mechanism, unknown setting, or a value that it cannot take.
     """
-    return dataclasses.replace(config, attention=complete_mixer(config.attention or {"type": "linear"}))
+    from linearize.transfer import with_branch
+
+    attention = complete_mixer(config.attention or {"type": "linear"})
+    transfer = getattr(config, "transfer", None)
+    if transfer is None or transfer.branch is not None:
+        return dataclasses.replace(config, attention=attention)
+    mixers = _mixers_there(config) or [attention]
+    return dataclasses.replace(config, attention=attention, transfer=with_branch(transfer, mixers))  # type: ignore[call-arg]
+
+
+def _mixers_there(config: Any) -> list[dict[str, Any]]:
+    """The settings of the mechanisms of the model that a run starts from, where it is a converted one."""
+    source = config.model_name_or_path
+    if os.path.exists(source) and not is_converted(source):
+        return []
+    with contextlib.suppress(UserError):  # the run says so where it needs the model
+        return _mixers_of(read_teacher(config))
+    return []
+
+
+def _mixers_of(model: Any) -> list[dict[str, Any]]:
+    """The settings of a converted model's mechanisms, from its config; none of another model."""
+    return [dict(mixer) for mixer in getattr(model, "mixers", {}).values()]
 
 
 def complete_mixer(settings: Mapping[str, Any], section: str = "attention") -> dict[str, Any]:

@@ -136,13 +136,14 @@ class TransferConfig(StageSettings):
     distance."""
     loss_scale: float = 1.0
     """Factor on the loss (1000 for the published mse)."""
-    branch: Literal["both", "mixed", "linear"] = "both"
-    """Train on the mixed output, on the linear branch alone over all visible keys, or on the sum of both (measured
-    best)."""
+    branch: Literal["both", "mixed", "linear"] | None = None
+    """Train on the mixed output, on the linear branch alone over all visible keys, or on the sum of both; none: both
+    for linear attention with a window or sinks (measured best), mixed for all other attentions."""
     learning_rate: float = 1e-2
-    """Learning rate of the feature maps (1e-2 in LoLCATs)."""
+    """Learning rate of the feature maps (1e-2 in LoLCATs), and of a mechanism's other numbers (cosine's exponents and
+    gains)."""
     window_learning_rate: float = 3e-2
-    """Learning rate of the window weight and shift (measured)."""
+    """Learning rate of the window's weight (linear, cosine) and shift (linear; measured there)."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     schedule: Schedule = "linear"
@@ -405,7 +406,8 @@ class RunConfig(RunSettings):
     data: DataConfig = field(default_factory=DataConfig)
     """Training and validation text."""
     calibration_sequences: int = 8
-    """Training sequences that a mechanism with a calibration (cosine) is fitted to before it trains; 0: not fitted."""
+    """Training sequences that a mechanism with a calibration (cosine, landmark) is fitted to before it trains; 0: not
+    fitted."""
     transfer: TransferConfig | None = field(default_factory=TransferConfig)
     """Stage 1; none: skipped."""
     finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)

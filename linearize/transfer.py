@@ -13,8 +13,8 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +51,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STAGE = "attention transfer"
-ADVICE = "lower transfer.learning_rate and transfer.window_learning_rate, or load the base in another dtype"
+RATES = {"maps": "learning_rate", "scalers": "learning_rate", "window": "window_learning_rate"}
+"""The setting that gives a group of the mechanism's parameters its learning rate."""
 Record = dict[str, Any]
 
 
@@ -89,16 +90,43 @@ def check_transfers(kind: str) -> None:
         )
 
 
-def check_branch(branch: str, arms: Sequence[str]) -> None:
+def with_branch(config: TransferConfig, mixers: Collection[Mapping[str, Any]]) -> TransferConfig:
+    """The settings with the branch to train, where they leave it to the mechanisms.
+
+    `both` for linear attention that has two branches, else `mixed`: beside a window cosine attention's gain is fitted
+    to the keys outside it, and learning to give the whole output alone would undo that.
+
+    Args:
+        mixers: the settings of each mechanism, with its `type`.
+    """
+    from linearize.modeling.registry import mechanism
+
+    if config.branch is not None:
+        return config
+    linear = [mechanism(mixer["type"]).config(**mixer) for mixer in mixers if mixer["type"] == "linear"]
+    both = len(linear) == len(mixers) and any(settings.window + settings.sinks for settings in linear)
+    return replace(config, branch="both" if both else "mixed")
+
+
+def check_branch(config: TransferConfig, arms: Sequence[str]) -> None:
     """Refuse to train an arm that an attention does not have.
+
+    Args:
+        config: with its branch.
 
     Raises:
         UserError: one sentence.
     """
-    if absent := [arm for arm in branch_weights(branch) if arm not in arms]:
+    assert config.branch is not None, "see with_branch"
+    if absent := [arm for arm in branch_weights(config.branch) if arm not in arms]:
         raise UserError(
-            f"transfer.branch is {branch!r}, which trains the {absent[0]} arm, and this attention has none: "
+            f"transfer.branch is {config.branch!r}, which trains the {absent[0]} arm, and this attention has none: "
             "set transfer.branch to mixed."
+        )
+    if any(config.window_dropout_schedule) and "linear" not in arms:
+        raise UserError(
+            f"transfer.window_dropout is {config.window_dropout}, and this attention has no window that it could "
+            "hide: set transfer.window_dropout to 0."
         )
 
 
@@ -141,7 +169,8 @@ def transfer_attention(
         raise UserError("the model has no converted layer to train: choose fewer softmax_layers")
     for settings in model.config.mixers.values():
         check_transfers(settings["type"])
-    check_branch(config.branch, model.arms())
+    config = with_branch(config, model.config.mixers.values())
+    check_branch(config, model.arms())
     run = _Transfer(model, train, config, Path(output_dir), seed, report_to, validation, on_log, device)
     with readable_memory_errors(STAGE, config.batch_size, run.sequence_length):
         return run.train(checkpoint_to_resume(run.checkpoint_dir, resume))
@@ -200,6 +229,8 @@ class _Transfer:
         device: str | None,
     ) -> None:
         self.model, self.config, self.seed, self.validation, self.on_log = model, config, seed, validation, on_log
+        assert config.branch is not None, "see with_branch"
+        self.branch: str = config.branch
         self.output_dir = output_dir
         self.checkpoint_dir = output_dir / "checkpoints" / "transfer"
         self.log_path = output_dir / "logs" / "transfer.jsonl"
@@ -213,7 +244,9 @@ class _Transfer:
         self.losses = LayerLosses(model, config.loss, config.loss_scale)
         groups = mixer_parameters(model)
         self.parameters = {name: p for group in groups.values() for name, p in group.items()}
-        rates = {"maps": config.learning_rate, "scalers": config.learning_rate, "window": config.window_learning_rate}
+        rates = {name: getattr(config, RATES[name]) for name in groups}
+        named = " and ".join(f"transfer.{setting}" for setting in sorted({RATES[name] for name in groups}))
+        self.advice = f"lower {named}, or load the base in another dtype"
         self.learning_rates = [rates[name] for name in groups]
         self.optimizer = torch.optim.AdamW(
             [{"params": list(group.values()), "lr": rates[name]} for name, group in groups.items()],
@@ -304,7 +337,7 @@ class _Transfer:
     def _step(self, step: int, interrupt: Interrupt) -> Record:
         """One optimiser step. Returns the losses by layer ("loss"), the norm of the gradients, and "stop"."""
         hidden = hides_window(self.config, step, self.plan.steps, self.seed)
-        weights = branch_weights(self.config.branch, hidden)
+        weights = branch_weights(self.branch, hidden)
         for batch in self.batches.step(step, self.device):
             mask = batch.get("attention_mask")
             self.losses.run(batch["input_ids"], mask, weights=weights, gradient_factor=1.0 / self.plan.accumulation)
@@ -313,11 +346,11 @@ class _Transfer:
         values, norm_value, stop = self._shared_figures(norm, interrupt)
         for arm, by_layer in values.items():
             names = [f"the {arm} loss of layer {layer}" for layer in self.losses.layers]
-            check_finite(STAGE, step + 1, dict(zip(names, by_layer, strict=True)), ADVICE)
+            check_finite(STAGE, step + 1, dict(zip(names, by_layer, strict=True)), self.advice)
         if not math.isfinite(norm_value):
             grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
             norms = {f"the gradient of layer {name}": float(gradient.norm()) for name, gradient in grads.items()}
-            check_finite(STAGE, step + 1, norms | {"the norm of all gradients": norm_value}, ADVICE)
+            check_finite(STAGE, step + 1, norms | {"the norm of all gradients": norm_value}, self.advice)
         self.updating = True
         self._update(step, norm)
         self.completed = step + 1
@@ -383,7 +416,7 @@ class _Transfer:
     def _validate(self) -> Record:
         """Mean losses on the validation sequences, which the processes share out."""
         assert self.validation is not None
-        weights = branch_weights(self.config.branch)
+        weights = branch_weights(self.branch)
         sums = torch.zeros(len(weights) + 1, dtype=torch.float64, device=self.device)
         for first in range(0, len(self.validation), self.world):
             # A sharded base gathers its weights in every forward, so that no process may leave one out.

@@ -25,7 +25,7 @@ ARMS = ("mixed", "softmax", "linear")
 NO_MAP = "none"
 FEATURE_MAPS = (NO_MAP, "projection", *WIDTH)
 SCALE_SIDES = ("query", "key")
-LOGIT_LIMIT = 7.0  # exponents nearer to 0 or 1 than sigmoid(7) start, or are calibrated, to this
+LOGIT_LIMIT = 4.0  # sigmoid(4) = 0.982: there an exponent still learns with 7% of the greatest slope
 NO_WAY_BACK = "scale_side is 'key', which an encoder can only have with window 0 and sinks 0: set scale_side to query"
 
 
@@ -50,13 +50,14 @@ class CosineAttentionConfig:
     """Of the maps: `identity` or `kaiming`."""
     exponent: float | int | list[float] = 0.6225
     """Starting exponent s of the length scale c^-s, between 0 and 1: one for all heads, or a list with one for each
-    query head. The default is the published sigmoid(0.5)."""
+    query head. What lies outside 0.018 to 0.982 starts from there, for nearer to the ends it could hardly learn. The
+    default is the published sigmoid(0.5)."""
     scale_side: str = "query"
     """`query` scales an output by the keys that it sees; `key` (published for decoders) a key by its place."""
     gain: bool = True
     """Learn a factor on the output per head; it starts from 0 beside a window, else from 1."""
     window_weight: float | int = 1.0
-    """Starting weight of the softmax branch per head."""
+    """Starting weight of the softmax branch per head; there is none with window 0 and sinks 0."""
     contract: int = CONTRACT
     """Contract of the op that the checkpoint was saved with."""
 
@@ -73,8 +74,14 @@ class CosineAttentionConfig:
         for name in ("window", "sinks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it counts tokens and must be at least 0")
-        if self.feature_map == NO_MAP and (self.feature_dim is not None or self.bias):
-            raise ValueError("feature_dim and bias belong to a feature map: choose a feature_map, or leave them out")
+        if self.feature_map == NO_MAP and (
+            self.feature_dim is not None or self.bias or self.initialization != "identity"
+        ):
+            raise ValueError(
+                "feature_dim, bias and initialization belong to a feature map: choose a feature_map, or leave them out"
+            )
+        if self.window + self.sinks == 0 and self.window_weight != 1:
+            raise ValueError("window_weight belongs to a softmax branch: set window or sinks, or leave it out")
         if self.feature_dim is not None and self.feature_dim < 1:
             raise ValueError(f"feature_dim is {self.feature_dim}: it must be at least 1")
         for exponent in self.exponent if isinstance(self.exponent, list) else [self.exponent]:
@@ -155,7 +162,7 @@ class CosineScales(nn.Module):
 
     @staticmethod
     def exponent_range() -> tuple[float, float]:
-        """The least and the greatest exponent that `assign` takes as it is."""
+        """The least and the greatest exponent that `assign` takes as it is: 0.018 and 0.982."""
         low, high = torch.tensor([-LOGIT_LIMIT, LOGIT_LIMIT], dtype=torch.float64).sigmoid().tolist()
         return low, high
 
@@ -169,7 +176,7 @@ class CosineScales(nn.Module):
 
 
 def exponent_logit(exponent: Tensor) -> Tensor:
-    """The number that is learned for an exponent."""
+    """The number that is learned for an exponent, at most 4 from 0."""
     return torch.logit(exponent).clamp(-LOGIT_LIMIT, LOGIT_LIMIT)
 
 
@@ -200,7 +207,9 @@ class CosineAttention(nn.Module):
 
     @staticmethod
     def parameter_group(name: str) -> str:
-        """Which learning rate a parameter takes: `scalers` (exponent, gain and window weight) or `maps`."""
+        """Which learning rate a parameter takes: `window` (its weight), `scalers` (exponent and gain) or `maps`."""
+        if name == "scales.window_weight":
+            return "window"
         return "scalers" if name.startswith("scales.") else "maps"
 
     def forward(
@@ -344,7 +353,7 @@ def map_features(x: Tensor, feature_map: FeatureMap | None) -> Tensor:
     assert feature_map is not None
     with torch.autocast(x.device.type, enabled=False):
         if feature_map.activation != "projection":
-            return apply_feature_map(x, feature_map.as_weights())
+            return apply_feature_map(x, feature_map.as_weights(), floor=0.0)  # a dead vector has no direction
         dtype = torch.promote_types(x.dtype, torch.float32)
         features = torch.einsum("bhtd,hdf->bhtf", x.to(dtype), feature_map.weight.to(dtype))
         return features if feature_map.bias is None else features + feature_map.bias.to(dtype)[:, None]

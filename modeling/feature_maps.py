@@ -30,11 +30,12 @@ class FeatureMapWeights(NamedTuple):
     activation: str
 
 
-def apply_feature_map(x: Tensor, maps: FeatureMapWeights) -> Tensor:
+def apply_feature_map(x: Tensor, maps: FeatureMapWeights, floor: float = FEATURE_FLOOR) -> Tensor:
     """Compute features in float32 at least.
 
     Args:
         x: `(B, heads, T, D)`; heads divides the map's heads (a key head's features per query head need no copy of x).
+        floor: the least feature; 0 where vectors of features are normalised, which would make it a direction.
 
     Returns:
         `(B, map heads, T, F)`.
@@ -56,7 +57,8 @@ def apply_feature_map(x: Tensor, maps: FeatureMapWeights) -> Tensor:
         features = 1 + functional.elu(u)
     else:
         raise ValueError(f"unknown feature map activation {maps.activation!r}: use softmax, exp, relu or elu")
-    features = features.clamp(min=FEATURE_FLOOR)
+    if floor:
+        features = features.clamp(min=floor)
     if maps.magnitude is not None:
         magnitude = maps.magnitude.to(dtype).view(heads, -1, dim)
         level = torch.einsum("bgtd,grd->bgrt", x, magnitude).clamp(-MAGNITUDE_LIMIT, MAGNITUDE_LIMIT)

@@ -3,7 +3,7 @@
 The public function and its checks; the state and the chunked PyTorch path are in `op_cosine_chunked.py`.
 
 Legend: B batch, H query heads, G key/value heads, T tokens, Dk query/key width, Dv value width, W window, S sinks,
-N(x) = x / max(|x|, 1e-12). Tensors are `(B, H|G, T, Dk|Dv)`.
+N(x) = x / max(|x|, 1e-12), with a zero gradient where x is 0. Tensors are `(B, H|G, T, Dk|Dv)`.
 
 Source: Cottention (Mongaras et al. 2024, arXiv 2409.18747), which scales on the key's side in its causal form. The
 query's side (a state per key head serves all its query heads), the gain, and the window left to a softmax branch are

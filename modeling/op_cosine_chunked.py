@@ -1,16 +1,16 @@
 """The chunked PyTorch path of cosine attention: linear memory in T, on CPU and GPU, under autograd.
 
 It is the linear branch of `op_hybrid_linear_chunked.py` with the unit vectors N(q), N(k) for features, its denominator
-unused and its softmax branch off; what is added here is the scale, on the query's or on the key's side.
+unused and its softmax branch off; what is added here is the scale, on the query's or on the key's side. A
+bidirectional row without a window needs no chunks: all its queries meet the same keys.
 
-Legend as in `op_cosine.py`.
+Legend as in `op_cosine.py`; R = H / G.
 """
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from .op_hybrid_linear_chunked import (
     Features,
@@ -69,24 +69,27 @@ def run_cosine(
         key_side = causal and scale_side == "key"
 
         def key_features(x: Tensor, place: Tensor) -> Tensor:
-            unit = functional.normalize(x, dim=-1, eps=NORM_FLOOR)
+            units = unit(x)
             if not key_side:
-                return unit
-            return unit.repeat_interleave(heads // groups, 1) * power(place + 1, rate)
+                return units
+            return units.repeat_interleave(heads // groups, 1) * power(place + 1, rate)
 
         def query_features(x: Tensor, _: Tensor) -> Tensor:
-            return functional.normalize(x, dim=-1, eps=NORM_FLOOR)
+            return unit(x)
 
         maps = Features(heads, dim, query_features), Features(heads if key_side else groups, dim, key_features)
         settings = Settings(window, sinks, 1.0, "logsumexp", None, None, *maps, softmax=False)
         rows = Rows(attention_mask, query)
         inputs = Inputs(query, key, value, None, None).map(rows.compact)
+        state = None
         if causal:
             past = None if initial_state is None else _as_hybrid(initial_state)
             branches, state = run_causal(inputs, rows.lengths, past, return_state, dtype, settings)
+            output = branches.numerator
+        elif window:
+            output = run_bidirectional(inputs, rows.lengths, dtype, settings).numerator
         else:
-            branches, state = run_bidirectional(inputs, rows.lengths, dtype, settings), None
-        output = branches.numerator
+            output = sum_over_row(inputs.query.to(dtype), inputs.key.to(dtype), inputs.value.to(dtype), sinks)
         if not key_side:
             place = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
             if initial_state is not None:
@@ -96,6 +99,29 @@ def run_cosine(
             output = output * gain.to(dtype)[:, None, None]
         output = rows.restore(output)
     return output, None if state is None else _as_cosine(state)
+
+
+def unit(x: Tensor) -> Tensor:
+    """N(x) along the last axis; where x is 0 so is its gradient, which 1 / 1e-12 would be no help in."""
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    return x / norm.clamp(min=NORM_FLOOR).masked_fill(norm == 0, torch.inf)
+
+
+def sum_over_row(query: Tensor, key: Tensor, value: Tensor, sinks: int) -> Tensor:
+    """Every query against all keys but the sinks, in the cheaper order of the two products: `(B, H, T, Dv)`.
+
+    The order by pairs, `(N(q) N(k)^T) v`, is the cheaper one only up to T <= 2 min(Dk, Dv), so that memory is linear
+    in T in both. Keys of padding must be 0, which leaves them out.
+    """
+    groups, length, dim = key.shape[1:]
+    ratio, value_dim = query.shape[1] // groups, value.shape[-1]
+    key, value = unit(key[:, :, sinks:]), value[:, :, sinks:]
+    folded = unit(query).unflatten(1, (groups, ratio)).flatten(2, 3)  # the R query heads of a group in a row
+    if ratio * length * (dim + value_dim) <= (ratio + 1) * dim * value_dim:
+        output = (folded @ key.mT) @ value
+    else:
+        output = folded @ (key.mT @ value)
+    return output.unflatten(2, (ratio, length)).flatten(1, 2)
 
 
 def far_keys(place: Tensor, lengths: Tensor, window: int, sinks: int, causal: bool) -> Tensor:

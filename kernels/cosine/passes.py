@@ -211,7 +211,8 @@ def cosine_project_kernel(
     along = r * tl.sum(x_tile * result, axis=1)  # <x / |x|, du> before the weight
     # Below the floor of the norm, x / 1e-12 has no projection.
     bend = tl.where(r < 9.99999e11, r * along, 0.0)
-    gradient = (result - x_tile * bend[:, None]) * (weight * r)[:, None]
+    slope = tl.where(tl.sum(x_tile * x_tile, axis=1) > 0.0, weight * r, 0.0)  # a zero vector has a zero gradient
+    gradient = (result - x_tile * bend[:, None]) * slope[:, None]
     out += batch * out_batch + head.to(tl.int64) * out_head
     store_tile(out, out_token, first + place, inside, 0, gradient, DX, BLOCK_X)
     if PARTIAL:

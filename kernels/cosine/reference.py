@@ -25,8 +25,9 @@ class State(NamedTuple):
 
 
 def unit(x: Tensor) -> Tensor:
-    """N(x) along the last axis."""
-    return x / x.norm(dim=-1, keepdim=True).clamp(min=NORM_FLOOR)
+    """N(x) along the last axis; a zero vector has a zero gradient."""
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / norm.clamp(min=NORM_FLOOR).masked_fill(norm == 0, torch.inf)
 
 
 def _row(query, key, value, exponent, gain, settings, past=None):

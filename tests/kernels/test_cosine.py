@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import linearize.modeling.op_cosine as op
 import linearize.modeling.op_hybrid_linear_chunked as chunked
@@ -252,6 +253,67 @@ def test_gradients(span, causal, side):
         assert torch.isfinite(a).all() and (a - b).abs().max() <= 1e-9 * (1 + b.abs().max())
     free = [x.detach().nan_to_num().requires_grad_() for x in leaves]
     assert torch.autograd.gradcheck(lambda *t: call("chunked", *t)[:, :, 2:], free, fast_mode=True)
+
+
+@pytest.mark.parametrize("groups", [1, GROUPS, HEADS])
+@pytest.mark.parametrize(("length", "dim"), [(3, 8), (37, 8), (20, 24)])
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_a_whole_row_takes_the_cheaper_order(sinks, length, dim, groups):
+    """Bidirectional without a window: either order of the products is the definition, and no chunk's work is done."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = [(2, HEADS, length, dim), (2, groups, length, dim), (2, groups, length, VALUE_DIM)]
+    inputs = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    mix = make_inputs()[1]
+    leaves = [x.requires_grad_() for x in (*inputs, *mix.values())]
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[0, -length // 3 :] = False
+
+    def gradients(backend, mask):
+        call = dict(zip(mix, leaves[3:], strict=True)) | {"causal": False, "sinks": sinks, "backend": backend}
+        output, _ = cosine_attention(*leaves[:3], **call, attention_mask=mask)
+        return [output, *torch.autograd.grad(output.square().sum(), leaves)]
+
+    for padding in (None, mask):
+        for a, b in zip(gradients("chunked", padding), gradients("reference", padding), strict=True):
+            assert (a - b).abs().max() <= 1e-11 * (1 + b.abs().max())
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        cosine_attention(*leaves[:3], **mix, causal=False, sinks=sinks, backend="chunked")
+    keys = length - sinks
+    by_pairs, by_sum = HEADS * length * keys * (dim + VALUE_DIM), (HEADS * length + groups * keys) * dim * VALUE_DIM
+    assert counter.get_total_flops() == 2 * 2 * min(by_pairs, by_sum)
+
+
+def test_the_memory_of_a_whole_row_is_linear():
+    """What is kept for the backward pass, in either order."""
+    (query, key, value), mix = make_inputs(length=256)
+    for dim in (DIM, 512):
+        sizes = []
+        leaves = [x.repeat(1, 1, 1, dim // DIM).requires_grad_() for x in (query, key, value)]
+        for length in (128, 256):
+            sizes.append(0)
+
+            def keep(x, sizes=sizes):
+                sizes[-1] += x.numel()
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+                cosine_attention(*(x[:, :, :length] for x in leaves), **mix, causal=False, backend="chunked")
+        assert sizes[1] <= (2 if dim == DIM else 2.5) * sizes[0]
+
+
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize(("causal", "side"), [(True, "query"), (True, "key"), (False, "query")])
+@pytest.mark.parametrize("window", [0, 3])
+def test_a_zero_vector_has_a_zero_gradient(window, causal, side, backend):
+    """Not 1 / 1e-12 times what comes back; the gradients of all other tokens are as without it."""
+    inputs, mix = make_inputs(length=12)
+    inputs[0][:, :, 9], inputs[1][:, :, 4] = 0, 0
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    call = {"causal": causal, "scale_side": side, "window": window, "backend": backend}
+    output, _ = cosine_attention(*leaves, **mix, **call)
+    query, key, value = torch.autograd.grad(output.square().sum(), leaves)
+    assert not query[:, :, 9].any() and not key[:, :, 4].any() and not value[:, :, 4].any()
+    assert query[:, :, 8].all() and key[:, :, 3].all() and max(x.abs().max() for x in (query, key, value)) < 1e3
 
 
 @pytest.mark.parametrize("side", SIDES)

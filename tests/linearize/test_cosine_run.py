@@ -15,9 +15,10 @@ from linearize.cli import main
 from linearize.errors import UserError
 from linearize.evaluation import evaluate, info, state_bytes
 from linearize.hub import read_record
-from linearize.run_plan import make_plan
+from linearize.run_plan import complete_attention, make_plan
 from linearize.settings import TransferConfig
 from linearize.settings_io import resolve
+from linearize.training_log import TrainingDiverged
 from linearize.transfer import mixer_parameters, transfer_attention
 
 VARIANTS = {
@@ -54,8 +55,10 @@ def test_a_run_leaves_a_repository(make_settings, backbone, variant, tmp_path, c
     before, after = start.mixer_state_dict(), model.mixer_state_dict()
     assert before.keys() == after.keys()
     assert all(not torch.equal(before[name], after[name]) for name in before if ".scales." in name)
-    tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
-    assert tokens.shape[1] <= 7
+    tokens = model.generate(torch.arange(5, 17)[None], max_new_tokens=4, do_sample=False)
+    assert 12 < tokens.shape[1] <= 16
+    greedy = [model(tokens[:, :place]).logits[0, -1].argmax() for place in range(12, tokens.shape[1])]
+    assert tokens[0, 12:].tolist() == greedy  # the state gives what the whole text gives
     rows = [row.name for row in result.report.rows]
     assert {"teacher", "student after conversion", "student after calibration", "student"} <= set(rows)
     windowed = bool(VARIANTS[variant]["window"])
@@ -87,7 +90,58 @@ def test_branches_that_are_not_there_are_named_before_anything_runs(make_setting
     settings["transfer"]["branch"] = "both"
     with pytest.raises(UserError, match="set transfer.branch to mixed"):
         linearize.run(settings)
+    settings["transfer"] |= {"branch": "mixed", "window_dropout": [0.0, 0.3]}
+    with pytest.raises(UserError, match="set transfer.window_dropout to 0"):
+        linearize.run(settings)
     assert not (tmp_path / "out").exists()
+    student = make_student(make_teacher(), {"cosine": {"type": "cosine", **VARIANTS["pure"]}})
+    blocks = linearize.data.TokenBlocks(torch.arange(3, 35)[None])
+    with pytest.raises(UserError, match="set transfer.window_dropout to 0"):
+        transfer_attention(student, blocks, TransferConfig(window_dropout=0.3), output_dir=tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    "attention, branch",
+    [
+        ({"type": "linear"}, "both"),
+        ({"type": "linear", "window": 0, "sinks": 2}, "both"),
+        ({"type": "linear", "window": 0, "sinks": 0}, "mixed"),
+        ({"type": "cosine"}, "mixed"),
+        ({"type": "cosine", "window": 0, "sinks": 0}, "mixed"),
+    ],
+    ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else x,
+)
+def test_the_branch_that_trains_is_the_mechanism_s(make_settings, attention, branch, tmp_path, capsys):
+    """In the plan, and in the settings that a run keeps; a branch that is named stays."""
+    settings = {**make_settings(), "attention": attention}
+    del settings["transfer"]["branch"]
+    assert resolve(settings).transfer.branch is None
+    assert complete_attention(resolve(settings)).transfer.branch == branch
+    assert make_plan(resolve(settings)).config.transfer.branch == branch
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    capsys.readouterr()
+    assert main(["run", str(tmp_path / "config.yaml"), "--dry_run"]) == 0
+    assert f"{branch}: " in capsys.readouterr().out
+    settings["transfer"]["branch"] = "mixed"
+    assert complete_attention(resolve(settings)).transfer.branch == "mixed"
+
+
+def test_the_branch_of_a_converted_model_is_its_own_mechanism_s(make_settings, tmp_path, capsys):
+    """The settings of the stage name no attention; the model's counts."""
+    settings = {**make_settings(), "finetune": None, "evaluation": None}
+    del settings["transfer"]["branch"]
+    start = linearize.convert(settings["model_name_or_path"], linearize.CosineAttentionConfig(window=8, sinks=2))
+    start.save_pretrained(tmp_path / "start")
+    linearize.load_tokenizer(settings["model_name_or_path"]).save_pretrained(tmp_path / "start")
+    settings |= {"model_name_or_path": str(tmp_path / "start"), "attention": {"type": "linear"}}
+    settings["transfer"]["max_steps"] = 1
+    linearize.run(copy.deepcopy(settings))
+    stored = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert stored["transfer"]["branch"] == "mixed" and "mixed: " in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "logs" / "transfer.jsonl").read_text().splitlines()[0])
+    assert not any("linear" in name for name in record)
+    linearize.run({**settings, "resume_from_checkpoint": True})
+    assert "is complete" in capsys.readouterr().out
 
 
 def test_a_calibration_alone(make_settings, tmp_path):
@@ -123,6 +177,20 @@ def test_the_commands_calibrate_once(make_settings, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+def test_a_stage_that_diverges_names_the_rates_that_count(variant, tmp_path):
+    """Without a window `window_learning_rate` moves nothing."""
+    student = make_student(make_teacher(), {"cosine": {"type": "cosine", **VARIANTS[variant]}})
+    with torch.no_grad():
+        student.mixer_attentions()[1].mixer.scales.gain[0] = float("nan")
+    blocks = linearize.data.TokenBlocks(torch.arange(3, 43)[None])
+    config = TransferConfig(max_steps=1, tokens_per_step=40)
+    with pytest.raises(TrainingDiverged) as caught:
+        transfer_attention(student, blocks, config, output_dir=tmp_path, device="cpu")
+    assert "lower transfer.learning_rate" in str(caught.value)
+    assert ("window_learning_rate" in str(caught.value)) is bool(VARIANTS[variant]["window"])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_attention_transfer_learns(variant, tmp_path):
     student = make_student(make_teacher(), {"cosine": {"type": "cosine", **VARIANTS[variant]}})
     ids = torch.randint(3, 97, (8, 40), generator=torch.Generator().manual_seed(3))
@@ -132,7 +200,9 @@ def test_attention_transfer_learns(variant, tmp_path):
     first, last = (sum(result.losses_per_layer[i]) for i in (0, -1))
     assert last < 0.98 * first
     groups = mixer_parameters(student)
-    assert set(groups) == ({"scalers", "maps"} if variant == "map" else {"scalers"})
+    windowed = {"window"} if VARIANTS[variant]["window"] else set()
+    assert set(groups) == {"scalers"} | windowed | ({"maps"} if variant == "map" else set())
+    assert all("window_weight" in name for name in groups.get("window", ()))
     assert all(parameter.dtype == torch.float32 for group in groups.values() for parameter in group.values())
 
 
@@ -154,6 +224,11 @@ def test_the_evaluation_has_the_arms_of_a_window_alone():
         (["--attention.exponent", "2"], "exponent is 2"),
         (["--calibration_sequences", "-1"], "calibration_sequences is -1"),
         (["--attention.feature_map", "fourier"], "feature_map is 'fourier'"),
+        (["--attention.initialization", "kaiming"], "initialization belong to a feature map"),
+        (
+            ["--attention", "{type: cosine, window: 0, sinks: 0, window_weight: 2}"],
+            "window_weight belongs to a softmax",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(make_settings, flags, sentence, tmp_path, capsys):
@@ -165,14 +240,13 @@ def test_bad_input_is_one_sentence(make_settings, flags, sentence, tmp_path, cap
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("variant", ["pure", "map"])
-def test_an_encoder(variant, tmp_path, capsys):
+def encoder_settings(variant, tmp_path):
     teacher = make_bert_directory(tmp_path / "teacher", sentences=True)
     for name, words in (("train", "abcdef"), ("validation", "uvwxyz")):
         texts = [f"The old cats ran past {x} houses. Two {x} cats slept in it. All {x} cats ran." for x in words]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     steps = {"max_steps": 2, "batch_size": 2, "tokens_per_step": 64}
-    settings = {
+    return {
         "model_name_or_path": str(teacher),
         "output_dir": str(tmp_path / "out"),
         "device": "cpu",
@@ -186,6 +260,11 @@ def test_an_encoder(variant, tmp_path, capsys):
         "distillation": {**steps, "warmup_steps": 1},
         "evaluation": {"pairs": 4},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("variant", ["pure", "map"])
+def test_an_encoder(variant, tmp_path, capsys):
+    settings = encoder_settings(variant, tmp_path)
     result = linearize.run_encoder(settings)
     assert capsys.readouterr().out.count("calibration: 4 sequences") == 1
     assert "student after calibration" in [row["name"] for row in result.report["embeddings"]["rows"]]
@@ -193,6 +272,20 @@ def test_an_encoder(variant, tmp_path, capsys):
     model = AutoModel.from_pretrained(result.final, trust_remote_code=True)
     assert model.config.mixers["cosine"]["window"] == VARIANTS[variant]["window"]
     assert (tmp_path / "out" / "logs" / "calibration.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [({"branch": "both"}, "set transfer.branch to mixed"), ({"window_dropout": 0.5}, "set transfer.window_dropout")],
+    ids=["branch", "dropout"],
+)
+def test_an_encoder_s_transfer_is_checked_before_its_data(change, sentence, tmp_path):
+    settings = encoder_settings("pure", tmp_path)
+    settings["transfer"] |= change
+    settings["data"]["dataset"] = str(tmp_path / "absent.jsonl")
+    with pytest.raises(UserError, match=sentence):
+        linearize.run_encoder(settings)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
 
 def test_an_encoder_has_no_scale_on_the_key_s_side_beside_a_window(tmp_path):

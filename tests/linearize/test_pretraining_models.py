@@ -36,6 +36,7 @@ from linearize.training_log import read_log
 DEMO_TEXT = Path(linearize.__file__).parent / "demo_text"
 SETTINGS = {
     "linear": {"window": 8, "sinks": 2},
+    "cosine": {"window": 0, "sinks": 0},
     "gain_cell": {"window": 16, "cell": {"tile": 8, "score_saturation": 20.0, "output_saturation": 10.0}},
     "landmark": {"block_size": 8, "top_k": 2},
 }
@@ -130,6 +131,9 @@ def test_every_valid_pair_learns(pair, trained):
         return
     assert record["teacher"] is None and record["tokens"] == {"all weights": report.tokens}
     assert record["recipe"]["attention"]["type"] == mechanism and record["parameters"] == report.parameters
+    if mechanism == "cosine":
+        for attention in linearize.load_student(result.final).mixer_attentions():
+            assert (attention.mixer.scales.exponent_logit - 0.5).abs().min() > 1e-3  # every head learned its own
     card = (result.final / "README.md").read_text()
     assert "trained from random weights" in card and "base_model" not in card and "no teacher" in card
     assert f"{report.perplexity:.2f}" in card and str(result.final.parent) not in card

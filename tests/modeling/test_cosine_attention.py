@@ -37,7 +37,7 @@ def features(x, feature_map):
     if feature_map is None:
         return x
     if feature_map.activation != "projection":
-        return apply_feature_map(x[None, :, None], feature_map.as_weights())[0, :, 0]
+        return apply_feature_map(x[None, :, None], feature_map.as_weights(), floor=0.0)[0, :, 0]
     u = torch.stack([feature_map.weight[h].double().T @ x[h] for h in range(len(x))])
     return u if feature_map.bias is None else u + feature_map.bias
 
@@ -220,12 +220,35 @@ def test_captured_decoding_is_refused_in_a_sentence():
         pass
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("name", ["relu", "elu"])
+def test_a_dead_feature_vector_has_weight_zero(name, causal):
+    """All features below 0: no direction, so no weight and no gradient, in place of the unit vector of equal parts."""
+    attention = make(feature_map=name, **PURE).double()
+    with torch.no_grad():
+        for feature_map in (attention.feature_map_q, attention.feature_map_k):
+            feature_map.weight.copy_(torch.eye(DIM).expand_as(feature_map.weight))
+    query, key, value = (x.clone() for x in inputs())
+    query[:, :, 5], key[:, :, 3] = -1e3, -1e3
+    leaves = [x.requires_grad_() for x in (query, key, value)]
+    output = attention(*leaves, causal=causal)
+    gradients = torch.autograd.grad(output.square().sum(), leaves)
+    assert not output[:, :, 5].any() and output[:, :, 6].all()
+    assert not gradients[0][:, :, 5].any() and not gradients[1][:, :, 3].any() and not gradients[2][:, :, 3].any()
+    assert all(torch.isfinite(x).all() for x in gradients)
+
+
 def test_exponents_of_heads():
     exponents = [0.0, 0.25, 0.5, 1.0]
     settings = {"type": "cosine", "exponent": exponents}
     student = make_student(make_teacher(), {"cosine": settings})
     found = student.mixer_attentions()[0].mixer.scales.exponent()
-    assert (found - torch.tensor(exponents)).abs().max() < 1e-3
+    low, high = student.mixer_attentions()[0].mixer.scales.exponent_range()
+    assert low == pytest.approx(0.018, abs=5e-4) and high == pytest.approx(0.982, abs=5e-4)
+    assert (found - torch.tensor(exponents).clamp(low, high)).abs().max() < 1e-6
+    found.sum().backward()
+    slope = student.mixer_attentions()[0].mixer.scales.exponent_logit.grad
+    assert slope.min() > 0.07 * 0.25  # 7% of the greatest at both ends of the range
     assert student.config.mixers["cosine"]["exponent"] == exponents
     with pytest.raises(ValueError, match="lists 3 numbers, but the attention has 4 query heads"):
         make_student(make_teacher(), {"cosine": {**settings, "exponent": [0.1, 0.2, 0.3]}})
@@ -241,6 +264,9 @@ def test_exponents_of_heads():
         ({"exponent": [0.1, -0.1, 0.2, 0.3]}, "exponent is -0.1"),
         ({"feature_map": "fourier"}, "feature_map is 'fourier': choose one of none, projection, softmax"),
         ({"feature_dim": 8}, "belong to a feature map"),
+        ({"initialization": "kaiming"}, "belong to a feature map"),
+        ({"window": 0, "sinks": 0, "window_weight": 2.0}, "window_weight belongs to a softmax branch"),
+        ({"window": 0, "sinks": 0, "window_weight": 2}, "set window or sinks, or leave it out"),
         ({"feature_map": "relu", "feature_dim": 17}, "feature_dim 17 is wider than the head dimension 16"),
         ({"feature_map": "relu", "feature_dim": 0}, "feature_dim is 0"),
         ({"window_weight": float("inf")}, "window_weight is inf"),
