@@ -3,6 +3,7 @@
     teacher    the yardstick: the softmax teacher trained on the same tokens
     start      the teacher's weights with landmarks, whose keys are fitted to the teacher's scores, and untrained
     landmark   trained; from the labels, and from the teacher's distribution and hidden states where asked for
+    fitted     its keys fitted again, where blocks weigh by their tokens and so nothing else trains the keys
 
 Each is a directory of the run; one that is there is not made again, so a stopped run goes on where it was. With LoRA
 in place of all weights: `linearize run llama3_8b_landmark`.
@@ -29,6 +30,7 @@ from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun, Sta
 
 BEFORE, AFTER = "landmark attention, untrained", "landmark attention, trained"
 CALIBRATED = "landmark attention, keys fitted"
+FITTED = "landmark attention, trained, keys fitted again"
 
 
 @dataclass
@@ -68,7 +70,7 @@ class LandmarkRunConfig(StagedRunConfig):
 class LandmarkDirectory(StagedDirectory):
     """The directory of a run onto landmark attention."""
 
-    stages = ("teacher", "start", "landmark")
+    stages = ("teacher", "start", "landmark", "fitted")
 
 
 def run_landmark(config: LandmarkRunConfig | Mapping[str, Any] | str | PathLike[str]) -> Path:
@@ -117,7 +119,7 @@ class _Stages(StagedRun):
         self._measure("teacher", 0, load_model(settings.model_name_or_path))
         if settings.train_teacher:
             self._train_teacher((settings.training,))
-        final = self._train("landmark", self._make_start(), settings.training)
+        final = self._fit_again(self._train("landmark", self._make_start(), settings.training))
         if self.state.is_main_process:
             first = CALIBRATED if any(row.name == CALIBRATED for row in self.rows) else BEFORE
             curves = (Curve("landmark", "landmark attention", first), Curve("teacher", "teacher", "teacher"))
@@ -138,12 +140,34 @@ class _Stages(StagedRun):
             settings.model_name_or_path, settings.attention, dtype="float32", sliding_window=settings.sliding_window
         )
         self._measure(BEFORE, 0, student)
-        calibration = self._calibrate(student)
-        self._save(student, start, calibration)
+        calibration = self._calibrate(student, CALIBRATED, 0)
+        self._save(student, start, calibration=calibration)
         return start
 
-    def _calibrate(self, student: Any) -> dict[str, Any] | None:
-        """Fit pooled keys, and measure again; what the record says of it."""
+    def _fit_again(self, trained: Path) -> Path:
+        """The trained model with keys fitted to its new scores, where training leaves them as they are."""
+        from linearize.calibration import calibrates
+        from linearize.conversion import load_student
+        from linearize.hub import read_record
+
+        fitted = self.path / "fitted"
+        if (fitted / "config.json").is_file():
+            self._measure(FITTED, self._tokens(), load_student(fitted))
+            return fitted
+        student: Any = load_student(trained)
+        apart = student.config.mixer(0).block_weight == "tokens"
+        if not apart or not self.settings.calibration_sequences or not calibrates(student.config):
+            return trained
+        calibration = self._calibrate(student, FITTED, self._tokens())
+        self._save(student, fitted, record={**read_record(trained), "calibration": calibration})
+        return fitted
+
+    def _tokens(self) -> int:
+        plan = self.settings.training.plan(self.settings.data.sequence_length, self.state.num_processes)
+        return plan.steps * plan.tokens_per_step
+
+    def _calibrate(self, student: Any, name: str, tokens: int) -> dict[str, Any] | None:
+        """Fit pooled keys, and measure the model under a name; what the record says of it."""
         from linearize.calibration import calibrate, calibrates, save_calibration
 
         sequences = self.settings.calibration_sequences
@@ -154,5 +178,5 @@ class _Stages(StagedRun):
         if self.state.is_main_process:
             save_calibration(report, self.path)
             print(report.sentence(), flush=True)
-        self._measure(CALIBRATED, 0, student)
+        self._measure(name, tokens, student)
         return report.summary()

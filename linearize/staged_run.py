@@ -168,12 +168,20 @@ class StagedRun:
         schedule = replace(next(filter(None, reversed(stages))), tokens=tokens, max_steps=None)
         self._train("teacher", Path(self.settings.model_name_or_path), schedule)
 
-    def _save(self, student: Any, path: Path, calibration: Mapping[str, Any] | None = None) -> None:
+    def _save(
+        self,
+        student: Any,
+        path: Path,
+        *,
+        calibration: Mapping[str, Any] | None = None,
+        record: dict[str, Any] | None = None,
+    ) -> None:
+        """Save a model between stages; record: None makes the one of a model that is only converted."""
         from linearize.hub import make_record, save_final
 
         if self.state.is_main_process:
             recipe = {"attention": self.settings.attention}
-            record = make_record(self.settings.model_name_or_path, recipe=recipe, calibration=calibration)
+            record = record or make_record(self.settings.model_name_or_path, recipe=recipe, calibration=calibration)
             save_final(student, self.tokenizer, path, record)
         self.state.wait_for_everyone()
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
+from torch.nn import functional
 
 from .landmark_keys import LandmarkKeys
 from .op_dispatch import check_contract
@@ -17,6 +18,7 @@ from .op_landmark import (
     CONTRACT,
     LandmarkBlocks,
     check_block_size,
+    check_block_weight,
     check_retrieval,
     landmark_attention,
     landmark_retrieval_attention,
@@ -44,6 +46,9 @@ class LandmarkAttentionConfig:
     """Where a landmark's key comes from: from the keys of its block, by learned weights and a linear map, and in part
     from the landmark token (`pooled`), which can be fitted to the model before it trains; or from the token alone, as
     published (`token`)."""
+    block_weight: str = "landmark"
+    """What a block that is read weighs by: its landmark's score, as published (`landmark`); or its tokens' own scores,
+    so that landmarks only select and what is read is read by ordinary softmax attention (`tokens`)."""
     max_blocks: int | None = None
     """Blocks that a query may read from, the last ones; the cache holds up to twice as many. None: all."""
     offload: bool = False
@@ -63,6 +68,12 @@ class LandmarkAttentionConfig:
         check_retrieval(self.top_k, self.max_blocks, self.selection)
         if self.landmark_key not in LANDMARK_KEYS:
             raise ValueError(f"landmark_key is {self.landmark_key!r}: choose one of {', '.join(LANDMARK_KEYS)}")
+        check_block_weight(self.block_weight)
+        if self.block_weight == "tokens" and self.landmark_key == "token":
+            raise ValueError(
+                "with block_weight tokens nothing trains a landmark's own key: set landmark_key to pooled, which is "
+                "fitted"
+            )
         if not 0 <= self.block_dropout < 1:
             raise ValueError(f"block_dropout is {self.block_dropout}: it must be at least 0 and below 1")
         check_contract("landmark attention", self.contract, CONTRACT)
@@ -157,7 +168,7 @@ class LandmarkAttention(nn.Module):
             query, local[0], local[1], blocks,
             position=landmarks.position, first=first, top_k=self.config.top_k,
             selection=self.config.selection, max_blocks=self.config.max_blocks, rotary=rotary,
-            scaling=self.scaling, backend=self.op_backend,
+            scaling=self.scaling, block_weight=self.config.block_weight, backend=self.op_backend,
         )  # fmt: skip
 
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, landmarks) -> Tensor:
@@ -169,6 +180,8 @@ class LandmarkAttention(nn.Module):
             grid = self._grid(key, landmarks)
             blocks = self._key_blocks(grid, query, rotated(key, rotary, at % size), landmarks)
             key = grid.collect(block_rotated(blocks, rotary, size).flatten(2, 3))
+        if self.config.block_weight == "tokens":
+            return self._attend_tokens(rotated(query, rotary, at), key, value, landmarks)
         mask = None if landmarks.position_is_simple else landmarks.position >= 0
         output, _ = landmark_attention(
             rotated(query, rotary, at), key, value,
@@ -176,6 +189,19 @@ class LandmarkAttention(nn.Module):
             backend=self.op_backend,
         )  # fmt: skip
         return output
+
+    def _attend_tokens(self, query: Tensor, key: Tensor, value: Tensor, landmarks) -> Tensor:
+        """A whole text by ordinary softmax attention over the tokens of open blocks."""
+        position, size = landmarks.position, self.config.block_size
+        there, block = position >= 0, position.clamp(min=0) // size
+        visible = (position[:, None] <= position[..., None]) & (there & (position % size != size - 1))[:, None]
+        if (open_blocks := self._open_blocks(landmarks)) is not None:
+            visible = visible & (open_blocks.gather(1, block)[:, None] | (block[:, None] == block[..., None]))
+        visible = visible | ~there[..., None]  # padding: anything, so that no softmax is empty
+        output = functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible[:, None], scale=self.scaling, enable_gqa=True
+        )
+        return output.masked_fill(~there[:, None, :, None], 0.0)
 
     def _open_blocks(self, landmarks) -> Tensor | None:
         """`(B, blocks)`, those that training does not leave out; None outside training, for all."""

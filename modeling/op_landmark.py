@@ -20,7 +20,7 @@ from torch import Tensor
 from .op_dispatch import check_heads, check_shapes, choose_backend
 from .op_hybrid_linear_chunked import check_rows
 from .op_landmark_chunked import run_landmark
-from .op_landmark_retrieval import CONTRACT, SELECTIONS, LandmarkBlocks, run_retrieval
+from .op_landmark_retrieval import BLOCK_WEIGHTS, CONTRACT, SELECTIONS, LandmarkBlocks, run_retrieval
 
 __all__ = ["CONTRACT", "SELECTIONS", "LandmarkBlocks", "landmark_attention", "landmark_retrieval_attention"]
 
@@ -91,6 +91,7 @@ def landmark_retrieval_attention(
     max_blocks: int | None = None,
     rotary: tuple[Tensor, Tensor] | None = None,
     scaling: float | None = None,
+    block_weight: str = "landmark",
     backend: str = "auto",
 ) -> Tensor:
     """Attend by the grouped softmax to a query's own block and to the best `top_k` of the blocks before it.
@@ -117,6 +118,8 @@ def landmark_retrieval_attention(
         rotary: cosines and sines `(M, D)` of positions 0 to M - 1, M >= (top_k + 2) P, in halves as transformers has
             them; None, no rotation.
         scaling: of the scores; `D ** -0.5`.
+        block_weight: what a selected block weighs by: `landmark`, its landmark's score, the grouped softmax; `tokens`,
+            its tokens' own scores, which is the ordinary softmax over all tokens that are read: landmarks only select.
         backend: `auto`, `reference` or `chunked`.
 
     Returns:
@@ -126,6 +129,7 @@ def landmark_retrieval_attention(
         ValueError: contradictory arguments, or a backend that cannot do the call.
     """
     _check_retrieval(query, key, value, top_k, selection, max_blocks, rotary)
+    check_block_weight(block_weight)
     args = (query, key, value, blocks)
     options = {
         "position": position,
@@ -135,6 +139,7 @@ def landmark_retrieval_attention(
         "max_blocks": max_blocks,
         "rotary": rotary,
         "scaling": scaling,
+        "block_weight": block_weight,
     }
     run = choose_backend("landmark_retrieval", CONTRACT, backend, query.is_cuda, args, options)
     return (run or run_retrieval)(*args, **options)
@@ -163,6 +168,12 @@ def check_retrieval(top_k: int, max_blocks: int | None, selection: str) -> None:
         raise ValueError(f"max_blocks is {max_blocks}: it must be at least top_k ({top_k}), or null for all blocks")
     if selection not in SELECTIONS:
         raise ValueError(f"selection is {selection!r}: choose one of {', '.join(SELECTIONS)}")
+
+
+def check_block_weight(block_weight: str) -> None:
+    """Refuse an unknown weight of the blocks that are read."""
+    if block_weight not in BLOCK_WEIGHTS:
+        raise ValueError(f"block_weight is {block_weight!r}: choose one of {', '.join(BLOCK_WEIGHTS)}")
 
 
 def _check(query, key, value, block_size):

@@ -17,6 +17,7 @@ from .op_landmark_chunked import HIDDEN, weighted
 
 CONTRACT = 1  # of both ops
 SELECTIONS = ("token_and_head", "head", "token")
+BLOCK_WEIGHTS = ("landmark", "tokens")
 RECENCY = 1e-5  # what a block's score loses for each block of its age, when blocks are selected
 TILE_ELEMENTS = 2**26  # numbers of retrieved keys, or of logits, that a tile may hold
 
@@ -44,9 +45,12 @@ class _Call(NamedTuple):
     max_blocks: int | None
     rotary: tuple[Tensor, Tensor] | None
     scaling: float
+    gated: bool  # whether a block weighs by its landmark, not by its tokens
 
 
-def run_retrieval(query, key, value, blocks, *, position, first, top_k, selection, max_blocks, rotary, scaling):
+def run_retrieval(
+    query, key, value, blocks, *, position, first, top_k, selection, max_blocks, rotary, scaling, block_weight
+):
     """`landmark_retrieval_attention` without its checks."""
     if query.shape[2] == 0:
         return query
@@ -61,7 +65,7 @@ def run_retrieval(query, key, value, blocks, *, position, first, top_k, selectio
         blocks = blocks._replace(key=blocks.key.to(query.device), value=blocks.value.to(query.device))
     if top_k >= stored:
         selection = "head"  # whichever it is, all are selected
-    call = _Call(blocks, min(top_k, stored), selection, max_blocks, rotary, scaling)
+    call = _Call(blocks, min(top_k, stored), selection, max_blocks, rotary, scaling, block_weight == "landmark")
     groups = lanes.spread(query)  # (B, H, U, w, D)
     wide = lanes.width
     if _reads_all(call, wide, query.device):
@@ -250,9 +254,10 @@ def _read_few(call, turned, scores, slots, valid, behind):
     wide = behind.repeat_interleave(share, dim=3) if share > 1 else behind
     query = _at(turned, wide).unflatten(3, (v, share)).transpose(4, 5)  # (B, H, u, v, K, w/v, D)
     logits = _product(query, key.transpose(-1, -2), call.scaling)[..., :-1]
-    wide = slots.repeat_interleave(share, dim=3) if share > 1 else slots
-    gate = scores.gather(-1, wide).unflatten(3, (v, share)).transpose(4, 5)
-    logits = logits + (gate - logits.logsumexp(-1))[..., None]
+    if call.gated:
+        wide = slots.repeat_interleave(share, dim=3) if share > 1 else slots
+        gate = scores.gather(-1, wide).unflatten(3, (v, share)).transpose(4, 5)
+        logits = logits + (gate - logits.logsumexp(-1))[..., None]
     logits = (
         logits.masked_fill(~valid[..., None, None], HIDDEN).transpose(4, 5).reshape(batch, heads, u, v * share, -1)
     )
@@ -276,7 +281,8 @@ def _read_all(call, turned, scores, slots, valid, behind):
     query = query.unflatten(1, (-1, each)).flatten(2, 4).transpose(2, 3)  # (B, G, N, H/G * u * w, D)
     logits = _product(query, key.transpose(-1, -2), call.scaling)[..., :-1]
     logits = logits.transpose(2, 3).unflatten(2, (each, u, w)).flatten(1, 2)  # (B, H, u, w, N, F)
-    logits = logits + (scores - logits.logsumexp(-1))[..., None]
+    if call.gated:
+        logits = logits + (scores - logits.logsumexp(-1))[..., None]
     logits = logits.masked_fill(~chosen[..., None], HIDDEN).flatten(4)
 
     def read(weights: Tensor) -> Tensor:

@@ -158,6 +158,7 @@ class _Settings(NamedTuple):
     selection: str
     max_blocks: int | None
     scaling: float
+    block_weight: str
 
 
 RECENCY = 1e-5  # what a block's score loses for each block of its age when blocks are selected, so that ties are none
@@ -181,7 +182,7 @@ def _own_block(query: Tensor, places: list[int], own: _Block, stored: list[_Bloc
     Positions count from the oldest of the K + 1 places before the own block at which a retrieved block may stand, so
     that all of them are in the tables.
     """
-    size, top_k, selection, max_blocks, scaling = settings
+    size, top_k, selection, max_blocks, scaling, block_weight = settings
     oldest = 0 if max_blocks is None else own.number - max_blocks
     past = [block for block in stored if oldest <= block.number < own.number]
     count = min(top_k, len(past))
@@ -205,7 +206,9 @@ def _own_block(query: Tensor, places: list[int], own: _Block, stored: list[_Bloc
             for s, c in enumerate(chosen[head][t]):
                 start = (s + 1 if recent(past[c]) else s) * size
                 tokens = rotary.key(past[c].key[head, :-1], start)
-                groups.append(_Group(scores[head, t, c], tokens @ q, past[c].value[head, :-1]))
+                logits = tokens @ q
+                gate = scores[head, t, c] if block_weight == "landmark" else logits.logsumexp(-1)
+                groups.append(_Group(gate, logits, past[c].value[head, :-1]))
             local = key[head, :visible] @ q
             output[head, t] = _grouped_softmax(local, own.value[head, :visible], groups)
     return output
@@ -224,12 +227,14 @@ def retrieval_reference(
     max_blocks=None,
     rotary=None,
     scaling=None,
+    block_weight="landmark",
 ) -> Tensor:
     """Retrieval by its definition; arguments and returns of `landmark_retrieval_attention`."""
     batch, heads, length, dim = query.shape
     size = key.shape[3]
     wide = torch.promote_types(query.dtype, torch.float32)
-    settings = _Settings(size, top_k, selection, max_blocks, dim**-0.5 if scaling is None else scaling)
+    scaling = dim**-0.5 if scaling is None else scaling
+    settings = _Settings(size, top_k, selection, max_blocks, scaling, block_weight)
 
     def widen(x):  # (G, ...) -> (H, ...)
         return x.to(query.device, wide).repeat_interleave(heads // key.shape[1], 0)

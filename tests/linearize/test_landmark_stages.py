@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 import linearize
 from linearize import UserError
 from linearize.cli import main
-from linearize.landmark_stages import AFTER, BEFORE, CALIBRATED, LandmarkRunConfig, run_landmark
+from linearize.hub import read_record
+from linearize.landmark_stages import AFTER, BEFORE, CALIBRATED, FITTED, LandmarkRunConfig, run_landmark
 from linearize.settings import RunConfig
 from linearize.settings_io import preset_names, resolve
 from linearize.staged_run import TEACHER
@@ -83,6 +84,24 @@ def test_all_weights(settings, tmp_path, capsys):
     ]
     assert main(["evaluate", str(out / "final"), *arguments]) == 0
     assert json.loads((tmp_path / "far" / "passkey.json").read_text())
+
+
+def test_keys_are_fitted_again_where_nothing_trains_them(settings, capsys):
+    attention = {**settings["attention"], "block_weight": "tokens"}
+    out = run_landmark({**settings, "attention": attention, "train_teacher": False})
+    assert capsys.readouterr().out.count("calibration: ") == 2
+    rows = json.loads((out / "report.json").read_text())["rows"]
+    assert [(row["name"], row["tokens"]) for row in rows][-2:] == [(AFTER, 1536), (FITTED, 1536)]
+    trained = linearize.load_student(out / "landmark" / "final").state_dict()
+    start, final = (linearize.load_student(out / name).state_dict() for name in ("start", "final"))
+    for name in final:
+        again = ".mixer.keys." in name
+        assert torch.equal(final[name], trained[name]) is not again, name
+        assert not again or torch.equal(trained[name], start[name]), name
+    assert read_record(out / "final")["calibration"]["sequences"] == 64
+    (out / "report.json").unlink()
+    run_landmark({**settings, "attention": attention, "train_teacher": False, "resume_from_checkpoint": True})
+    assert json.loads((out / "report.json").read_text())["rows"][-1] == rows[-1]
 
 
 def test_published_labels(settings):

@@ -38,10 +38,12 @@ def test_starts_from_the_mean():
     torch.testing.assert_close(half.float(), blocks[..., :4, :].mean(3), rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("block_weight", ["landmark", "tokens"])
 @pytest.mark.parametrize("make", [make_teacher, make_gpt2], ids=["rotary", "learned positions"])
-def test_the_whole_text_and_the_cache_pool_alike(make):
-    """Every block read, so that both are the same softmax: whole, in pieces that cut blocks, and left-padded."""
-    model = make_student(make(), {"landmark": {"type": "landmark", "block_size": 8, "top_k": 9}}).eval()
+def test_the_whole_text_and_the_cache_pool_alike(make, block_weight):
+    """Every block read, so that both are the same softmax: whole, and in pieces that cut blocks."""
+    mixer = {"type": "landmark", "block_size": 8, "top_k": 9, "block_weight": block_weight}
+    model = make_student(make(), {"landmark": mixer}).eval()
     perturb(model)
     ids = torch.randint(3, 97, (2, 70), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -53,9 +55,39 @@ def test_the_whole_text_and_the_cache_pool_alike(make):
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=1e-5)
 
 
+def test_blocks_that_training_closes_are_closed():
+    """Rows with padding, ordinary softmax: a closed block changes what later ones give, and nothing else does."""
+    mixer = {"type": "landmark", "block_size": 8, "top_k": 9, "block_weight": "tokens", "block_dropout": 0.5}
+    model = make_student(make_teacher(), {"landmark": mixer}).train()
+    perturb(model)
+    ids = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[1, :9] = 0
+    attentions = model.mixer_attentions()
+    flags = torch.ones(2, 6, dtype=torch.bool)
+
+    def run(ids):
+        for attention in attentions:
+            attention.mixer._open_blocks = lambda landmarks: flags
+        with torch.no_grad():
+            return model(ids, attention_mask=mask).logits
+
+    whole = run(ids)
+    single = run(torch.cat([ids[:1], ids[1:, 9:].repeat(1, 2)[:, :40]]))  # other text in front of the second row
+    flags[:, 1] = False
+    closed = run(ids)
+    assert torch.isfinite(whole[mask.bool()]).all()
+    torch.testing.assert_close(closed[0, :14], whole[0, :14], rtol=0, atol=1e-6)
+    torch.testing.assert_close(closed[1, : 9 + 14], whole[1, : 9 + 14], rtol=0, atol=1e-6)
+    assert not torch.allclose(closed[0, 16:], whole[0, 16:], atol=1e-3)
+    torch.testing.assert_close(single[0], whole[0], rtol=0, atol=1e-6)
+
+
 def test_the_token_alone_is_the_published_key():
     settings = LandmarkAttentionConfig(block_size=8, landmark_key="token")
     model = make_student(make_teacher(), {"landmark": vars(settings)})
     assert all(attention.mixer.keys is None for attention in model.mixer_attentions())
     with pytest.raises(ValueError, match="landmark_key is 'mean': choose one of pooled, token"):
         LandmarkAttentionConfig(landmark_key="mean")
+    with pytest.raises(ValueError, match="nothing trains a landmark's own key"):
+        LandmarkAttentionConfig(landmark_key="token", block_weight="tokens")

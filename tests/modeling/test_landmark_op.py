@@ -3,6 +3,7 @@
 import pytest
 import torch
 from landmark_toys import Blocks, draw, retrieval_call, rotary_tables, shuffled
+from torch.nn import functional
 from torch.testing import assert_close
 
 from linearize.kernels.landmark import reference
@@ -147,6 +148,27 @@ def test_rows_at_different_places(spans, side, selection, tiles):
     assert_close(*both(call, top_k=2, selection=selection, scaling=0.3), **EXACT)
 
 
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("spans", [[(0, 27), (9, 20)], [(26, 27), (3, 4)]])
+def test_blocks_that_weigh_by_their_tokens(spans, selection, tiles):
+    call = retrieval_call(draw(27), 4, ROTARY["rotated"], spans=spans)
+    found, expected = both(call, top_k=2, selection=selection, block_weight="tokens")
+    assert_close(found, expected, **EXACT)
+    gated, _ = both(call, top_k=2, selection=selection)
+    assert not torch.allclose(gated, found, atol=1e-3)
+
+
+def test_blocks_that_weigh_by_their_tokens_are_softmax_attention():
+    """Every block read: the ordinary softmax over all tokens that are no landmarks."""
+    inputs = draw(27)
+    found, _ = both(retrieval_call(inputs, 4, None), top_k=9, block_weight="tokens")
+    query, key, value = inputs
+    token = torch.arange(27)
+    visible = (token <= token[:, None]) & (token % 4 != 3)
+    expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
+    assert_close(found, expected, **EXACT)
+
+
 @pytest.mark.parametrize("max_blocks", [2, 3, 100])
 def test_only_the_last_blocks(max_blocks):
     call = retrieval_call(draw(31), 3, ROTARY["rotated"])
@@ -197,6 +219,7 @@ def test_gradients_of_retrieval(selection, tiles):
         ({"top_k": 0}, "at least 1 block"),
         ({"top_k": 3, "max_blocks": 2}, "at least top_k"),
         ({"selection": "best"}, "choose one of"),
+        ({"block_weight": "all"}, "choose one of landmark, tokens"),
         ({"rotary": rotary_tables(10)}, "top_k \\+ 2 blocks need 16"),
         ({"backend": "triton"}, "no Triton kernel"),
     ],
