@@ -256,8 +256,6 @@ def finetune_on(
         )
         start = time.perf_counter()
         trainer.run_stage(checkpoint)
-    for name in ("forward", "_original_forward"):  # accelerate's mixed precision, which would stay
-        model.__dict__.pop(name, None)
     return Finetuned(model.eval(), plan.steps, time.perf_counter() - start, memory.bytes(), fresh)
 
 

@@ -317,6 +317,19 @@ def test_the_reported_accuracy_is_that_of_the_saved_weights(root, trained):
     assert pipeline("fill-mask", model=str(result.final), trust_remote_code=True)("The old [MASK] stood there.")
 
 
+def test_an_encoder_pretrained_in_bfloat16_is_measured_in_float32(root):
+    steps = {"training__max_steps": 4, "training__eval_steps": 2, "training__precision": "bfloat16"}
+    result = pretrain(tiny(root, "bert", name="bert-bfloat16", training__save_steps=2, **steps))
+    tokenizer = AutoTokenizer.from_pretrained(result.final)
+    rows = Subset(prepare_rows(tiny(root, "bert").data, tokenizer)[1], range(2048 // 32))
+    step = root / "bert-bfloat16" / "checkpoints" / "pretrain" / "step-2"
+    for place, perplexity in ((step, result.report.validation[0][1]), (result.final, result.report.perplexity)):
+        scores = masked_scores(
+            AutoModelForMaskedLM.from_pretrained(place), rows, Masking.of(tokenizer, 0.15), arm=None
+        )
+        assert scores.perplexity == pytest.approx(perplexity, rel=1e-6)  # bfloat16 is off by 1e-4 and more
+
+
 def test_an_encoder_sees_hidden_tokens_alone(root, trained, monkeypatch):
     seen = []
     losses = MaskedPretrainingTrainer.losses
