@@ -214,7 +214,7 @@ class PretrainConfig(RunSettings):
     tokenizer_characters: int = 100_000_000
     """Characters of text that a tokenizer is trained on, at most."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The shape of the model."""
+    """The shape of a model with random weights."""
     attention: dict[str, Any] | None = None
     """The attention of a model with random weights: `type` and the settings of that mechanism; none: softmax, a stock
     model."""
@@ -242,6 +242,7 @@ class PretrainConfig(RunSettings):
         convert_fields(self, "")
         self._check_run()
         self._check_attention()
+        self._check_shape()
         positions, length = self.model.n_positions, self.data.sequence_length
         require(
             positions is None or positions >= length,
@@ -262,6 +263,17 @@ class PretrainConfig(RunSettings):
         require(
             self.tokenizer_characters >= 1,
             f"tokenizer_characters is {self.tokenizer_characters}, but it must be at least 1.",
+        )
+
+    def _check_shape(self) -> None:
+        if self.model_name_or_path is None:
+            return
+        fields = dataclasses.fields(ModelConfig)
+        given = [field.name for field in fields if getattr(self.model, field.name) != field.default]
+        require(
+            not given,
+            f"{' and '.join(f'model.{name}' for name in given)} {'is' if len(given) == 1 else 'are'} set, but "
+            "model_name_or_path has a shape of its own: leave the section model out, of the config too.",
         )
 
     def _check_attention(self) -> None:

@@ -90,6 +90,8 @@ def tiny(root, kind, mechanism="softmax", name=None, **changes):
             "eval_tokens": 2048,
         },
     }
+    if "model_name_or_path" in changes:
+        del values["model"]
     return resolve(values, {key.replace("__", "."): value for key, value in changes.items()}, settings=PretrainConfig)
 
 
@@ -207,11 +209,13 @@ def test_all_mechanisms_start_from_the_stock_weights(kind, root):
         student = random_model(tiny(root, kind, mechanism), tokenizer)
         theirs = student.state_dict()
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in stock.items())
-        for module in student.modules():
-            if hasattr(module, "reset_parameters") and "mixer" in str(type(module).__module__):
-                before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-                module.reset_parameters()
-                assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
+        mixers = [module for attention in student.mixer_attentions() for module in attention.mixer.modules()]
+        started = [module for module in mixers if hasattr(module, "reset_parameters")]
+        assert len(started) >= student.config.num_hidden_layers
+        for module in started:
+            before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+            module.reset_parameters()
+            assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
 def test_what_comes_after_claims_no_teacher(root, trained, tmp_path):
@@ -382,7 +386,10 @@ PUBLISHED = {"cosine_300m": 313.0e6, "cosine_1b": 1210.5e6, "cosine_bert_base": 
 def test_published_presets(name):
     """Each as it is where its mechanism exists, and with every other one that its architecture takes."""
     config = resolve(name, settings=PretrainConfig)
-    assert config.training.plan(config.data.sequence_length).tokens_per_step == config.training.tokens_per_step
+    for processes in (1, 8, 16):
+        plan = config.training.plan(config.data.sequence_length, processes)
+        if name == "cosine_1b" or processes <= 8:
+            assert plan.tokens_per_step == config.training.tokens_per_step
     training = config.training
     assert (training.weight_decay, training.adam_epsilon, training.schedule) == (0.01, 1e-7, "linear")
     assert (training.adam_beta1, training.adam_beta2, training.max_grad_norm) == (0.9, 0.999, 0)
@@ -443,6 +450,7 @@ def test_all_presets_name_known_settings():
         ("gpt2", ["--mixer_types", "near", "--mixers", "{near: {type: linear}}"], "mixer_types names 1 layers"),
         ("gpt2", ["--mixer_types", "softmax,near", "--mixers", "{near: 3}"], "mixers.near must be a section"),
         ("gpt2", ["--attention", "linear", "--model_name_or_path", "x"], "has an attention of its own"),
+        ("gpt2", ["--model_name_or_path", "x"], "model.n_layer and model.n_head and model.n_embd are set, but"),
         ("bert", ["--distillation.teacher", "x"], "an encoder predicts none"),
         ("bert", ["--data.mask_probability", "0"], "data.mask_probability is 0"),
         ("bert", ["--data.completion_only"], "plain text"),
