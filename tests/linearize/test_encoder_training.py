@@ -298,16 +298,17 @@ def test_what_bfloat16_trained_is_measured_in_float32(stage, rows, tmp_path):
         return masked_perplexity(model, held_out, masking), embed(model, tokenizer, texts)
 
     perplexity, embeddings = figures(fresh)
-    prepared = student if stage == "mlm" else student.base_model
+    assert figures(student)[0] == perplexity and torch.equal(figures(student)[1], embeddings)
+    prepared = fresh if stage == "mlm" else fresh.base_model
     PartialState._reset_state()
     AcceleratorState._reset_state()
     Accelerator(mixed_precision="bf16", cpu=True).prepare_model(prepared)
-    before = prepared.forward
+    before = prepared.__dict__["forward"]
     for _ in range(2):
-        assert figures(student)[0] == perplexity and torch.equal(figures(student)[1], embeddings)
-    assert prepared.forward == before and prepared(**collate(held_out))[0].dtype == torch.float32
-    leave_mixed_precision(student)
-    assert "forward" not in prepared.__dict__ and figures(student)[0] == perplexity
+        assert figures(fresh)[0] == perplexity and torch.equal(figures(fresh)[1], embeddings)
+    assert prepared.__dict__["forward"] is before
+    leave_mixed_precision(fresh)
+    assert "forward" not in prepared.__dict__ and figures(fresh)[0] == perplexity
 
 
 def test_a_teacher_of_another_width_is_refused(rows, tmp_path):
