@@ -6,6 +6,7 @@ Of a pickle nothing but tensors and plain values is loaded (`weights_only=True`)
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import zipfile
@@ -17,9 +18,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from linearize.errors import UserError
-from linearize.hub import published_name
+from linearize.hub import loaded_commit, published_name
 from linearize.load_errors import explained
-from linearize.tensor_files import INDEX, SAFETENSORS, is_plain_path, some, weight_file_names
+from linearize.tensor_files import CHUNK_BYTES, INDEX, SAFETENSORS, is_plain_path, some, weight_file_names
 from linearize.weight_diff_record import Origin
 from linearize.weight_diff_sources import Source
 
@@ -27,6 +28,15 @@ BIN = "pytorch_model.bin"
 BIN_INDEX = f"{BIN}.index.json"
 SMALL_FILES = ["*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 """What is fetched first: the settings, the tokenizer, and the index that names the weights."""
+SMALL_PARTS = (
+    "config.json",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
+"""What makes a local checkpoint the one it is, beside its weights."""
 
 
 def find_checkpoint(name: str | os.PathLike[str], revision: str | None = None) -> Source:
@@ -86,6 +96,36 @@ def weight_names(directory: Path, source: str) -> list[str]:
     if strange := [name for name in names if not is_plain_path(name) or not name.endswith(".bin")]:
         raise UserError(f"{index} names {strange[0]!r}, which is no .bin file: restore the index")
     return names
+
+
+def checkpoint_digest(source: str, revision: str | None = None) -> str:
+    """What tells a checkpoint from another of the same name.
+
+    Args:
+        source: A directory, or a Hub id whose config was loaded before.
+        revision: Of the Hub repository.
+
+    Returns:
+        Of a directory a hash of its settings, tokenizer and weights, names and contents; of a repository on the Hub
+            its commit.
+
+    Raises:
+        UserError: There are no weights, or a file cannot be read.
+    """
+    path = Path(source)
+    if not path.is_dir():
+        return f"commit {loaded_commit(source, revision)}"
+    names = [name for name in SMALL_PARTS if (path / name).is_file()]
+    digest = hashlib.sha256()
+    for name in [*names, *weight_names(path, source)]:
+        try:
+            with open(path / name, "rb") as stream:
+                digest.update(f"{name} {(path / name).stat().st_size}\n".encode())
+                while chunk := stream.read(CHUNK_BYTES):
+                    digest.update(chunk)
+        except OSError as error:
+            raise UserError(f"{path / name} cannot be read ({error.strerror}): complete the checkpoint.") from error
+    return f"sha256 {digest.hexdigest()[:32]}"
 
 
 def map_weights(source: Source) -> dict[str, Tensor]:

@@ -47,6 +47,8 @@ class TokenBlocks(Dataset):
     """(N, L) array or tensor of token ids."""
     labels: Any = None
     """(N, L) array or tensor of token ids, -100 where no loss is taken; none: the token ids."""
+    identity: str = ""
+    """Key of the cache's entry, which text, tokenizer and settings decide; "" of what comes from no cache."""
 
     def __post_init__(self) -> None:
         if self.labels is None:
@@ -319,7 +321,8 @@ def _open_blocks(entry: Path, split: str, config: "DataConfig") -> TokenBlocks:
     ids, labels = entry / f"{split}_ids.npy", entry / f"{split}_labels.npy"
     if not ids.exists():  # validation_documents = 0
         return TokenBlocks(np.zeros((0, config.sequence_length), dtype=np.int64))
-    return TokenBlocks(np.load(ids, mmap_mode="r"), np.load(labels, mmap_mode="r") if labels.exists() else None)
+    loaded = np.load(labels, mmap_mode="r") if labels.exists() else None
+    return TokenBlocks(np.load(ids, mmap_mode="r"), loaded, entry.name)
 
 
 def main_process_first(work: Callable[[], Result]) -> Result:

@@ -44,6 +44,8 @@ class TextRows(Dataset):
     """(N, L) array of token ids, padded on the right."""
     lengths: Any
     """(N,) array: real tokens of each row."""
+    identity: str = ""
+    """Key of the cache's entry, which text, tokenizer and settings decide."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -211,4 +213,4 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
 def _open(entry: Path, split: str) -> TextRows:
     ids, lengths = (entry / f"{split}_{name}.npy" for name in ("ids", "lengths"))
     rows = np.load(ids, mmap_mode="r") if len(np.load(lengths)) else np.load(ids)
-    return TextRows(rows, np.load(lengths))
+    return TextRows(rows, np.load(lengths), entry.name)

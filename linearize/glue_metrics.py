@@ -23,6 +23,7 @@ class GlueMetrics:
 
     Attributes:
         source: What computes them, with its version.
+        note: A sentence about the script from the Hub; "" where none was asked for.
     """
 
     def __init__(self, tasks: Sequence[str], kind: Literal["auto", "evaluate", "sklearn"]) -> None:
@@ -35,7 +36,7 @@ class GlueMetrics:
         Raises:
             UserError: What was asked for is not installed, or cannot be fetched.
         """
-        self.source, self.compute = _load(tasks, kind)
+        self.source, self.compute, self.note = _load(tasks, kind)
 
     def scores(self, task: str, predictions: Sequence[Any], labels: Sequence[Any]) -> dict[str, float]:
         """The metrics of a task; a correlation with predictions that are all alike is undefined and counts as 0.
@@ -52,22 +53,25 @@ class GlueMetrics:
         return {name: 0.0 if math.isnan(value) else value for name, value in values.items()}
 
 
-def _load(tasks: Sequence[str], kind: str) -> tuple[str, dict[str, Compute]]:
+def _load(tasks: Sequence[str], kind: str) -> tuple[str, dict[str, Compute], str]:
     if kind == "sklearn":
-        return _load_sklearn(tasks)
+        return *_load_sklearn(tasks), ""
     try:
-        return _load_evaluate(tasks)
+        source, compute = _load_evaluate(tasks)
+        return source, compute, f"Metrics by the script {EVALUATE_METRIC} of the Hub ({source})"
     except ModuleNotFoundError as error:
+        reason = f"{error.name} is not installed"
         if kind == "evaluate":
-            raise UserError(f"metrics is evaluate, but {error.name} is not installed: {INSTALL}.") from error
+            raise UserError(f"metrics is evaluate, but {reason}: {INSTALL}.") from error
     except Exception as error:  # of the network, and of a script that was downloaded
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         if kind == "evaluate":
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
             raise UserError(
                 f"metrics is evaluate, but its script for GLUE cannot be loaded ({reason}): check the network, or set "
                 "metrics to sklearn, which gives the same figures."
             ) from error
-    return _load_sklearn(tasks)
+    source, compute = _load_sklearn(tasks)
+    return source, compute, f"The metric script of the Hub cannot be had ({reason}): metrics by {source}"
 
 
 def _load_evaluate(tasks: Sequence[str]) -> tuple[str, dict[str, Compute]]:

@@ -25,6 +25,8 @@ class Result:
     """Id or path of the checkpoint."""
     revision: str | None
     """Of its repository, as asked for."""
+    weights: str
+    """The commit of its repository, or a hash of its files: `checkpoint_digest`."""
     architecture: str
     """Class of the model."""
     task: str

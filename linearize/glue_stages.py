@@ -9,7 +9,8 @@ checkpoints/                                    of the finetuning that runs
 models/MODEL/TASK/lrRATE-seedSEED               repositories, with save_models
 report.json, report.md                          `GlueReport`, after each finetuning
 
-What has a result is not run again by a resumed run.
+What has a result is not run again by a resumed run; the report has all results that are there, those of models and
+tasks that the call does not name too.
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ class _GlueRun:
         self.settings, self.directory = settings, GlueDirectory(settings)
         self.path = self.directory.path
         self.state = PartialState(cpu=settings.device == "cpu")
+        self.keys: list[str] = []
         self.results: dict[str, Result] = {}
         self.metrics: Any = None
 
@@ -86,18 +88,19 @@ class _GlueRun:
         settings = self.settings
         self.directory.check()
         runs = self._finetunings()
+        self.keys = [run.key for run in runs]
         if not settings.overwrite:
-            self.results = {run.key: found for run in runs if (found := self._read_result(run))}
+            self.results = self._read_results()
         waiting = [run for run in runs if run.key not in self.results]
         self._check(waiting)
+        self._check_same_models(runs, waiting)
         tasks = list(dict.fromkeys(run.task for run in waiting))
         with stage("preparing the data"):
             data = main_process_first(lambda: {task: load_task(task, settings.data) for task in tasks})
         for task in tasks:
             self._check_same_data(task, data[task].identity())
         main_process_first(lambda: self.directory.prepare() if self.state.is_main_process else None)
-        if self.results:
-            self._say(f"{len(self.results)} of {len(runs)} finetunings are finished and not run again")
+        self._announce(len(runs), len(waiting))
         for task in tasks:
             for model in dict.fromkeys(run.model for run in waiting if run.task == task):
                 self._finetune([run for run in waiting if (run.task, run.model) == (task, model)], data[task])
@@ -143,6 +146,47 @@ class _GlueRun:
         if waiting:
             tasks, is_main = list(dict.fromkeys(run.task for run in waiting)), self.state.is_main_process
             self.metrics = main_process_first(lambda: GlueMetrics(tasks, settings.metrics_kind) if is_main else None)
+            if is_main and self.metrics.note:
+                self._say(self.metrics.note)
+
+    def _check_same_models(self, runs: list[Any], waiting: list[Any]) -> None:
+        """Note what tells each model's weights from others, and refuse results of others under its name."""
+        needed = {(run.source, run.revision) for run in waiting}
+        digests = {
+            where: self._digest(*where, needed=where in needed)
+            for where in dict.fromkeys((run.source, run.revision) for run in runs)
+        }
+        for run in runs:
+            run.weights = digests[run.source, run.revision]
+        models = {run.model: run for run in runs}
+        for key, result in self.results.items():
+            run = models.get(result.model)
+            if run is None:
+                continue
+            if (result.source, result.revision) != (run.source, run.revision):
+                raise UserError(
+                    f"{self.path} has results of {result.source} under the name {run.model}, which now is "
+                    f"{run.source}: give it another name with names."
+                )
+            if run.weights and result.weights != run.weights:
+                raise UserError(
+                    f"The weights of {run.source} are others than those of {self._result_path(key)}: give the same, "
+                    "delete that file, or name another output_dir."
+                )
+
+    def _digest(self, source: str, revision: str | None, *, needed: bool) -> str:
+        """What tells a model's weights from others; "" where all its results are there, and it is not any more."""
+        from linearize.checkpoint_files import checkpoint_digest
+        from linearize.glue_training import check_model
+
+        try:
+            check_model(source, revision, self.settings.data.sequence_length)
+            return checkpoint_digest(source, revision)
+        except UserError:
+            if needed:
+                raise
+            self._say(f"{source} cannot be read now: its results are taken as they are")
+            return ""
 
     def _check_same_data(self, task: str, identity: str) -> None:
         for key, result in self.results.items():
@@ -157,32 +201,36 @@ class _GlueRun:
     def _result_path(self, key: str) -> Path:
         return self.path / "results" / f"{key}.json"
 
-    def _read_result(self, run: Any) -> Result | None:
+    def _read_results(self) -> dict[str, Result]:
+        """What all finished finetunings left, those of an earlier call too."""
+        root = self.path / "results"
+        paths = sorted(root.glob("*/*/*.json"))
+        return {path.relative_to(root).with_suffix("").as_posix(): self._read_result(path) for path in paths}
+
+    def _read_result(self, path: Path) -> Result:
         """What a finished finetuning left.
 
         Raises:
-            UserError: The file is damaged, or of another checkpoint of that name.
+            UserError: The file is damaged, or has not what a result has.
         """
-        path = self._result_path(run.key)
-        if not path.is_file():
-            return None
         try:
-            result = Result(**json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as error:
+            return Result(**json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
             raise UserError(f"{path} is damaged: delete it, and that finetuning is run again.") from error
-        if (result.source, result.revision) != (run.source, run.revision):
+        except TypeError as error:
             raise UserError(
-                f"{self.path} has results of {result.source} under the name {run.model}, which now is {run.source}: "
-                "give it another name with names."
-            )
-        return result
+                f"{path} was not written by this version: delete it, and that finetuning is run again."
+            ) from error
 
     def _report(self) -> GlueReport:
         """The report of what is finished, written by the main process."""
         from linearize.checkpointing import write_file
 
         settings = self.settings
-        report = make_report(list(self.results.values()), settings.model_names(), to_values(settings.data))
+        others = [key for key in self.results if key not in self.keys]
+        results = [self.results[key] for key in [*self.keys, *others] if key in self.results]
+        models = dict.fromkeys([*settings.model_names(), *(result.model for result in results)])
+        report = make_report(results, list(models), to_values(settings.data))
         if self.state.is_main_process:
             write_file(self.path / REPORT, (report.to_json() + "\n").encode())
             write_file(self.path / TABLE, report.markdown("##").encode())
@@ -213,7 +261,7 @@ class _GlueRun:
                     self._keep(run, result)
             self.state.wait_for_everyone()
             if not self.state.is_main_process:
-                self.results[run.key] = self._read_result(run)  # type: ignore[assignment]
+                self.results[run.key] = self._read_result(self._result_path(run.key))
             del tuned
             gc.collect()
 
@@ -233,6 +281,7 @@ class _GlueRun:
             model=run.model,
             source=run.source,
             revision=run.revision,
+            weights=run.weights,
             architecture=type(tuned.model).__name__,
             task=run.task,
             learning_rate=run.learning_rate,
@@ -283,6 +332,21 @@ class _GlueRun:
         glue = {"task": run.task, "seed": run.seed, "learning_rate": run.learning_rate, "scores": result.scores}
         glue["training"] = published_settings(to_values(self.settings.training))
         save_final(model, tokenizer, target, {**record, "tokens": tokens, "glue": glue})
+
+    def _announce(self, runs: int, waiting: int) -> None:
+        """What is not run again, and what that leaves out."""
+        if runs > waiting:
+            self._say(f"{runs - waiting} of {runs} finetunings are finished and not run again")
+        others = len(set(self.results) - set(self.keys))
+        if others:
+            self._say(f"The report also has {others} finetunings of {self.path} that are not asked for now")
+        kept = self.path / "models"
+        lost = [key for key in self.keys if key in self.results and not (kept / key).is_dir()]
+        if self.settings.save_models and lost:
+            self._say(
+                f"save_models keeps what trains now, and {len(lost)} finished finetunings left no model: to have "
+                f"these too, delete their files in {self.path / 'results'}, first {lost[0]}.json"
+            )
 
     def _say(self, text: str) -> None:
         if self.state.is_main_process:

@@ -48,6 +48,8 @@ class Finetuning:
     """A key of `TASKS`."""
     learning_rate: float
     seed: int
+    weights: str = ""
+    """What tells the model's weights from others: `checkpoint_digest`."""
 
     @property
     def key(self) -> str:
@@ -222,7 +224,17 @@ def finetune_on(
     model, fresh = load_classifier(run, reset_pooler=settings.reset_pooler)
     if model.config.model_type.startswith(PREFIX):
         model.set_op_backend(settings.op_backend)
-    facts = {"data": data_identity, "steps": plan.steps, "seed": run.seed, "batch": settings.training.batch_size}
+    facts = {
+        "model": run.source,
+        "revision": run.revision,
+        "weights": run.weights,
+        "learning_rate": run.learning_rate,
+        "epochs": settings.training.epochs,
+        "data": data_identity,
+        "steps": plan.steps,
+        "seed": run.seed,
+        "batch": settings.training.batch_size,
+    }
     checkpoint = checkpoint_to_resume(checkpoints, True)
     if checkpoint is not None:
         require_same_run(checkpoint, facts)
@@ -244,8 +256,6 @@ def finetune_on(
         )
         start = time.perf_counter()
         trainer.run_stage(checkpoint)
-    for name in ("forward", "_original_forward"):  # accelerate's mixed precision, which would stay
-        model.__dict__.pop(name, None)
     return Finetuned(model.eval(), plan.steps, time.perf_counter() - start, memory.bytes(), fresh)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +23,7 @@ from linearize.losses import IGNORE_INDEX, at_least_float32
 
 SHOWN_MASKED, SHOWN_RANDOM = 0.8, 0.1
 MEASURE_SEED = 2357
-"""Hides the same tokens in every measurement."""
+"""With a row's number it seeds what is hidden of that row in every measurement."""
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,30 @@ class Masking:
             batch: `input_ids` and `attention_mask`, `(B, T)`.
             generator: Of the CPU: the draws are the same on every device.
         """
+        shape = batch["input_ids"].shape
+        draws = torch.rand((2, *shape), generator=generator)
+        return self._hidden(batch, draws, torch.randint(self.entries, shape, generator=generator))
+
+    def hide_rows(self, batch: dict[str, Tensor], numbers: Sequence[int]) -> dict[str, Tensor]:
+        """As `hide`, but what is hidden of a row depends on its number and its tokens alone: neither on the rows
+        beside it nor on padding.
+
+        Args:
+            batch: `input_ids` and `attention_mask`, `(B, T)`.
+            numbers: Of the rows.
+        """
+        real = batch["attention_mask"].bool().cpu()
+        draws, random = torch.ones((2, *real.shape)), torch.zeros(real.shape, dtype=torch.int64)
+        for row, number in enumerate(numbers):
+            generator, count = torch.Generator().manual_seed(MEASURE_SEED + number), int(real[row].sum())
+            draws[:, row, real[row]] = torch.rand((2, count), generator=generator)
+            random[row, real[row]] = torch.randint(self.entries, (count,), generator=generator)
+        return self._hidden(batch, draws, random)
+
+    def _hidden(self, batch: dict[str, Tensor], draws: Tensor, random: Tensor) -> dict[str, Tensor]:
+        """The batch with tokens hidden by numbers from 0 to 1, `(2, B, T)`, and random tokens, `(B, T)`."""
         ids = batch["input_ids"]
-        draws = torch.rand((2, *ids.shape), generator=generator).to(ids.device)
-        random = torch.randint(self.entries, ids.shape, generator=generator).to(ids.device)
+        draws, random = draws.to(ids.device), random.to(ids.device)
         ordinary = batch["attention_mask"].bool() & ~torch.isin(ids, torch.tensor(self.special, device=ids.device))
         chosen = ordinary & (draws[0] < self.probability)
         shown = torch.where(draws[1] < SHOWN_MASKED, torch.full_like(ids, self.mask_token), ids)
@@ -98,7 +120,8 @@ def masked_perplexity(
 def masked_scores(
     model: Any, rows: Any, masking: Masking, *, arm: str | None = "mixed", batch_size: int = 32
 ) -> MaskedResult:
-    """Loss and accuracy on the hidden tokens of held-out rows, the same ones each time.
+    """Loss and accuracy on the hidden tokens of held-out rows, the same ones each time, whatever the batch size; in
+    the type of the model's weights, in the middle of training too.
 
     Args:
         model: An encoder with a masked-language-modelling head.
@@ -110,12 +133,13 @@ def masked_scores(
     Raises:
         UserError: nothing was hidden.
     """
-    generator, total, count, right = torch.Generator().manual_seed(MEASURE_SEED), 0.0, 0, 0
+    total, count, right = 0.0, 0, 0
     start_time = time.perf_counter()
     with measuring(model, arm) as base:
         for start in range(0, len(rows), batch_size):
-            batch = collate([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-            batch = {name: x.to(input_device(base)) for name, x in masking.hide(batch, generator).items()}
+            numbers = range(start, min(start + batch_size, len(rows)))
+            batch = masking.hide_rows(collate([rows[i] for i in numbers]), numbers)
+            batch = {name: x.to(input_device(base)) for name, x in batch.items()}
             labels = batch.pop("labels")
             logits, hidden = base(**batch).logits, labels != IGNORE_INDEX
             total += masked_loss(logits, labels).item()

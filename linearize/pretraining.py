@@ -216,6 +216,7 @@ class _Pretraining:
             "sequence_length": self.train.sequence_length,
             "tokens_per_step": self.plan.tokens_per_step,
             "num_blocks": len(self.train),
+            "data": self.train.identity,
             "seed": self.settings.seed,
             "steps": self.plan.steps,
             "tokenizer": tokenizer_identity(self.tokenizer)[:12],

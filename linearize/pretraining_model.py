@@ -10,6 +10,8 @@ from transformers import (
     BertForMaskedLM,
     GPT2Config,
     GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedConfig,
@@ -30,6 +32,7 @@ STOCK: dict[str, type[PreTrainedModel]] = {
     "gpt2": GPT2LMHeadModel,
     "llama": LlamaForCausalLM,
     "bert": BertForMaskedLM,
+    "gptj": GPTJForCausalLM,
 }
 """`model.type` -> the stock class that trains."""
 
@@ -64,10 +67,12 @@ def stock_config(config: PretrainConfig, tokenizer: Any = None) -> PreTrainedCon
     if shape.type != "bert":
         start, end = (getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id"))
         common |= {"bos_token_id": end if start is None else start, "eos_token_id": end}
-    if shape.type == "gpt2":
+    if shape.type in ("gpt2", "gptj"):
         common |= {name: getattr(shape, name) for name in ("n_layer", "n_head", "n_embd", "n_inner")}
         common |= dict.fromkeys(("embd_pdrop", "attn_pdrop", "resid_pdrop"), shape.dropout)
-        return GPT2Config(n_positions=positions, **common)
+        if shape.type == "gpt2":
+            return GPT2Config(n_positions=positions, **common)
+        return GPTJConfig(n_positions=positions, rotary_dim=shape.rotated, **common)
     common |= {
         "num_hidden_layers": shape.n_layer,
         "num_attention_heads": shape.n_head,

@@ -13,20 +13,29 @@ from linearize.settings_values import convert_fields, require
 GPT2_TOKENIZER, BERT_TOKENIZER = "openai-community/gpt2", "google-bert/bert-base-cased"
 ENCODERS = ("bert",)
 """Types that find hidden tokens; the others predict the next one."""
-SIZES = ("n_layer", "n_head", "n_embd", "n_inner", "n_kv_head", "head_dim", "n_positions", "vocab_multiple")
-LLAMA_ONLY = {"n_kv_head": "grouped keys and values", "head_dim": "heads of another width", "rope_theta": "rotations"}
+SIZES = (
+    *("n_layer", "n_head", "n_embd", "n_inner", "n_kv_head", "head_dim"),
+    *("rotary_dim", "n_positions", "vocab_multiple"),
+)
+LLAMA_ONLY = {
+    "n_kv_head": "grouped keys and values",
+    "head_dim": "heads of another width",
+    "rope_theta": "rotations to set",
+}
 """Settings that the other types have no place for, and what they are about."""
 LLAMA_ROUND = 64
 """The inner width of a Llama that none is given for is a multiple of this."""
 ROPE_THETA = 10_000.0
+ROTARY_DIM = 64
+"""Channels of a head that a GPT-J rotates, at most, where none are given."""
 
 
 @dataclass
 class ModelConfig:
     """The shape of the model; its vocabulary is the tokenizer's."""
 
-    type: Literal["gpt2", "llama", "bert"] = "gpt2"
-    """The architecture: a GPT-2, a Llama, or a BERT, which learns to find hidden tokens."""
+    type: Literal["gpt2", "llama", "bert", "gptj"] = "gpt2"
+    """The architecture: a GPT-2, a Llama, a GPT-J, or a BERT, which learns to find hidden tokens."""
     n_layer: int = 12
     """Layers (12 in GPT-2 of 124 M and in BERT-base)."""
     n_head: int = 12
@@ -44,9 +53,11 @@ class ModelConfig:
     """Positions that the model has, `data.sequence_length` at least; none: just so many."""
     rope_theta: float | None = None
     """Base of a Llama's rotary embedding; none: 10000."""
+    rotary_dim: int | None = None
+    """Channels of each head that a GPT-J rotates, an even number; none: 64, or all of a narrower head."""
     tie_embeddings: bool | None = None
     """Use the matrix of the embeddings for the output too; none: as the architecture has it (GPT-2 and BERT yes,
-    Llama no)."""
+    Llama and GPT-J no)."""
     vocab_multiple: int = 1
     """Fill the vocabulary up to a multiple of this with entries that no text has."""
     dropout: float = 0.0
@@ -69,6 +80,7 @@ class ModelConfig:
         )
         if self.type == "llama":
             self._check_llama()
+        self._check_rotary_dim()
         require(0 <= self.dropout < 1, f"model.dropout is {self.dropout}, but it must be at least 0 and below 1.")
 
     def _check_llama(self) -> None:
@@ -84,6 +96,25 @@ class ModelConfig:
             self.rope_theta is None or self.rope_theta > 0,
             f"model.rope_theta is {self.rope_theta}, but it must be positive.",
         )
+
+    def _check_rotary_dim(self) -> None:
+        if self.type != "gptj":
+            require(
+                self.rotary_dim is None,
+                f"model.rotary_dim is set, but model.type {self.type} has no part of a head to rotate: leave it out, "
+                "or set type to gptj.",
+            )
+            return
+        width, rotated = self.n_embd // self.n_head, self.rotated
+        require(
+            rotated % 2 == 0 and rotated <= width,
+            f"model.rotary_dim is {rotated}, but it must be even and at most the width of a head ({width}).",
+        )
+
+    @property
+    def rotated(self) -> int:
+        """Channels of each head that a GPT-J rotates."""
+        return min(ROTARY_DIM, self.n_embd // self.n_head) if self.rotary_dim is None else self.rotary_dim
 
     @property
     def encoder(self) -> bool:
@@ -214,7 +245,7 @@ class PretrainConfig(RunSettings):
     tokenizer_characters: int = 100_000_000
     """Characters of text that a tokenizer is trained on, at most."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """The shape of the model."""
+    """The shape of a model with random weights."""
     attention: dict[str, Any] | None = None
     """The attention of a model with random weights: `type` and the settings of that mechanism; none: softmax, a stock
     model."""
@@ -242,6 +273,7 @@ class PretrainConfig(RunSettings):
         convert_fields(self, "")
         self._check_run()
         self._check_attention()
+        self._check_shape()
         positions, length = self.model.n_positions, self.data.sequence_length
         require(
             positions is None or positions >= length,
@@ -262,6 +294,17 @@ class PretrainConfig(RunSettings):
         require(
             self.tokenizer_characters >= 1,
             f"tokenizer_characters is {self.tokenizer_characters}, but it must be at least 1.",
+        )
+
+    def _check_shape(self) -> None:
+        if self.model_name_or_path is None:
+            return
+        fields = dataclasses.fields(ModelConfig)
+        given = [field.name for field in fields if getattr(self.model, field.name) != field.default]
+        require(
+            not given,
+            f"{' and '.join(f'model.{name}' for name in given)} {'is' if len(given) == 1 else 'are'} set, but "
+            "model_name_or_path has a shape of its own: leave the section model out, of the config too.",
         )
 
     def _check_attention(self) -> None:

@@ -19,6 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from linearize.checkpointing import STATE_FILE, Checkpoint, prune_checkpoints, readable_write_errors, write_file
 from linearize.losses import supervised_tokens
+from linearize.mixed_precision import leave_mixed_precision
 from linearize.settings import StageSettings, StepPlan
 from linearize.training_log import TrainingLog, check_finite, tracker_names
 from linearize.training_loop import Interrupt, exact_plan
@@ -199,7 +200,8 @@ class StageTrainer(Trainer):
         return self.LOSS_NAMES
 
     def run_stage(self, checkpoint: Checkpoint | None) -> list[float]:
-        """Trains to the end of the stage, from the checkpoint if there is one.
+        """Trains to the end of the stage, from the checkpoint if there is one, and leaves the model outside mixed
+        precision.
 
         Returns:
             The loss of each step that this call ran.
@@ -212,6 +214,7 @@ class StageTrainer(Trainer):
         try:
             self.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         finally:
+            leave_mixed_precision(self.trained)
             # The Trainer leaves its bar open after an error, and what is printed next would run into it.
             for callback in self.callback_handler.callbacks:
                 if (bar := getattr(callback, "training_bar", None)) is not None:

@@ -1,4 +1,4 @@
-"""Run a model for measurement: eval mode, no gradients, one arm, adapters on or off.
+"""Run a model for measurement: eval mode, no gradients, outside mixed precision, one arm, adapters on or off.
 
 A student is any model with `use_arm` (duck typing: a checkpoint's own copy of the code and the package define
 different classes of one name); everything else is a stock model, which has only the teacher's attention.
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from linearize.errors import UserError
+from linearize.mixed_precision import outside_mixed_precision
 
 ARMS = ("mixed", "teacher", "softmax", "linear")
 
@@ -64,7 +65,7 @@ def adapters_off(model: Any) -> contextlib.AbstractContextManager:
 
 @contextlib.contextmanager
 def measuring(model: Any, arm: str | None) -> Iterator[Any]:
-    """Yield the unwrapped model, ready to be measured in one arm.
+    """Yield the unwrapped model, ready to be measured in one arm, in the type of its weights.
 
     Args:
         model: student, stock model, or peft wrapper of either.
@@ -86,7 +87,8 @@ def measuring(model: Any, arm: str | None) -> Iterator[Any]:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), base.use_arm(arm) if is_student(model) and arm else contextlib.nullcontext():
+        chosen = base.use_arm(arm) if is_student(model) and arm else contextlib.nullcontext()
+        with torch.no_grad(), outside_mixed_precision(base), chosen:
             yield base
     finally:
         model.train(was_training)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
 from scipy.stats import spearmanr
 from tiny_models import make_bert, make_student, perturb
 from tiny_runs import make_bert_directory, make_bert_tokenizer
@@ -30,7 +32,8 @@ from linearize.evaluation.embeddings import (
     rank_correlation,
     sentence_embeddings,
 )
-from linearize.masking import Masking, masked_perplexity
+from linearize.masking import Masking, masked_perplexity, masked_scores
+from linearize.mixed_precision import leave_mixed_precision
 from linearize.settings import TransferConfig
 from linearize.settings_io import preset_names, resolve
 from linearize.transfer import transfer_attention
@@ -124,9 +127,26 @@ def test_masking_hides_a_share_of_ordinary_tokens():
     shown = hidden["input_ids"][chosen]
     assert abs((shown == tokenizer.mask_token_id).double().mean() - 0.8) < 0.05
     assert 0.07 < (shown == ids[chosen]).double().mean() < 0.15
+    by_row = masking.hide_rows({"input_ids": ids, "attention_mask": mask}, range(64))
+    assert abs((by_row["labels"][:, 1:80] != -100).double().mean() - 0.15) < 0.02
     tokenizer.mask_token = None
     with pytest.raises(UserError, match="no mask token"):
         Masking.of(tokenizer, 0.15)
+
+
+def test_the_same_tokens_are_hidden_in_every_measurement(rows):
+    """Whatever the batch and its padding."""
+    masking = Masking.of(make_bert_tokenizer(), 0.3)
+    chosen = [rows[1][i] for i in range(12)]
+    whole = masking.hide_rows({name: torch.stack([row[name] for row in chosen]) for name in chosen[0]}, range(12))
+    for i in range(12):
+        alone = masking.hide_rows(collate([chosen[i]]), [i])
+        width = alone["input_ids"].shape[1]
+        assert all(torch.equal(alone[name][0], whole[name][i, :width]) for name in alone)
+    model = make_bert(kind=BertForMaskedLM, vocab_size=85)
+    found = [masked_scores(model, chosen, masking, arm=None, batch_size=size) for size in (1, 5, 12)]
+    assert len({(scores.tokens, scores.accuracy) for scores in found}) == 1
+    assert [scores.nll for scores in found] == pytest.approx([found[0].nll] * 3, rel=1e-6)
 
 
 # --- evaluation
@@ -250,12 +270,45 @@ def test_masked_language_modelling_learns(rows, tmp_path):
     masking = Masking.of(tokenizer, 0.15)
     held_out = [rows[1][i] for i in range(40)]
     first = masked_perplexity(student, held_out, masking)
-    assert masked_perplexity(student, held_out, masking, batch_size=40) == pytest.approx(first, rel=0.2)
+    assert masked_perplexity(student, held_out, masking, batch_size=40) == pytest.approx(first, rel=1e-5)
     config = MaskedConfig(max_steps=40, warmup_steps=2, learning_rate=3e-3, **STEPS)
     train_masked(student, tokenizer, rows[0], config, output_dir=tmp_path, device="cpu")
     assert masked_perplexity(student, held_out, masking) < 0.6 * first
     with pytest.raises(UserError, match="no masked-language-modelling head"):
         train_masked(make_student(make_bert(vocab_size=85), MIXERS), tokenizer, rows[0], config, output_dir=tmp_path)
+
+
+@pytest.mark.parametrize("stage", ["mlm", "distillation"])
+def test_what_bfloat16_trained_is_measured_in_float32(stage, rows, tmp_path):
+    """After a stage of mixed precision, and in the middle of one, as the same weights in a fresh model."""
+    teacher, tokenizer = make_bert(kind=BertForMaskedLM, vocab_size=85), make_bert_tokenizer()
+    student, fresh = (make_student(teacher, MIXERS) for _ in range(2))
+    steps = {**STEPS, "max_steps": 2, "precision": "bfloat16", "learning_rate": 1e-3}
+    masking, held_out = Masking.of(tokenizer, 0.15), [rows[1][i] for i in range(16)]
+    texts = ["Two old cats slept in a house.", "Snow fell late in winter, and the river ran past it."]
+    if stage == "mlm":
+        train_masked(student, tokenizer, rows[0], MaskedConfig(**steps), output_dir=tmp_path, device="cpu")
+    else:
+        config = EmbeddingDistillationConfig(**steps)
+        distill_embeddings(student, teacher, rows[0], config, output_dir=tmp_path, device="cpu")
+    fresh.load_state_dict(student.state_dict())
+    assert "forward" not in student.__dict__ and "forward" not in student.base_model.__dict__
+
+    def figures(model):
+        return masked_perplexity(model, held_out, masking), embed(model, tokenizer, texts)
+
+    perplexity, embeddings = figures(fresh)
+    assert figures(student)[0] == perplexity and torch.equal(figures(student)[1], embeddings)
+    prepared = fresh if stage == "mlm" else fresh.base_model
+    PartialState._reset_state()
+    AcceleratorState._reset_state()
+    Accelerator(mixed_precision="bf16", cpu=True).prepare_model(prepared)
+    before = prepared.__dict__["forward"]
+    for _ in range(2):
+        assert figures(fresh)[0] == perplexity and torch.equal(figures(fresh)[1], embeddings)
+    assert prepared.__dict__["forward"] is before
+    leave_mixed_precision(fresh)
+    assert "forward" not in prepared.__dict__ and figures(fresh)[0] == perplexity
 
 
 def test_a_teacher_of_another_width_is_refused(rows, tmp_path):

@@ -1,15 +1,13 @@
-"""GLUE: the nine tasks from local files, their metrics, the table over seeds, and what is run again."""
+"""GLUE: the nine tasks from local files, their metrics, and the table over seeds."""
 
 import json
 import math
-import shutil
-import signal
 import subprocess
 import sys
 
 import pytest
 import torch
-from glue_toys import examples, make_inputs, settings, write_rows, write_task
+from glue_toys import examples, make_inputs, settings, write_task
 from tiny_runs import make_bert_directory, make_bert_tokenizer
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification, pipeline
 
@@ -24,7 +22,7 @@ from linearize.glue_report import Result, make_report
 from linearize.glue_settings import REVISION, GlueDataConfig, GlueRunConfig
 from linearize.glue_stages import run_glue
 from linearize.glue_tasks import TASKS
-from linearize.glue_training import Finetuning, GlueTrainer, load_classifier, predict
+from linearize.glue_training import Finetuning, load_classifier, predict
 from linearize.settings_io import preset_names, resolve
 
 
@@ -72,13 +70,16 @@ def test_metrics_are_those_of_the_tasks():
 
 
 def test_evaluate_is_taken_where_its_script_is(tmp_path, monkeypatch):
-    assert GlueMetrics(["sst2"], "auto").source.startswith("scikit-learn")  # no network here
+    metrics = GlueMetrics(["sst2"], "auto")  # no network here
+    assert metrics.source.startswith("scikit-learn")
+    assert metrics.note.startswith("The metric script of the Hub cannot be had (")
+    assert metrics.note.endswith(f"): metrics by {metrics.source}") and GlueMetrics(["sst2"], "sklearn").note == ""
     with pytest.raises(UserError, match="cannot be loaded .* set metrics to sklearn"):
         GlueMetrics(["sst2"], "evaluate")
     (tmp_path / "glue.py").write_text(SCRIPT)
     monkeypatch.setattr(glue_metrics, "EVALUATE_METRIC", str(tmp_path / "glue.py"))
     metrics = GlueMetrics(["sst2", "mnli"], "auto")
-    assert metrics.source.startswith("evaluate ")
+    assert metrics.source.startswith("evaluate ") and metrics.note.endswith(f" of the Hub ({metrics.source})")
     for name in ("sst2", "mnli"):
         assert metrics.scores(name, *KNOWN[name][:2]) == pytest.approx(KNOWN[name][2])
     monkeypatch.setitem(sys.modules, "evaluate", None)
@@ -287,6 +288,23 @@ def test_evaluation_is_outside_mixed_precision(inputs, tmp_path):
     assert report.results[0].scores == pytest.approx(scores, abs=1e-6)
 
 
+def test_a_cosine_student_is_finetuned(inputs, tmp_path):
+    linearize.convert(inputs / "teacher", {"type": "cosine", "window": 0, "sinks": 0}).save_pretrained(tmp_path / "x")
+    make_bert_tokenizer().save_pretrained(tmp_path / "x")
+    changes = {"models": [str(tmp_path / "x")], "tasks": ["rte"], "save_models": True, "training__max_steps": 3}
+    result = run_glue(settings(inputs, tmp_path / "out", **changes)).report.results[0]
+    final = tmp_path / "out" / "models" / "x" / "rte" / "lr2e-05-seed0"
+    start, model = (AutoModelForSequenceClassification.from_pretrained(path) for path in (tmp_path / "x", final))
+    assert {mixer["type"] for mixer in model.config.mixers.values()} == {"cosine"}
+    pairs = zip(start.bert.named_parameters(), model.bert.parameters(), strict=True)
+    moved = {name for (name, before), after in pairs if not torch.equal(before, after)}
+    assert any(".mixer." in name for name in moved) and "encoder.layer.0.attention.self.query.weight" in moved
+    data = load_task("rte", GlueDataConfig(dataset=str(inputs / "files")))
+    split = data.validation["validation"]
+    found = predict(model, tokenize(split, make_bert_tokenizer(), 32), 5)
+    assert result.scores["accuracy"] == sum(a == b for a, b in zip(found, split.labels, strict=True)) / len(split)
+
+
 def test_two_seeds_give_mean_and_spread(inputs, tmp_path):
     changes = {"tasks": ["stsb"], "seeds": [3, 5], "training__learning_rates": [1e-3, 1e-5]}
     report = run_glue(settings(inputs, tmp_path / "out", models=[str(inputs / "student")], **changes)).report
@@ -309,7 +327,7 @@ def test_two_seeds_give_mean_and_spread(inputs, tmp_path):
 def result(model="a", task="sst2", rate=1e-5, seed=0, fresh=(), **scores):
     scores = scores or {"accuracy": 0.5}
     return Result(
-        *(model, model, None, "Bert", task, rate, seed, scores, 10, 10, 1, 1.0, None, "cpu", list(fresh), "", "x")
+        *(model, model, None, "", "Bert", task, rate, seed, scores, 10, 10, 1, 1.0, None, "cpu", list(fresh), "", "x")
     )
 
 
@@ -328,79 +346,6 @@ def test_the_best_rate_over_the_seeds_is_shown():
     assert not [s for s in report.scores if (s.model, s.task) == ("b", "average")]
     notes = " ".join(report.notes)
     assert "The pooler of b started at random, unlike that of a" in notes and "first 7 examples" in notes
-
-
-# --- resuming
-
-
-def trained(monkeypatch):
-    """Which finetunings run from here on."""
-    keys, train = [], GlueTrainer.run_stage
-
-    def noted(self, checkpoint):
-        keys.append((self.task.name, self.args.seed, self.args.learning_rate))
-        return train(self, checkpoint)
-
-    monkeypatch.setattr(GlueTrainer, "run_stage", noted)
-    return keys
-
-
-@pytest.mark.slow
-def test_a_resumed_run_runs_what_is_missing(inputs, tmp_path, monkeypatch, capsys):
-    out, models = tmp_path / "out", [str(inputs / "student")]
-    shutil.copytree(inputs / "files", tmp_path / "files")
-    own = {"data__dataset": str(tmp_path / "files"), "models": models}
-    first = run_glue(settings(inputs, out, seeds=[0, 1], **own)).report
-    with pytest.raises(UserError, match="already holds a run"):
-        run_glue(settings(inputs, out, **own))
-    (out / "results" / "student" / "sst2" / "lr2e-05-seed1.json").unlink()
-    runs = trained(monkeypatch)
-    resume = {"resume_from_checkpoint": True, **own}
-    again = run_glue(settings(inputs, out, seeds=[0, 1], **resume)).report
-    assert runs == [("SST-2", 1, 2e-5)]
-    assert [r.scores for r in again.results] == [r.scores for r in first.results]
-    runs.clear()
-    capsys.readouterr()
-    run_glue(settings(inputs, out, seeds=[0, 1], **resume))
-    assert not runs and "2 of 2 finetunings are finished" in capsys.readouterr().out
-
-    # Seeds, tasks and models may be added; other settings may not change.
-    run_glue(settings(inputs, out, tasks=["sst2", "rte"], seeds=[1, 2], **resume))
-    assert runs == [("SST-2", 2, 2e-5), ("RTE", 1, 2e-5), ("RTE", 2, 2e-5)]
-    with pytest.raises(UserError, match="other settings \\(training.epochs\\)"):
-        run_glue(settings(inputs, out, training__epochs=2, **resume))
-    changed = {**resume, "models": [str(inputs / "teacher")], "names": ["student"]}
-    with pytest.raises(UserError, match="under the name student"):
-        run_glue(settings(inputs, out, **changed))
-    write_rows(tmp_path / "files" / "sst2" / "train.tsv", examples("sst2", 41))
-    with pytest.raises(UserError, match="examples of SST-2 are others"):
-        run_glue(settings(inputs, out, seeds=[0, 7], **resume))
-    path = out / "results" / "student" / "sst2" / "lr2e-05-seed1.json"
-    path.write_text("{")
-    with pytest.raises(UserError, match="is damaged: delete it"):
-        run_glue(settings(inputs, out, seeds=[1], **resume))
-
-
-def test_an_interrupted_finetuning_goes_on_bit_for_bit(inputs, tmp_path, monkeypatch):
-    changes = {"models": [str(inputs / "student")], "tasks": ["stsb"], "training__max_steps": 6}
-    whole = run_glue(settings(inputs, tmp_path / "whole", **changes)).report
-    losses, calls = GlueTrainer.losses, []
-
-    def interrupted(self, *arguments):
-        calls.append(1)
-        if len(calls) == 4:
-            signal.raise_signal(signal.SIGINT)
-        return losses(self, *arguments)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(GlueTrainer, "losses", interrupted)
-        run_glue(settings(inputs, tmp_path / "parts", **changes))
-    place = tmp_path / "parts" / "checkpoints" / "student" / "stsb" / "lr2e-05-seed0"
-    assert (place / "step-4").is_dir() and not (tmp_path / "parts" / "results").exists()
-    parts = run_glue(settings(inputs, tmp_path / "parts", resume_from_checkpoint=True, **changes)).report
-    assert parts.results[0].scores == whole.results[0].scores and not place.exists()
-    logs = [tmp_path / name / "logs/student/stsb/lr2e-05-seed0.jsonl" for name in ("whole", "parts")]
-    assert logs[0].read_text() == logs[1].read_text()
 
 
 # --- the command

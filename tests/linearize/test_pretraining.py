@@ -58,6 +58,8 @@ def tiny(root, name="out", **changes):
             "eval_tokens": 2048,
         },
     }
+    if "model_name_or_path" in changes:
+        del values["model"]
     return resolve(values, {key.replace("__", "."): value for key, value in changes.items()}, settings=PretrainConfig)
 
 
@@ -219,6 +221,25 @@ def test_chat_records_train_no_tokenizer(root, tmp_path):
         pretrain(tiny(root, "chat", data__dataset=str(tmp_path / "chat.jsonl")))
 
 
+def test_a_checkpoint_of_other_text_is_refused(root, tmp_path):
+    """Text of as many sequences in the same place."""
+    text = tmp_path / "text.jsonl"
+    write_text(text)
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    changes = {"tokenizer": "load", "tokenizer_name_or_path": str(tmp_path / "tokenizer"), "data__dataset": str(text)}
+    changes |= {"training__max_steps": 2, "training__save_steps": 1, "training__eval_steps": None}
+    changes |= {"data__validation": None, "data__validation_documents": 0}
+    pretrain(tiny(tmp_path, **changes))
+    (tmp_path / "out" / "report.json").unlink()
+    pretrain(tiny(tmp_path, resume_from_checkpoint=True, **changes))
+    (tmp_path / "out" / "report.json").unlink()
+    lines = text.read_text().splitlines()
+    text.write_text("\n".join(reversed(lines)) + "\n")
+    with pytest.raises(UserError, match="trained with data [0-9a-f]{32} \\(now [0-9a-f]{32}\\); set"):
+        pretrain(tiny(tmp_path, resume_from_checkpoint=True, **changes))
+
+
 def test_a_directory_that_holds_a_run_is_refused(root, result):
     with pytest.raises(UserError, match="already holds a run"):
         pretrain(tiny(root))
@@ -288,6 +309,7 @@ def test_checkpoints_that_do_not_fit_are_named(root, result):
         ({"data__sequence_length": 64}, "32 positions"),
         ({"tokenizer": "train"}, "vocabulary of its own"),
         ({"model_name_or_path": str(root / "nowhere")}, "nowhere"),
+        ({"model__n_layer": 3}, "model.n_layer is set, but model_name_or_path has a shape of its own"),
     ]
     for changes, sentence in cases:
         changes = {"tokenizer": "load", "model_name_or_path": str(result.final), **changes}
