@@ -158,6 +158,18 @@ def cosine(inputs: Inputs, backend: str = "triton") -> Case:
     return Case(tensors, run, partial(run, backend="chunked"))
 
 
+def landmark(inputs: Inputs, backend: str = "triton") -> Case:
+    """Every block open: softmax attention with gates, whose peer is SDPA."""
+    from linearize.modeling import landmark_attention
+
+    tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
+
+    def run(t, backend=backend):
+        return landmark_attention(t["query"], t["key"], t["value"], block_size=64, backend=backend)[0]
+
+    return Case(tensors, run, partial(run, backend="chunked"))
+
+
 # --- PyTorch's
 
 
@@ -274,6 +286,7 @@ CONTENDERS = [
     Contender("ours: hybrid, maps", build=partial(hybrid, by_maps=True), by_maps=True, **HYBRID),
     Contender("ours: hybrid, features, 4 sinks", build=partial(hybrid, sinks=4), sinks=4, **HYBRID),
     Contender("ours: cosine", build=cosine, **COSINE),
+    Contender("ours: landmark", "landmark", landmark, ours=True, quadratic=True),
     Contender("SDPA flash", "softmax", partial(sdpa, backend=SDPBackend.FLASH_ATTENTION), quadratic=True),
     Contender("SDPA cuDNN", "softmax", partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION), quadratic=True),
     Contender("fla chunk_simple_gla", "cosine", fla_simple_gla),
