@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -65,11 +65,7 @@ def calibrates(config: Any) -> bool:
     from linearize.modeling.registry import mechanism
 
     used = [config] if isinstance(config, dict) else [config.mixers.get(name) for name in set(config.mixer_types)]
-    return any(
-        mechanism(settings["type"]).calibrates and settings.get("landmark_key") != "token"
-        for settings in used
-        if settings is not None
-    )
+    return any(mechanism(settings["type"]).calibrates(settings) for settings in used if settings is not None)
 
 
 @torch.no_grad()
@@ -94,9 +90,8 @@ def calibrate(model: Any, rows: Any, sequences: int, batch_size: int = 1) -> Cal
         raise UserError(
             "The calibration has no sequence to look at: give more text, or set calibration_sequences to 0."
         )
-    kind, layers = _layers(model)
-    fit = {"cosine": calibrate_cosine, "landmark": calibrate_landmark}[kind]
-    return fit(model, layers, [rows[i] for i in range(count)], batch_size)
+    kind, layers = _layers(model, fits := {"cosine": calibrate_cosine, "landmark": calibrate_landmark})
+    return fits[kind](model, layers, [rows[i] for i in range(count)], batch_size)
 
 
 def save_calibration(report: CalibrationReport, folder: str | os.PathLike[str]) -> None:
@@ -110,19 +105,17 @@ def save_calibration(report: CalibrationReport, folder: str | os.PathLike[str]) 
     write_file(path, (json.dumps(report.to_dict(), indent=1) + "\n").encode())
 
 
-def _layers(model: Any) -> tuple[str, dict[int, Any]]:
-    """The mechanism that can be calibrated, and its attentions by layer."""
-    from linearize.modeling.registry import ATTENTIONS, mechanism
-
+def _layers(model: Any, kinds: Collection[str]) -> tuple[str, dict[int, Any]]:
+    """The mechanism that can be calibrated, of these, and its attentions by layer."""
     base = unwrap(model)
     found: dict[str, dict[int, Any]] = {}
     for attention in base.mixer_attentions() if hasattr(base, "mixer_attentions") else ():
         kind = base.config.mixer(attention.layer_idx).type
-        if mechanism(kind).calibrates:
+        if kind in kinds:
             found.setdefault(kind, {})[attention.layer_idx] = attention
     if not found:
-        kinds = " or ".join(name for name, entry in ATTENTIONS.items() if entry.calibrates)
-        raise UserError(f"The model has no layer to calibrate: convert it with attention type {kinds} first.")
+        known = " or ".join(kinds)
+        raise UserError(f"The model has no layer to calibrate: convert it with attention type {known} first.")
     return next(iter(found.items()))
 
 

@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -162,3 +163,27 @@ def _map_pickle(path: Path) -> dict[str, Tensor]:
     if not isinstance(found, Mapping) or not all(isinstance(tensor, Tensor) for tensor in found.values()):
         raise UserError(f"{path} holds other things than tensors by name: give what save_pretrained wrote")
     return dict(found)
+
+
+def published_config(source: Source, kinds: Collection[str], supported: str) -> dict[str, Any]:
+    """`config.json` of a published checkpoint.
+
+    Args:
+        kinds: values of `model_type` that can be imported. supported: what can be, in words.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it is of another kind or of quantised weights.
+    """
+    path = source.path / "config.json"
+    if not path.is_file():
+        raise UserError(f"{source.name} holds no config.json: {supported}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"the config.json of {source.name} is not valid JSON ({error}): restore it") from error
+    kind = config.get("model_type") if isinstance(config, dict) else None
+    if kind not in kinds:
+        raise UserError(f"{source.name} is a {kind} model: {supported}, model_type {' or '.join(kinds)}")
+    if config.get("quantization_config"):
+        raise UserError(f"{source.name} holds quantised weights: import the checkpoint that they were made from")
+    return config

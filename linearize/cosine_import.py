@@ -13,7 +13,6 @@ Source: the code of Mongaras et al. 2024 (arXiv 2409.18747).
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from linearize.checkpoint_files import find_checkpoint, map_weights
+from linearize.checkpoint_files import find_checkpoint, map_weights, published_config
 from linearize.conversion import (
     NOT_CARRIED,
     check_loaded,
@@ -146,18 +145,7 @@ def import_cosine(
 
 
 def _read_config(source: Source) -> dict[str, Any]:
-    path = source.path / "config.json"
-    if not path.is_file():
-        raise UserError(f"{source.name} holds no config.json: {SUPPORTED}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"the config.json of {source.name} is not valid JSON ({error}): restore it") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in KINDS:
-        raise UserError(f"{source.name} is a {kind} model: {SUPPORTED}")
-    if config.get("quantization_config"):
-        raise UserError(f"{source.name} holds quantised weights: import the checkpoint that they were made from")
+    config = published_config(source, KINDS, SUPPORTED)
     if (positions := config.get("position_embedding_type", "absolute")) != "absolute":
         raise UserError(f"{source.name} has {positions} positions, which the published cosine BERT does not have")
     return config

@@ -13,7 +13,6 @@ Source: the code of Mohtashami and Jaggi 2023 (arXiv 2305.16300).
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 
-from linearize.checkpoint_files import find_checkpoint, map_weights
+from linearize.checkpoint_files import find_checkpoint, map_weights, published_config
 from linearize.conversion import check_loaded, quiet_transformers, student_config, take_saved_generation_config
 from linearize.errors import UserError
 from linearize.landmark_import_tokenizer import published_tokenizer
@@ -105,7 +104,7 @@ def import_landmark(
     """
     _refuse_other_layouts(source)
     found = find_checkpoint(source, revision)
-    config = _read_config(found)
+    config = published_config(found, MODEL_TYPES, SUPPORTED)
     settings = _settings(found, config, {"mem_id": mem_id, "mem_freq": _frequency(mem_freq, block_size)})
     declared = mem_id is not None or config["model_type"] != "llama" or "mem_id" in config or "mem_freq" in config
     words = published_tokenizer(found, tokenizer, settings["mem_id"], declared)
@@ -137,22 +136,6 @@ def _refuse_other_layouts(source: str | os.PathLike[str]) -> None:
         raise UserError(f"{source} holds no config.json: {SUPPORTED}")
     if path.is_file():
         raise UserError(f"{source} is a file, as lm_benchmark's checkpoints are: {SUPPORTED}")
-
-
-def _read_config(source: Source) -> dict[str, Any]:
-    path = source.path / "config.json"
-    if not path.is_file():
-        raise UserError(f"{source.name} holds no config.json: {SUPPORTED}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"the config.json of {source.name} is not valid JSON ({error}): restore it") from error
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in MODEL_TYPES:
-        raise UserError(f"{source.name} is a {kind} model: {SUPPORTED}, model_type {' or '.join(MODEL_TYPES)}")
-    if config.get("quantization_config"):
-        raise UserError(f"{source.name} holds quantised weights: import the checkpoint that they were made from")
-    return config
 
 
 def _frequency(mem_freq: int | None, block_size: int | None) -> int | None:

@@ -150,21 +150,17 @@ class _Stages(StagedRun):
         from linearize.conversion import load_student
         from linearize.hub import read_record
 
-        fitted = self.path / "fitted"
+        fitted, tokens = self.path / "fitted", self._tokens_of(self.settings.training)
         if (fitted / "config.json").is_file():
-            self._measure(FITTED, self._tokens(), load_student(fitted))
+            self._measure(FITTED, tokens, load_student(fitted))
             return fitted
         student: Any = load_student(trained)
         apart = student.config.mixer(0).block_weight == "tokens"
         if not apart or not self.settings.calibration_sequences or not calibrates(student.config):
             return trained
-        calibration = self._calibrate(student, FITTED, self._tokens())
+        calibration = self._calibrate(student, FITTED, tokens)
         self._save(student, fitted, record={**read_record(trained), "calibration": calibration})
         return fitted
-
-    def _tokens(self) -> int:
-        plan = self.settings.training.plan(self.settings.data.sequence_length, self.state.num_processes)
-        return plan.steps * plan.tokens_per_step
 
     def _calibrate(self, student: Any, name: str, tokens: int) -> dict[str, Any] | None:
         """Fit pooled keys, and measure the model under a name; what the record says of it."""

@@ -161,12 +161,14 @@ class StagedRun:
 
     def _train_teacher(self, stages: Sequence[PretrainingConfig | None]) -> None:
         """The softmax teacher, by the last stage's schedule over the tokens of all."""
-        tokens = 0
-        for training in filter(None, stages):
-            plan = training.plan(self.settings.data.sequence_length, self.state.num_processes)
-            tokens += plan.steps * plan.tokens_per_step
+        tokens = sum(map(self._tokens_of, filter(None, stages)))
         schedule = replace(next(filter(None, reversed(stages))), tokens=tokens, max_steps=None)
         self._train("teacher", Path(self.settings.model_name_or_path), schedule)
+
+    def _tokens_of(self, training: PretrainingConfig) -> int:
+        """Tokens that a stage trains on."""
+        plan = training.plan(self.settings.data.sequence_length, self.state.num_processes)
+        return plan.steps * plan.tokens_per_step
 
     def _save(
         self,

@@ -4,8 +4,9 @@ Source: Mohtashami and Jaggi 2023 (arXiv 2305.16300). The landmark tokens themse
 `landmark_tokens.py` puts them between a call's tokens, this mechanism finds them by their positions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -174,13 +175,14 @@ class LandmarkAttention(nn.Module):
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, landmarks) -> Tensor:
         """A whole text, every block open but those that training leaves out."""
         size, rotary, at = self.config.block_size, landmarks.rotary, landmarks.position.clamp(min=0)
-        if self.keys is None:
+        by_tokens = self.config.block_weight == "tokens"
+        if self.keys is None or (by_tokens and self.observer is None):  # no landmark's key is read
             key = rotated(key, rotary, at)
         else:
             grid = self._grid(key, landmarks)
             blocks = self._key_blocks(grid, query, rotated(key, rotary, at % size), landmarks)
             key = grid.collect(block_rotated(blocks, rotary, size).flatten(2, 3))
-        if self.config.block_weight == "tokens":
+        if by_tokens:
             return self._attend_tokens(rotated(query, rotary, at), key, value, landmarks)
         mask = None if landmarks.position_is_simple else landmarks.position >= 0
         output, _ = landmark_attention(
@@ -192,16 +194,14 @@ class LandmarkAttention(nn.Module):
 
     def _attend_tokens(self, query: Tensor, key: Tensor, value: Tensor, landmarks) -> Tensor:
         """A whole text by ordinary softmax attention over the tokens of open blocks."""
-        position, size = landmarks.position, self.config.block_size
-        there, block = position >= 0, position.clamp(min=0) // size
-        visible = (position[:, None] <= position[..., None]) & (there & (position % size != size - 1))[:, None]
+        visible = landmarks.visible(self.config.block_size)
         if (open_blocks := self._open_blocks(landmarks)) is not None:
+            block = landmarks.position.clamp(min=0) // self.config.block_size
             visible = visible & (open_blocks.gather(1, block)[:, None] | (block[:, None] == block[..., None]))
-        visible = visible | ~there[..., None]  # padding: anything, so that no softmax is empty
         output = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=visible[:, None], scale=self.scaling, enable_gqa=True
         )
-        return output.masked_fill(~there[:, None, :, None], 0.0)
+        return output if landmarks.position_is_simple else output.masked_fill(landmarks.padding(), 0.0)
 
     def _open_blocks(self, landmarks) -> Tensor | None:
         """`(B, blocks)`, those that training does not leave out; None outside training, for all."""
@@ -247,6 +247,11 @@ def rotated(x: Tensor, rotary: tuple[Tensor, Tensor] | None, position: Tensor) -
     cos, sin = (table[position][:, None] for table in rotary)
     front, back = x.chunk(2, dim=-1)
     return (x * cos + torch.cat([-back, front], dim=-1) * sin).to(x.dtype)
+
+
+def calibrates(settings: Mapping[str, Any]) -> bool:
+    """Whether there is anything to fit to the model: pooled keys."""
+    return settings.get("landmark_key", LandmarkAttentionConfig.landmark_key) == "pooled"
 
 
 def state_bytes(config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes) -> int:

@@ -352,14 +352,9 @@ class RotaryModel(ModelBase):
         use_cache=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = new_cache(self)
-        if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = real_positions(attention_mask, hidden_states.shape[1], past, hidden_states.device)
+        hidden_states, past_key_values, position_ids = start_call(
+            self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache
+        )
         causal_mask, padding_mask = layer_masks(self, hidden_states, attention_mask, position_ids, past_key_values)
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers:
@@ -413,6 +408,25 @@ def softmax_layers(model) -> list[int]:
     """Layers that run softmax attention now: those that stay so, and all converted ones in the teacher arm."""
     attentions = model.attention_modules()
     return [i for i, attention in enumerate(attentions) if getattr(attention, "arm", "teacher") == "teacher"]
+
+
+def start_call(
+    model, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache
+) -> tuple[Tensor, Any, Tensor]:
+    """What the call of a causal base model begins with: embeddings, the cache and the positions, made where not given.
+
+    Raises:
+        ValueError: both or neither of input_ids and inputs_embeds.
+    """
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give exactly one of input_ids and inputs_embeds")
+    hidden_states = model.get_input_embeddings()(input_ids) if inputs_embeds is None else inputs_embeds
+    if use_cache and past_key_values is None:
+        past_key_values = new_cache(model)
+    if position_ids is None:
+        past = 0 if past_key_values is None else past_key_values.get_seq_length()
+        position_ids = real_positions(attention_mask, hidden_states.shape[1], past, hidden_states.device)
+    return hidden_states, past_key_values, position_ids
 
 
 def new_cache(model) -> DynamicCache:

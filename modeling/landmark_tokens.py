@@ -36,6 +36,7 @@ class Landmarks:
     slot: Tensor
     ends: Tensor
     rotary: tuple[Tensor, Tensor] | None = None
+    seen: Tensor | None = None  # what `visible` gave, for the other layers
 
     @classmethod
     def plan(cls, real: Tensor, past: Tensor | None, block_size: int, simple: bool) -> "Landmarks":
@@ -70,6 +71,22 @@ class Landmarks:
         """`(B, T, width)` to `(B, L, width)`."""
         rows = landmark.to(embeddings).expand(embeddings.shape[0], 1, -1)
         return _along(torch.cat([embeddings, rows, torch.zeros_like(rows)], dim=1), self.source)
+
+    def visible(self, block_size: int) -> Tensor:
+        """`(B, L, L)`, `(1, L, L)` where rows are alike: the tokens that a row's softmax attention without landmarks
+        may see, made once for all layers. Padding sees its own place, so that no softmax is empty."""
+        if self.seen is None:
+            position = self.position[:1] if self.position_is_simple else self.position
+            token = (position >= 0) & (position % block_size != block_size - 1)
+            self.seen = (position[:, None] <= position[..., None]) & token[:, None]
+            if not self.position_is_simple:
+                place = torch.arange(position.shape[1], device=position.device)
+                self.seen = self.seen | ((position < 0)[..., None] & (place[:, None] == place))
+        return self.seen
+
+    def padding(self) -> Tensor:
+        """`(B, 1, L, 1)`, the places of padding."""
+        return (self.position < 0)[:, None, :, None]
 
     def to(self, device, non_blocking: bool = False) -> "Landmarks":
         """A copy on another device, for layers that lie there."""

@@ -15,7 +15,7 @@ from transformers.models.gpt2.modeling_gpt2 import (
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .backbone import MixerAttention, MixerModelMixin, layer_masks, new_cache, real_positions
+from .backbone import MixerAttention, MixerModelMixin, layer_masks, start_call
 from .configuration import MixerConfigMixin
 from .landmark_tokens import through_landmarks
 
@@ -106,17 +106,12 @@ class LinearizedGPT2Model(LinearizedGPT2PreTrainedModel, GPT2Model):
         use_cache=None,
         **kwargs,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = new_cache(self)
-        length = hidden_states.shape[1]
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        if position_ids is None:
-            position_ids = real_positions(attention_mask, length, past, hidden_states.device)
-        tokens = past + length
+        hidden_states, past_key_values, position_ids = start_call(
+            self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache
+        )
+        tokens = hidden_states.shape[1] + (0 if past_key_values is None else past_key_values.get_seq_length())
         # Padding takes no position, a landmark does. On a GPU to ask would stop the host: it is asked only in doubt.
+        assert self.max_positions is not None, "this backbone learns its positions"
         doubtful = tokens > self.max_positions or kwargs.get("landmarks") is not None
         if doubtful or position_ids.device.type == "cpu":
             tokens = int(position_ids.max()) + 1

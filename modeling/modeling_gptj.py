@@ -20,7 +20,7 @@ from transformers.models.gptj.modeling_gptj import (
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone import MixerAttention, MixerModelMixin, layer_masks, new_cache, real_positions
+from .backbone import MixerAttention, MixerModelMixin, layer_masks, start_call
 from .configuration import MixerConfigMixin
 from .landmark_tokens import through_landmarks
 
@@ -185,14 +185,9 @@ class LinearizedGPTJModel(LinearizedGPTJPreTrainedModel, GPTJModel):
         use_cache=None,
         **kwargs,
     ) -> BaseModelOutputWithPast:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
-            past_key_values = new_cache(self)
-        if position_ids is None:
-            past = 0 if past_key_values is None else past_key_values.get_seq_length()
-            position_ids = real_positions(attention_mask, hidden_states.shape[1], past, hidden_states.device)
+        hidden_states, past_key_values, position_ids = start_call(
+            self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache
+        )
         causal_mask, padding_mask = layer_masks(self, hidden_states, attention_mask, position_ids, past_key_values)
         if token_type_ids is not None:
             hidden_states = hidden_states + self.wte(token_type_ids)

@@ -3,8 +3,9 @@
 Model card, command line and tests read this table. Backbones are listed in `__init__.py`, which does not ship.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -13,6 +14,7 @@ from .attention_cosine import state_bytes as cosine_state_bytes
 from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
 from .attention_gain_cell import state_bytes as gain_cell_state_bytes
 from .attention_landmark import LandmarkAttention, LandmarkAttentionConfig
+from .attention_landmark import calibrates as landmark_calibrates
 from .attention_landmark import state_bytes as landmark_state_bytes
 from .attention_linear import LinearAttention, LinearAttentionConfig
 from .attention_linear import state_bytes as linear_state_bytes
@@ -27,8 +29,8 @@ class Mechanism:
     state_bytes takes (config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes). bidirectional:
     whether its forward takes `causal=False`, which encoders need. transfers: whether attention transfer has something
     to train in it. constant_state: whether its state never grows. in_place: whether a step can change its state in
-    place, which captured decoding needs. calibrates: whether its own numbers can be fitted to softmax attention
-    before any training.
+    place, which captured decoding needs. calibrates: whether settings of it leave
+    numbers that can be fitted to softmax attention before any training.
     """
 
     attention: type[nn.Module]
@@ -41,7 +43,7 @@ class Mechanism:
     transfers: bool = True
     constant_state: bool = True
     in_place: bool = False
-    calibrates: bool = False
+    calibrates: Callable[[Mapping[str, Any]], bool] = lambda settings: False
 
 
 ATTENTIONS = {
@@ -63,7 +65,7 @@ ATTENTIONS = {
         "cosine attention (unit queries and keys without softmax, beside a softmax window)",
         "https://arxiv.org/abs/2409.18747",
         bidirectional=True,
-        calibrates=True,
+        calibrates=lambda settings: True,
     ),
     "gain_cell": Mechanism(
         GainCellAttention,
@@ -84,7 +86,7 @@ ATTENTIONS = {
         bidirectional=False,
         transfers=False,
         constant_state=False,
-        calibrates=True,
+        calibrates=landmark_calibrates,
     ),
 }
 

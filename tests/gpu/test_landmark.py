@@ -24,9 +24,10 @@ def test_all_blocks():
     expected, _ = landmark_attention(*inputs, block_size=8, offset=3)
     found, _ = landmark_attention(*(to(x) for x in inputs), block_size=8, offset=3)
     assert_close(found.cpu(), expected, rtol=0, atol=1e-10)
-    half, _ = landmark_attention(*(to(x, dtype=torch.bfloat16) for x in inputs), block_size=8, offset=3)
-    assert_close(half.cpu().double(), expected, rtol=0, atol=0.2)  # single scores are rounded to 3 digits
-    assert (half.cpu().double() - expected).abs().mean() < 0.02
+    rounded = [x.bfloat16() for x in inputs]
+    expected, _ = landmark_attention(*(x.double() for x in rounded), block_size=8, offset=3)
+    half, _ = landmark_attention(*(to(x) for x in rounded), block_size=8, offset=3)
+    assert_close(half.cpu().double(), expected, rtol=0, atol=0.08)
 
 
 @pytest.mark.parametrize("stored_on", ["cuda", "cpu"])
