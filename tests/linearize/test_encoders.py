@@ -29,6 +29,7 @@ import linearize
 from linearize.cli import main
 from linearize.errors import UserError
 from linearize.evaluation import info, linear_share
+from linearize.evaluation.embeddings import embed
 from linearize.hub import _operations, make_record, save_final
 from linearize.sentence_files import sentence_transformer_files
 
@@ -238,6 +239,29 @@ def test_a_pipeline_without_the_package(converted, tmp_path):
     inputs = linearize.load_tokenizer(converted)(TEXT, return_tensors="pt")
     expected = linearize.load_student(converted)(**inputs).last_hidden_state
     assert (torch.load(tmp_path / "states.pt", weights_only=True) - expected).abs().max() < 1e-5
+
+
+SENTENCES = """
+import sys, torch
+from sentence_transformers import SentenceTransformer
+model = SentenceTransformer(sys.argv[1], trust_remote_code=True, device="cpu")
+torch.save(model.encode(sys.argv[3:], convert_to_tensor=True), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", [LINEAR, {"type": "cosine", "window": 0, "sinks": 0, "feature_map": "softmax"}])
+def test_sentence_transformers_embeds_without_the_package(attention, teacher, tmp_path):
+    student, tokenizer = linearize.convert(teacher, attention), linearize.load_tokenizer(teacher)
+    perturb(student)
+    record, files = make_record(teacher, recipe={"attention": attention}), sentence_transformer_files(str(teacher))
+    out = save_final(student, tokenizer, tmp_path / "final", record, files)
+    texts = [TEXT, "two old cats", "red"]
+    command = [*without_package(SENTENCES), str(out), str(tmp_path / "embeddings.pt"), *texts]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = torch.load(tmp_path / "embeddings.pt", weights_only=True)
+    assert (found - embed(student, tokenizer, texts)).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize(
