@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument("--finetune_tokens", type=int, help="default: the preset's")
     parser.add_argument("--sequence_length", type=int, default=1024)
     parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--evaluation_tokens", type=int, default=131_072)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     args = parser.parse_args()
     for part in args.parts.split(","):
@@ -58,7 +59,7 @@ def settings(args: argparse.Namespace, part: str) -> RunConfig:
     data.dataset, data.validation, data.dataset_config = args.train, args.validation, None
     data.sequence_length = config.evaluation.sequence_length = args.sequence_length
     data.cache_dir = str(args.output_dir / "data")
-    config.evaluation.max_tokens, config.evaluation.batch_size = 131_072, args.batch_size
+    config.evaluation.max_tokens, config.evaluation.batch_size = args.evaluation_tokens, args.batch_size
     for stage, tokens in ((config.transfer, args.transfer_tokens), (config.finetune, args.finetune_tokens)):
         stage.batch_size, stage.tokens = args.batch_size, tokens or stage.tokens
         stage.tokens_per_step = max(1, stage.tokens_per_step // (args.batch_size * args.sequence_length)) * (
