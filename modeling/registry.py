@@ -29,8 +29,8 @@ class Mechanism:
     state_bytes takes (config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes). bidirectional:
     whether its forward takes `causal=False`, which encoders need. transfers: whether attention transfer has something
     to train in it. constant_state: whether its state never grows. in_place: whether a step can change its state in
-    place, which captured decoding needs. calibrates: whether settings of it leave
-    numbers that can be fitted to softmax attention before any training.
+    place, which captured decoding needs. calibrates: whether settings of it leave numbers that can be fitted to
+    softmax attention before any training.
     """
 
     attention: type[nn.Module]
