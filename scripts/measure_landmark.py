@@ -3,9 +3,10 @@
     python scripts/measure_landmark.py --shape smollm2_135m --output landmark.json
     python scripts/measure_landmark.py --shape llama_8b --parts decode --output landmark_8b.json
 
-Random weights and tokens. `step`: forward and backward at 1008 tokens under bfloat16 autocast, all blocks open and
-then with blocks left out, eager and compiled. `decode`: a prompt read in pieces of 2048, then single tokens, in
-bfloat16: milliseconds, and bytes that the cache holds on the GPU and in CPU memory. Medians after two warm-ups.
+Random weights and tokens. `step`: forward and backward at 1008 tokens under bfloat16 autocast, of the softmax model, of
+blocks that weigh by their landmarks, and of blocks that weigh by their tokens, some left out; eager and compiled.
+`decode`: a prompt read in pieces of 2048, then single tokens, in bfloat16: milliseconds, and bytes that the cache holds
+on the GPU and in CPU memory. Medians after two warm-ups.
 """
 
 import argparse
@@ -48,10 +49,11 @@ def main() -> None:
     if "step" in args.parts:
         for settings, compiled in (
             (None, False),
+            (None, True),
             ({}, False),
             ({}, True),
-            ({"block_dropout": 0.9}, False),
-            ({"block_dropout": 0.9}, True),
+            ({"block_weight": "tokens", "block_dropout": 0.5}, False),
+            ({"block_weight": "tokens", "block_dropout": 0.5}, True),
         ):
             rows.append(measure_step(settings, compiled, args))
             print(rows[-1], flush=True)
@@ -59,8 +61,8 @@ def main() -> None:
         for settings in (
             None,
             {"selection": "token_and_head"},
-            {"selection": "head"},
-            {"selection": "head", "offload": True},
+            {"selection": "head", "block_weight": "tokens"},
+            {"selection": "head", "block_weight": "tokens", "offload": True},
         ):
             rows.append(measure_decode(settings, args))
             print(rows[-1], flush=True)
