@@ -192,5 +192,6 @@ class DistillationTrainer(PretrainingTrainer):
 
     def losses(self, model: nn.Module, inputs: dict[str, Any], denominator: Any) -> tuple[Tensor, ...]:
         """The weighted sum, then its parts."""
-        found = self.distiller.losses(model, inputs, denominator)
+        with self.accelerator.autocast():  # accelerate wraps the student's forward alone, not teacher and heads
+            found = self.distiller.losses(model, inputs, denominator)
         return found.total, found.cross_entropy, found.divergence, found.hidden

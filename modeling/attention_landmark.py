@@ -56,7 +56,9 @@ class LandmarkAttentionConfig:
     """Keep blocks in CPU memory and their landmarks on the GPU; a step moves only the blocks that are read."""
     block_dropout: float = 0.0
     """In training, the largest share of a row's blocks that the blocks after them do not read (each row draws its own
-    share, from 0 on), so that retrieval is trained too."""
+    share, from 0 on, and each layer other blocks), so that retrieval is trained too."""
+    block_dropout_rows: float = 1.0
+    """Share of the training rows, drawn at random, that block_dropout leaves blocks out of; the others read all."""
     include_landmark_in_loss: bool = False
     """The published labels: a block's last token predicts the landmark, and the landmark the next token."""
     contract: int = CONTRACT
@@ -77,6 +79,8 @@ class LandmarkAttentionConfig:
             )
         if not 0 <= self.block_dropout < 1:
             raise ValueError(f"block_dropout is {self.block_dropout}: it must be at least 0 and below 1")
+        if not 0 <= self.block_dropout_rows <= 1:
+            raise ValueError(f"block_dropout_rows is {self.block_dropout_rows}: it must be between 0 and 1")
         check_contract("landmark attention", self.contract, CONTRACT)
 
     def resolve(self, head_dim: int) -> None:
@@ -198,7 +202,9 @@ class LandmarkAttention(nn.Module):
         if (open_blocks := self._open_blocks(landmarks)) is not None:
             block = landmarks.position.clamp(min=0) // self.config.block_size
             visible = visible & (open_blocks.gather(1, block)[:, None] | (block[:, None] == block[..., None]))
-        shared = query.shape[1] // key.shape[1]  # repeated, because with a mask and enable_gqa GPUs run no fused kernel
+        shared = (
+            query.shape[1] // key.shape[1]
+        )  # repeated, because with a mask and enable_gqa GPUs run no fused kernel
         key, value = (x.repeat_interleave(shared, dim=1) if shared > 1 else x for x in (key, value))
         output = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=visible[:, None], scale=self.scaling
@@ -210,7 +216,8 @@ class LandmarkAttention(nn.Module):
         if not self.training or not self.config.block_dropout:
             return None
         (rows, length), device = landmarks.position.shape, landmarks.position.device
-        share = self.config.block_dropout * torch.rand(rows, 1, device=device)
+        share, chance = landmarks.draw().split(1, dim=1)
+        share = self.config.block_dropout * share * (chance < self.config.block_dropout_rows)
         return torch.rand(rows, -(-length // self.config.block_size), device=device) >= share
 
     def _grid(self, key: Tensor, landmarks) -> Grid:

@@ -4,9 +4,9 @@
     python scripts/measure_cosine.py --device cuda --output cosine_lengths.json
     python scripts/measure_cosine.py --plot docs/results/cosine_lengths_cpu.json   # a PNG beside it
 
-Batch 1, 8 heads, head dim 64, float32 on a CPU and bfloat16 on a GPU; random inputs; exponent 0.6 for every head. One
-process for each row, which warms up, takes the median of some synchronised repetitions, and gives what its peak memory
-grew by from the inputs on (a GPU's allocated bytes; on a CPU the process's resident set, in steps of pages).
+Batch 1, 8 heads, head dim 64, float32 on a CPU and bfloat16 on a GPU; random inputs; exponent 0.6 for every head. Each
+row warms up, takes the median of some synchronised repetitions, and gives what its peak memory grew by from the inputs
+on: a GPU's allocated bytes; on a CPU, where each row is a process of its own, the resident set, in steps of pages.
 """
 
 import argparse
@@ -55,6 +55,8 @@ def measure(form: str, length: int, backward: bool, device: str) -> dict:
     inputs = [torch.randn(1, HEADS, length, DIM, device=device, dtype=dtype) for _ in range(3)]
     inputs = [x.requires_grad_(backward) for x in inputs]
     exponent, run = torch.full((HEADS,), 0.6, device=device), attend(form)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     before = memory(device)
 
     def once() -> float:
@@ -88,23 +90,21 @@ def memory(device: str) -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def apart(form: str, length: int, backward: bool) -> dict:
+    """A CPU's row, in a process of its own."""
+    command = [sys.executable, __file__, "--row", form, str(length), str(backward)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 def measure_all(args: argparse.Namespace) -> dict:
     rows = []
     for backward in (False, True):
         for form in FORMS:
             for length in args.lengths:
-                command = [
-                    sys.executable,
-                    __file__,
-                    "--device",
-                    args.device,
-                    "--row",
-                    form,
-                    str(length),
-                    str(backward),
-                ]
-                done = subprocess.run(command, capture_output=True, text=True, check=True)
-                rows.append(json.loads(done.stdout.splitlines()[-1]))
+                rows.append(
+                    measure(form, length, backward, "cuda") if args.device == "cuda" else apart(form, length, backward)
+                )
                 print(rows[-1], flush=True)
     name = torch.cuda.get_device_name() if args.device == "cuda" else f"CPU, {os.cpu_count()} cores"
     return {"device": name, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "rows": rows}
@@ -145,7 +145,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.row:
         form, length, backward = args.row
-        print(json.dumps(measure(form, int(length), backward == "True", args.device)))
+        print(json.dumps(measure(form, int(length), backward == "True", "cpu")))
         return
     if args.plot is None:
         args.output.write_text(json.dumps(measure_all(args), indent=1) + "\n")

@@ -3,10 +3,10 @@
     python scripts/measure_landmark.py --shape smollm2_135m --output landmark.json
     python scripts/measure_landmark.py --shape llama_8b --parts decode --output landmark_8b.json
 
-Random weights and tokens. `step`: forward and backward at 1008 tokens under bfloat16 autocast, of the softmax model, of
-blocks that weigh by their landmarks, and of blocks that weigh by their tokens, some left out; eager and compiled.
-`decode`: a prompt read in pieces of 2048, then single tokens, in bfloat16: milliseconds, and bytes that the cache holds
-on the GPU and in CPU memory. Medians after two warm-ups.
+Random weights and tokens. `step`: forward and backward at 1008 tokens under bfloat16 autocast, of the softmax model,
+of blocks that weigh by their landmarks, and of blocks that weigh by their tokens, some left out; eager and compiled.
+`decode`: a prompt read in pieces of 2048, then single tokens, in bfloat16: milliseconds, and bytes that the cache
+holds on the GPU and in CPU memory. Medians after two warm-ups.
 """
 
 import argparse
