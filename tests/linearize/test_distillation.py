@@ -134,6 +134,24 @@ def test_distillation_brings_the_student_to_the_teacher(settings, tmp_path):
     assert result.report is not None and all(math.isfinite(loss) for _, loss in result.report.losses)
 
 
+def test_mixed_precision_is_the_teachers_as_well(settings, monkeypatch):
+    """In float32 beside a student in bfloat16, teacher and heads took most of a step's time."""
+    seen, losses = [], Distiller.losses
+
+    def spy(self, *arguments):
+        handle = self.teacher.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        try:
+            return losses(self, *arguments)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(Distiller, "losses", spy)
+    for precision in ("float32", "bfloat16"):
+        training = {**settings["training"], "max_steps": 1, "precision": precision}
+        pretrain({**settings, "output_dir": settings["output_dir"] + precision, "training": training})
+    assert set(seen[: len(seen) // 2]) == {False} and set(seen[len(seen) // 2 :]) == {True}
+
+
 def test_a_compiled_reader_takes_the_same_steps(settings, tmp_path, monkeypatch):
     pretrain({**settings, "training": {**settings["training"], "max_steps": 2}})
     eager = read(tmp_path / "out")

@@ -154,6 +154,34 @@ def test_all_blocks_are_open_in_training_and_some_with_dropout(ids):
     assert model.train()(ids).past_key_values is None
 
 
+def test_dropout_leaves_some_rows_whole(ids):
+    """In every layer: a row's share is drawn once, so that a whole row is read as it is after training."""
+    many = ids[:1].expand(16, -1)
+    with torch.no_grad():
+        full = make(top_k=20)(ids[:1]).logits
+        torch.testing.assert_close(
+            make(top_k=20, block_dropout=0.9, block_dropout_rows=0.0).train()(many).logits, full.expand(16, -1, -1),
+            rtol=0, atol=1e-5,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        mixed = make(top_k=20, block_dropout=0.9, block_dropout_rows=0.5).train()(many).logits
+    whole = ((mixed - full).abs().amax(dim=(1, 2)) < 1e-5).sum().item()
+    assert 3 <= whole <= 13
+
+
+def test_a_row_draws_once_for_all_layers():
+    landmarks = Landmarks.plan(torch.ones(3, 20, dtype=torch.bool), None, 4, True)
+    first = landmarks.draw()
+    assert first.shape == (3, 2) and first.unique().numel() == 6
+    assert landmarks.draw() is first
+    torch.manual_seed(0)
+    landmarks.draw()
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    Landmarks.plan(torch.ones(3, 20, dtype=torch.bool), None, 4, True).draw()
+    assert torch.equal(after, torch.rand(1)), "a layer that runs again draws as many numbers"
+
+
 @pytest.mark.parametrize("share", [0.0, 0.6])
 def test_compiled_training_changes_nothing(share, ids, monkeypatch):
     compile = torch.compile
@@ -317,6 +345,7 @@ def test_landmarks_go_where_a_layer_lies():
         ({"top_k": 5, "max_blocks": 4}, "at least top_k"),
         ({"selection": "best"}, "choose one of"),
         ({"block_dropout": 1.0}, "below 1"),
+        ({"block_dropout_rows": 1.5}, "between 0 and 1"),
         ({"contract": 9}, "contract 9"),
     ],
 )
