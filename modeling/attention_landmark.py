@@ -202,9 +202,8 @@ class LandmarkAttention(nn.Module):
         if (open_blocks := self._open_blocks(landmarks)) is not None:
             block = landmarks.position.clamp(min=0) // self.config.block_size
             visible = visible & (open_blocks.gather(1, block)[:, None] | (block[:, None] == block[..., None]))
-        shared = (
-            query.shape[1] // key.shape[1]
-        )  # repeated, because with a mask and enable_gqa GPUs run no fused kernel
+        shared = query.shape[1] // key.shape[1]
+        # Repeated, because the memory-efficient kernel, the one that takes a mask, knows no enable_gqa.
         key, value = (x.repeat_interleave(shared, dim=1) if shared > 1 else x for x in (key, value))
         output = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=visible[:, None], scale=self.scaling

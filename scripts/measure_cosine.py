@@ -130,7 +130,7 @@ def plot(record: dict, path: Path) -> None:
             axes.grid(alpha=0.3)
     for axes in panels[1]:
         axes.set_xlabel("tokens")
-    panels[0][0].legend(frameon=False)
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     figure.suptitle(f"Batch 1, {HEADS} heads of {DIM}: {record['device']}, torch {record['torch']}")
     figure.savefig(path, dpi=130)
 
