@@ -202,20 +202,17 @@ class LandmarkAttention(nn.Module):
         if (open_blocks := self._open_blocks(landmarks)) is not None:
             block = landmarks.position.clamp(min=0) // self.config.block_size
             visible = visible & (open_blocks.gather(1, block)[:, None] | (block[:, None] == block[..., None]))
-        shared = query.shape[1] // key.shape[1]
-        # Repeated, because the memory-efficient kernel, the one that takes a mask, knows no enable_gqa.
-        key, value = (x.repeat_interleave(shared, dim=1) if shared > 1 else x for x in (key, value))
         output = functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=visible[:, None], scale=self.scaling
+            query, key, value, attn_mask=visible[:, None], scale=self.scaling, enable_gqa=True
         )
         return output if landmarks.position_is_simple else output.masked_fill(landmarks.padding(), 0.0)
 
     def _open_blocks(self, landmarks) -> Tensor | None:
         """`(B, blocks)`, those that training does not leave out; None outside training, for all."""
-        if not self.training or not self.config.block_dropout:
+        if landmarks.drawn is None or not self.training or not self.config.block_dropout:
             return None
         (rows, length), device = landmarks.position.shape, landmarks.position.device
-        share, chance = landmarks.draw().split(1, dim=1)
+        share, chance = landmarks.drawn.split(1, dim=1)
         share = self.config.block_dropout * share * (chance < self.config.block_dropout_rows)
         return torch.rand(rows, -(-length // self.config.block_size), device=device) >= share
 

@@ -222,6 +222,8 @@ class MixerModelMixin(ModelBase):
         landmarks = Landmarks.plan(real, past, own.block_size, simple)
         length = landmarks.position.shape[1]
         landmarks.rotary = self.rotary_tables(max(own.reach, length) if cache is None else own.reach)
+        if self.training:  # here and not in a layer, which would draw again where it is checkpointed
+            landmarks.drawn = torch.rand(real.shape[0], 2, device=real.device)
         return landmarks
 
     def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor] | None:

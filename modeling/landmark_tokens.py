@@ -37,7 +37,7 @@ class Landmarks:
     ends: Tensor
     rotary: tuple[Tensor, Tensor] | None = None
     seen: Tensor | None = None  # what `visible` gave, for the other layers
-    drawn: Tensor | None = None  # what `draw` gave, for the other layers
+    drawn: Tensor | None = None  # in training `(B, 2)`, random in [0, 1): one draw for all layers
 
     @classmethod
     def plan(cls, real: Tensor, past: Tensor | None, block_size: int, simple: bool) -> "Landmarks":
@@ -84,13 +84,6 @@ class Landmarks:
                 place = torch.arange(position.shape[1], device=position.device)
                 self.seen = self.seen | ((position < 0)[..., None] & (place[:, None] == place))
         return self.seen
-
-    def draw(self) -> Tensor:
-        """`(B, 2)`, two random numbers in [0, 1) for each row, the same for all layers."""
-        drawn = torch.rand(self.position.shape[0], 2, device=self.position.device)
-        if self.drawn is None:
-            self.drawn = drawn  # later layers draw as well: a layer that is checkpointed must, to repeat itself
-        return self.drawn
 
     def padding(self) -> Tensor:
         """`(B, 1, L, 1)`, the places of padding."""

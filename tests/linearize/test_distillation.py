@@ -134,16 +134,18 @@ def test_distillation_brings_the_student_to_the_teacher(settings, tmp_path):
     assert result.report is not None and all(math.isfinite(loss) for _, loss in result.report.losses)
 
 
-def test_mixed_precision_is_the_teachers_as_well(settings, monkeypatch):
+def test_mixed_precision_is_the_teachers_and_the_heads_as_well(settings, monkeypatch):
     """In float32 beside a student in bfloat16, teacher and heads took most of a step's time."""
     seen, losses = [], Distiller.losses
 
     def spy(self, *arguments):
-        handle = self.teacher.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+        parts = self.teacher.base_model, self.teacher.get_output_embeddings(), self.head
+        handles = [x.register_forward_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu"))) for x in parts]
         try:
             return losses(self, *arguments)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     monkeypatch.setattr(Distiller, "losses", spy)
     for precision in ("float32", "bfloat16"):

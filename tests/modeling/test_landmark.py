@@ -159,27 +159,27 @@ def test_dropout_leaves_some_rows_whole(ids):
     many = ids[:1].expand(16, -1)
     with torch.no_grad():
         full = make(top_k=20)(ids[:1]).logits
-        torch.testing.assert_close(
-            make(top_k=20, block_dropout=0.9, block_dropout_rows=0.0).train()(many).logits, full.expand(16, -1, -1),
-            rtol=0, atol=1e-5,
-        )  # fmt: skip
+        none = make(top_k=20, block_dropout=0.9, block_dropout_rows=0.0).train()(many).logits
+        torch.testing.assert_close(none, full.expand(16, -1, -1), rtol=0, atol=1e-5)
         torch.manual_seed(0)
         mixed = make(top_k=20, block_dropout=0.9, block_dropout_rows=0.5).train()(many).logits
     whole = ((mixed - full).abs().amax(dim=(1, 2)) < 1e-5).sum().item()
     assert 3 <= whole <= 13
 
 
-def test_a_row_draws_once_for_all_layers():
-    landmarks = Landmarks.plan(torch.ones(3, 20, dtype=torch.bool), None, 4, True)
-    first = landmarks.draw()
-    assert first.shape == (3, 2) and first.unique().numel() == 6
-    assert landmarks.draw() is first
-    torch.manual_seed(0)
-    landmarks.draw()
-    after = torch.rand(1)
-    torch.manual_seed(0)
-    Landmarks.plan(torch.ones(3, 20, dtype=torch.bool), None, 4, True).draw()
-    assert torch.equal(after, torch.rand(1)), "a layer that runs again draws as many numbers"
+def test_a_row_draws_once_for_all_layers(ids):
+    model, seen = make(block_dropout=0.5), []
+    for layer in model.model.layers:
+        layer.self_attn.mixer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["landmarks"].drawn), with_kwargs=True
+        )
+    with torch.no_grad():
+        model(ids)
+        assert seen and all(drawn is None for drawn in seen)
+        seen.clear()
+        model.train()(ids)
+    assert len(seen) > 1 and all(drawn is seen[0] for drawn in seen)
+    assert seen[0].shape == (len(ids), 2) and seen[0].unique().numel() == 2 * len(ids)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.6])
