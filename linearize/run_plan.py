@@ -206,19 +206,22 @@ def read_teacher(config: RunConfig) -> Any:
     """The teacher's config.
 
     Raises:
-        UserError: it cannot be read, or transformers knows no such architecture.
+        UserError: it cannot be read, transformers knows no such architecture, or its weights are quantised.
     """
     from linearize.conversion import load_config
     from linearize.modeling import BACKBONES
+    from linearize.quantization import refuse_quantized
 
     try:
-        return load_config(config.model_name_or_path, revision=config.revision)
+        teacher = load_config(config.model_name_or_path, revision=config.revision)
     except UserError:
         raise
     except ValueError as error:
         known = ", ".join(BACKBONES)
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{config.model_name_or_path} cannot be converted: {reason} Known are {known}.") from error
+    refuse_quantized(config.model_name_or_path, teacher)
+    return teacher
 
 
 def _sizes_of(config: RunConfig, student: Any) -> RunConfig:

@@ -113,7 +113,9 @@ class StagedRun:
 
         from linearize.conversion import load_tokenizer
         from linearize.data import main_process_first, prepare_data
+        from linearize.pretraining_model import refuse_quantized_teacher
 
+        refuse_quantized_teacher(settings.distillation)
         self.settings, self.directory, self.path = settings, directory, directory.path
         self.state = PartialState(cpu=settings.device == "cpu")
         with stage("preparing the data"):
