@@ -125,7 +125,12 @@ def convert_like(model_name_or_path: str | Path, student: PreTrainedConfig, **op
 
 
 def load_student(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", token: str | None = None, **options: Any
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load a converted repository with this package's classes.
 
@@ -133,7 +138,8 @@ def load_student(
         UserError: it cannot be read, or is no converted repository.
     """
     source = str(path)
-    config = load_config(source, token=token)
+    where = {"revision": revision, "token": token}
+    config = load_config(source, **where)
     if not config.model_type.startswith(PREFIX):
         raise UserError(
             f"{source} is a {config.model_type} model, not a converted one: run `linearize convert` on it first"
@@ -141,9 +147,7 @@ def load_student(
     with quiet_transformers(), explained(source):
         backbone = BACKBONES[config.model_type.removeprefix(PREFIX)]
         load: Any = backbone.auto_class(config.architectures).from_pretrained
-        model, info = load(
-            source, dtype=dtype, token=token, trust_remote_code=False, output_loading_info=True, **options
-        )
+        model, info = load(source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **where, **options)
     if lost := sorted(info["missing_keys"]):
         raise UserError(f"{source} lacks {len(lost)} weights, first {lost[0]}: save the repository again")
     keep_differentiable(model)
@@ -183,7 +187,7 @@ def load_encoder(
         known = ", ".join(name for name, backbone in BACKBONES.items() if backbone.encoder)
         raise UserError(f"{source} is a {config.model_type} model, which is no encoder: known are {known}")
     if config.model_type.startswith(PREFIX):
-        return load_student(source, dtype=dtype)
+        return load_student(source, dtype=dtype, revision=revision)
     auto_class = BACKBONES[config.model_type].auto_class(config.architectures)
     with quiet_transformers(), explained(source):
         return auto_class.from_pretrained(source, dtype=dtype, revision=revision).eval()

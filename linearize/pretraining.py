@@ -336,18 +336,18 @@ def _record(settings: PretrainConfig, report: PretrainReport) -> dict[str, Any]:
     from linearize.hub import make_record, read_record
 
     what = "all weights" if settings.training.train == "all" else settings.training.train
+    source, recipe, earlier = settings.model_name_or_path, to_values(settings), None
+    if source is not None:
+        earlier = read_record(source)
+        of_this_run = {name: recipe[name] for name in ("data", "training", "distillation")}
+        recipe = {**(earlier.get("recipe") or {}), **of_this_run}
+    record = make_record(
+        source,
+        earlier=earlier,
+        recipe=recipe,
+        tokens={what: report.tokens},
+        seconds={what: report.seconds},
+        peak_memory_bytes={what: report.peak_memory_bytes},
+    )
     measured = {"perplexity": report.perplexity, "tokens": report.perplexity_tokens, "accuracy": report.accuracy}
-    if settings.model_name_or_path is None:
-        record = make_record(
-            None,
-            recipe=to_values(settings),
-            tokens={what: report.tokens},
-            seconds={what: report.seconds},
-            peak_memory_bytes={what: report.peak_memory_bytes},
-        )
-        return {**record, "parameters": report.parameters, "validation": measured}
-    record = read_record(settings.model_name_or_path)
-    tokens = {**(record.get("tokens") or {})}
-    tokens[what] = tokens.get(what, 0) + report.tokens
-    record = {**record, "tokens": tokens}
-    return {**record, "validation": measured} if "validation" in record else record
+    return {**record, "parameters": report.parameters, "validation": measured}

@@ -179,7 +179,7 @@ def _calibrates(config: RunConfig, teacher: Any, converted: bool) -> bool:
 
     if not converted:
         return calibrates(config.attention)
-    record = read_record(config.model_name_or_path)
+    record = read_record(config.model_name_or_path, revision=config.revision)
     untouched = record and not record.get("calibration") and not any((record.get("tokens") or {}).values())
     return bool(untouched) and not (record.get("recipe") or {}).get("imported") and calibrates(teacher)
 

@@ -16,6 +16,7 @@ from linearize.pretraining import pretrain
 from linearize.pretraining_settings import PretrainConfig, PretrainingConfig
 from linearize.run_directory import CONFIG, FINAL, RunDirectory
 from linearize.settings import DataConfig, DistillationConfig, RunSettings
+from linearize.settings_io import to_values
 
 REPORT = "report.json"
 TEACHER = "teacher, trained on the same tokens"
@@ -177,15 +178,31 @@ class StagedRun:
         student: Any,
         path: Path,
         *,
+        earlier: Mapping[str, Any] | None = None,
+        transferred: Any = None,
         calibration: Mapping[str, Any] | None = None,
-        record: dict[str, Any] | None = None,
     ) -> None:
-        """Save a model between stages; record: None makes the one of a model that is only converted."""
-        from linearize.hub import make_record, save_final
+        """Save a model between stages.
+
+        Args:
+            earlier: record of the model that it goes on from; None: it was converted from the teacher.
+            transferred: `TransferResult` of the attention transfer that trained it, if one has.
+            calibration: what the record says of it.
+        """
+        from linearize.hub import loaded_commit, make_record, save_final
 
         if self.state.is_main_process:
-            recipe = {"attention": self.settings.attention}
-            record = record or make_record(self.settings.model_name_or_path, recipe=recipe, calibration=calibration)
+            source, done = self.settings.model_name_or_path, {"transfer": transferred} if transferred else {}
+            record = make_record(
+                source,
+                earlier=earlier,
+                revision=loaded_commit(source),
+                recipe=to_values(self.settings) if earlier is None else None,
+                tokens={name: outcome.tokens for name, outcome in done.items()},
+                seconds={name: outcome.seconds for name, outcome in done.items()},
+                peak_memory_bytes={name: outcome.peak_memory_bytes for name, outcome in done.items()},
+                calibration=calibration,
+            )
             save_final(student, self.tokenizer, path, record)
         self.state.wait_for_everyone()
 
