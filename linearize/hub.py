@@ -160,7 +160,7 @@ def read_record(
     """`linearize.json` of any source: a converted repository's directory, a run's, or a Hub id.
 
     Args:
-        source: Where the model was or will be loaded from.
+        source: Where the model was or will be loaded from; a `Path` is always local.
         revision, token: Of the Hub repository.
 
     Returns:
@@ -169,7 +169,11 @@ def read_record(
     Raises:
         UserError: The file is damaged, or whether there is one cannot be found out.
     """
-    path = _record_path(os.fspath(source), revision, token)
+    if isinstance(source, Path) or os.path.exists(source):
+        places = [Path(source) / RECORD_FILE, Path(source) / FINAL / RECORD_FILE]
+        path = next((place for place in places if place.is_file()), None)
+    else:
+        path = _fetched_record(os.fspath(source), revision, token)
     if path is None:
         return {}
     try:
@@ -181,15 +185,12 @@ def read_record(
     return record if isinstance(record, dict) else {}
 
 
-def _record_path(source: str, revision: str | None, token: str | None) -> Path | None:
-    """Where the record of a source lies on this machine, fetched from the Hub if need be."""
+def _fetched_record(source: str, revision: str | None, token: str | None) -> Path | None:
+    """Where the record of a Hub repository lies in the cache."""
     from transformers.utils import cached_file
 
     from linearize.load_errors import explained
 
-    if os.path.exists(source):
-        places = [Path(source) / RECORD_FILE, Path(source) / FINAL / RECORD_FILE]
-        return next((place for place in places if place.is_file()), None)
     with explained(source, what="record"):
         found = cached_file(
             source, RECORD_FILE, revision=revision, token=token, _raise_exceptions_for_missing_entries=False

@@ -10,6 +10,7 @@ Each process of a launcher calls it; the main one alone prints and writes. What 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -130,7 +131,7 @@ class _Run:
     def _finish(self, model: Any, report: Any) -> None:
         """Merge, save, measure and push: the main process, while the others are done."""
         final = self._merged(model)
-        self._save(final)
+        self._save(final, self.directory.final)
         self._evaluate(final, report)
         self._push()
         self._say(f"Saved {self.directory.final}")
@@ -267,9 +268,21 @@ class _Run:
                 resume=self.config.resume_from_checkpoint,
                 report_to=self.config.report_to,
                 tokenizer=self.tokenizer,
-                base_model=self.config.model_name_or_path,
+                **self._base_of_adapter(model),
             )
         self._say_stage("finetuning", self.result.finetune)
+
+    def _base_of_adapter(self, model: Any) -> dict[str, Any]:
+        """The repository that stage 2's adapters belong on: the one that the run starts from, or what calibration and
+        stage 1 have made of it, which is saved for them."""
+        source = self.config.model_name_or_path
+        if self.plan.converted and self.result.transfer is None and self.result.calibration is None:
+            local = os.path.exists(source)
+            return {"base_model": os.path.abspath(source) if local else source, "revision": self.config.revision}
+        if self.state.is_main_process:
+            self._save(self._merged(model), self.directory.transferred)
+        self.state.wait_for_everyone()
+        return {"base_model": self.directory.transferred.absolute()}
 
     def _merged(self, model: Any) -> Any:
         """The plain model in full weights."""
@@ -295,8 +308,9 @@ class _Run:
             revision=self.config.revision,
         )
 
-    def _save(self, model: Any) -> None:
-        from linearize.hub import loaded_commit, make_record, save_final
+    def _save(self, model: Any, directory: Path) -> None:
+        """Leave the converted repository of the stages so far, unless it is there."""
+        from linearize.hub import loaded_commit, make_record, read_record, save_final
 
         earlier, stages = self._earlier_record(), {"transfer": self.result.transfer, "finetune": self.result.finetune}
         done = {name: outcome for name, outcome in stages.items() if outcome is not None}
@@ -312,8 +326,10 @@ class _Run:
             calibration=self.result.calibration.summary() if self.result.calibration else None,
         )
         self.result.record = self.record
+        if directory == self.directory.transferred and read_record(directory).get("tokens") == self.record["tokens"]:
+            return
         with stage("saving the model"):
-            save_final(model, self.tokenizer, self.directory.final, self.record)
+            save_final(model, self.tokenizer, directory, self.record)
 
     def _recipe(self, earlier: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of this run; of a model converted before, its attention and the stages that it went through."""

@@ -1,4 +1,4 @@
-"""What a repository says of itself: the record of any source is found, goes on from stage to stage, and labels rows."""
+"""What a repository says of itself: the record of any source is found, goes on over stages, and labels rows."""
 
 import json
 import sys
@@ -68,9 +68,8 @@ def converted(inputs, path, **values):
 
 def reference(source, inputs, tmp_path):
     """The names of the reference and the control that `evaluate` measures."""
-    assert (
-        main(["evaluate", str(source), "--text", str(inputs / "other.jsonl"), "--output", str(tmp_path), *SMALL]) == 0
-    )
+    words = ["evaluate", str(source), "--text", str(inputs / "other.jsonl"), "--output", str(tmp_path), *SMALL]
+    assert main(words) == 0
     report = json.loads((tmp_path / "evaluation.json").read_text())
     return report["reference"], report["control"]
 
