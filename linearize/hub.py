@@ -26,10 +26,11 @@ FINAL = "final"
 """The repository in a run directory."""
 OF_THE_MECHANISM = ("transfer", "scalers")
 """Stages that train nothing else."""
-OWNED_SUFFIXES = (".safetensors", ".safetensors.index.json", ".py")
+FILES = "files"
+"""Part of a pushed record: the files that the push left, which the next one may delete."""
 MAX_SHARD_SIZE = "5GB"
-MEASURED = ("evaluation", "tasks", "embeddings", "validation", "glue")
-"""Parts of a record that were measured on its weights, and say nothing of others."""
+OF_THESE_WEIGHTS = ("evaluation", "tasks", "embeddings", "validation", "glue", FILES)
+"""Parts of a record that say nothing of other weights: what was measured on its own, and where they went."""
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
 PRIVATE_SETTINGS = ("output_dir", "overwrite", "resume_from_checkpoint", "push_to_hub", "cache_dir", "include_path")
 """Settings that say where a run lived and not what it was: they stay out of a repository that may be published."""
@@ -115,7 +116,7 @@ def make_record(
         embeddings: `evaluation.embeddings.EmbeddingReport.to_dict()`, of an encoder.
         calibration: `calibration.CalibrationReport.summary()`.
     """
-    before = {name: value for name, value in (earlier or {}).items() if name not in MEASURED}
+    before = {name: value for name, value in (earlier or {}).items() if name not in OF_THESE_WEIGHTS}
     if before:
         start = {}
     else:
@@ -388,29 +389,38 @@ def push(
     api = HfApi(token=token)
     with readable_hub_errors(repo_id, "push to"):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
+        present = api.list_repo_files(url.repo_id)
+        earlier = read_record(url.repo_id, token=token) if RECORD_FILE in present else {}
         api.create_commit(
             url.repo_id,
-            _operations(path, url.repo_id, api.list_repo_files(url.repo_id)),
+            _operations(path, url.repo_id, present, earlier),
             commit_message=message or "Upload a model converted with linearize",
         )
     return str(url)
 
 
-def _operations(directory: Path, repo_id: str, present: list[str]) -> list[Any]:
-    """One commit that leaves the repository with this model's files alone.
+def _operations(
+    directory: Path, repo_id: str, present: list[str], earlier: Mapping[str, Any] | None = None
+) -> list[Any]:
+    """One commit after which a repository loads as this model, and keeps what is not of it.
 
-    Weights and code of an earlier upload must go: transformers would load an old `model.safetensors` beside new
-    shards. The card names the repository in place of the local directory.
+    Args:
+        directory: Of the model.
+        repo_id: The repository's whole name.
+        present: Its files.
+        earlier: The record that it holds.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+    from linearize.push_files import card_for, stale_files
+
     found = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
-    files = {name: file for name, file in found.items() if not name.startswith(".")}
-    stale = [name for name in present if name not in files and name.endswith(OWNED_SUFFIXES)]
+    files: dict[str, Any] = {name: file for name, file in found.items() if not name.startswith(".")}
+    record = {**(read_record(directory) or {"unrecorded": True}), FILES: sorted({*files, RECORD_FILE, CARD_FILE})}
+    files[RECORD_FILE] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    files[CARD_FILE] = card_for(directory, repo_id).encode("utf-8")
+    stale = stale_files(present, files, (earlier or {}).get(FILES, ()))
     operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in stale]
-    for name, file in sorted(files.items()):
-        content: Any = file
-        if name == CARD_FILE:
-            content = file.read_text(encoding="utf-8").replace(f'"{directory.name}"', f'"{repo_id}"').encode("utf-8")
-        operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
-    return operations
+    return operations + [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in sorted(files.items())
+    ]
