@@ -135,9 +135,11 @@ class _GlueRun:
         from linearize.data import main_process_first
         from linearize.glue_metrics import GlueMetrics
         from linearize.glue_training import check_model
+        from linearize.launcher import check_launcher
         from linearize.training_log import tracker_names
 
         settings = self.settings
+        check_launcher()
         tracker_names(settings.report_to)
         settings.training.stage(1, settings.data.sequence_length, 0.0, self.state.num_processes)
         for source, revision in dict.fromkeys((run.source, run.revision) for run in waiting):

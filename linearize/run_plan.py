@@ -344,9 +344,11 @@ def check_lengths(config: RunConfig, teacher: Any) -> None:
 
 def check_environment(config: RunConfig) -> None:
     """Refuse now what would fail after hours: a missing package, device, folder or token."""
+    from linearize.launcher import check_launcher
     from linearize.quantization import require_bitsandbytes
     from linearize.training_log import tracker_names
 
+    check_launcher(config.device)
     tracker_names(config.report_to)
     if config.load_in_4bit or config.load_in_8bit:
         require_bitsandbytes()

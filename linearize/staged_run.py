@@ -114,8 +114,10 @@ class StagedRun:
 
         from linearize.conversion import load_tokenizer
         from linearize.data import main_process_first, prepare_data
+        from linearize.launcher import check_launcher
         from linearize.pretraining_model import refuse_quantized_teacher
 
+        check_launcher()
         refuse_quantized_teacher(settings.distillation)
         self.settings, self.directory, self.path = settings, directory, directory.path
         self.state = PartialState(cpu=settings.device == "cpu")
