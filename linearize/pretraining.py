@@ -187,12 +187,14 @@ class _Pretraining:
         from linearize.data_rows import prepare_rows
         from linearize.evaluation.arms import is_student
         from linearize.masking import Masking
+        from linearize.memory_full import check_pretraining
         from linearize.pretraining_model import build_distiller, build_model, check_model, trains_encoder
         from linearize.pretraining_tokenizer import make_tokenizer
 
         settings, data = self.settings, self.settings.data
         self.encoder = trains_encoder(settings)
         check_model(settings)
+        check_pretraining(settings, self.state)
         with stage("preparing the data"):
             self.tokenizer = make_tokenizer(settings, self.encoder)
             prepare: Any = prepare_rows if self.encoder else prepare_data

@@ -121,6 +121,7 @@ class StagedRun:
         refuse_quantized_teacher(settings.distillation)
         self.settings, self.directory, self.path = settings, directory, directory.path
         self.state = PartialState(cpu=settings.device == "cpu")
+        self._check_memory()
         with stage("preparing the data"):
             self.tokenizer = load_tokenizer(settings.model_name_or_path)
             self.train, validation = prepare_data(settings.data, self.tokenizer)
@@ -128,6 +129,17 @@ class StagedRun:
         self.validation = [validation[i] for i in range(min(shown, len(validation)))]
         self.rows: list[Row] = []
         main_process_first(lambda: directory.prepare() if self.state.is_main_process else None)
+
+    def _check_memory(self) -> None:
+        """Refuse stages of all weights that cannot fit, before the first of them: the student has the teacher's shape,
+        and learns from a model of its own size or the one that the settings name."""
+        from linearize.conversion import load_config
+        from linearize.memory_full import check_full_training
+
+        source, distillation = self.settings.model_name_or_path, self.settings.distillation
+        config = load_config(source)
+        teacher = load_config(distillation.teacher or source) if distillation is not None else None
+        check_full_training(source, config, self.state, teacher=teacher)
 
     def _train(self, name: str, start: Path, training: PretrainingConfig) -> Path:
         """A stage of training, on from `start`; the directory of what comes out."""
