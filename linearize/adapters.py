@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,9 +13,11 @@ import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from linearize.checkpointing import atomic_directory
 from linearize.errors import UserError
+from linearize.hub import CARD_FILE, is_converted
 from linearize.modeling import PREFIX, backbone_of
 from linearize.quantization import freeze_base, is_quantized
 
@@ -25,6 +28,8 @@ if TYPE_CHECKING:
 
 MIXER = "mixer"
 """Name of the mechanism's module in every converted attention."""
+UNSAVED = "a converted model that was not saved (its README.md says how to load this adapter)"
+"""Base of an adapter on a model that lies in no repository: loading it by that name fails, and says why."""
 
 
 class AdaptedModel(PeftModelForCausalLM):
@@ -90,13 +95,35 @@ def check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
         )
 
 
-def add_adapters(model: PreTrainedModel, config: FinetuneConfig, *, train_mixers: bool) -> AdaptedModel:
+def base_of(model: PreTrainedModel) -> str:
+    """The converted repository that a model was loaded from, as an adapter names it; `UNSAVED` of one that was just
+    converted, whose teacher the adapter does not belong on."""
+    name = model.name_or_path
+    if name and not os.path.isfile(name):
+        with contextlib.suppress(OSError):
+            found = cached_file(name, "config.json", local_files_only=True)
+            if found is not None and is_converted(Path(found).parent):
+                return os.path.abspath(name) if os.path.exists(name) else name
+    return UNSAVED
+
+
+def add_adapters(
+    model: PreTrainedModel,
+    config: FinetuneConfig,
+    *,
+    train_mixers: bool,
+    base_model: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
+) -> AdaptedModel:
     """Freezes the model and puts LoRA on the configured layers, in place.
 
     Args:
         model: The converted model; half-precision and quantised bases get float32 adapters.
         config: Rank, alpha, dropout and target layers; without any the attention's projections.
         train_mixers: Train a float32 copy of every mechanism along; it is saved with the adapter.
+        base_model: What the adapter belongs on, written as its `base_model_name_or_path`: the converted repository
+            (path or Hub id). Default: where the model was loaded from.
+        revision: Of that repository on the Hub.
 
     Raises:
         UserError: A target layer that the model does not have.
@@ -114,7 +141,8 @@ def add_adapters(model: PreTrainedModel, config: FinetuneConfig, *, train_mixers
         target_modules=targets,
         fan_in_fan_out=transposes(model),
         modules_to_save=[MIXER] if train_mixers and has_mixers else None,
-        base_model_name_or_path=model.name_or_path or None,
+        base_model_name_or_path=base_of(model) if base_model is None else os.fspath(base_model),
+        revision=revision,
     )
     return AdaptedModel(model, lora)
 
@@ -128,29 +156,28 @@ def save_adapter(
     model: PeftModel,
     directory: str | os.PathLike[str],
     *,
-    base_model: str | os.PathLike[str] | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Path:
-    """Writes the adapter in peft's format, atomically.
+    """Writes the adapter in peft's format, with a card of its own, atomically.
 
     Args:
-        model: What `finetune` returned.
+        model: What `finetune` returned; its adapter names what it belongs on (`add_adapters`).
         directory: Made, or replaced as a whole.
-        base_model: What the adapter belongs on, written as its `base_model_name_or_path`: the converted repository
-            (path or Hub id). Default: where the model was loaded from.
         tokenizer: Saved beside it.
 
     Raises:
         UserError: The disk is full or the directory cannot be written.
     """
-    if base_model is not None:
-        for config in model.peft_config.values():
-            config.base_model_name_or_path = os.fspath(base_model)
-    with atomic_directory(directory) as partial:
+    from linearize.model_card import adapter_card
+
+    path, lora = Path(directory), model.peft_config["default"]
+    with atomic_directory(path) as partial:
         model.save_pretrained(str(partial), save_embedding_layers=False)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
-    return Path(directory)
+        text = adapter_card(path.name, lora, model.get_base_model().config, unsaved=UNSAVED)
+        (partial / CARD_FILE).write_text(text, encoding="utf-8")
+    return path
 
 
 def merge(model: PeftModel) -> PreTrainedModel:

@@ -8,7 +8,7 @@ from typing import Any
 
 from linearize.errors import UserError
 from linearize.failures import stage
-from linearize.hub import find_converted, is_converted
+from linearize.hub import is_converted
 from linearize.modeling import is_encoder
 
 HARDWARE = ("gain-cell",)
@@ -125,7 +125,7 @@ def evaluate_model(
     from linearize.evaluation.arms import gain_cell_layers
     from linearize.evaluation.context_lengths import parse_trials
     from linearize.evaluation.context_run import prepare_contexts
-    from linearize.hub import base_was_trained, read_record
+    from linearize.hub import base_is_teacher, read_record
 
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("limit", limit)):
         if value is not None and value < 1:
@@ -152,8 +152,7 @@ def evaluate_model(
         parts = prepare_contexts(model, tokenizer, contexts, texts=texts, text_field=text_field, **measured)
         if texts:
             blocks = load_text_blocks(list(texts), tokenizer, sequence_length, max_tokens, text_field=text_field)
-            path = find_converted(source) if converted and Path(source).is_dir() else None
-            merged = path is not None and base_was_trained(read_record(path))
+            merged = converted and not base_is_teacher(read_record(source))
             original = _original(model, teacher) if converted and teacher else None
             report = evaluate(
                 model, blocks, original=original, merged=merged, controls=controls, batch_size=batch_size, speed=speed
@@ -205,16 +204,14 @@ def evaluate_encoder(
     from linearize.data_rows import read_documents
     from linearize.evaluation.arms import has_branches, is_student
     from linearize.evaluation.embeddings import TEACHER, EmbeddingEvaluation
-    from linearize.hub import base_was_trained, read_record
+    from linearize.hub import base_is_teacher, read_record
 
     place, source = choose_device(device), _model_of(source)
     with stage("loading the model"):
         model: Any = load_encoder(source).to(place)
         tokenizer = load_tokenizer(source)
         original: Any = load_encoder(teacher).to(place) if teacher else None
-    record = read_record(source) if Path(source).is_dir() else {}
-    untouched = bool(record) and not base_was_trained(record)
-    if is_student(model) and original is None and not untouched:
+    if is_student(model) and original is None and not base_is_teacher(read_record(source)):
         raise UserError(f"The weights of {source} are not its teacher's: name the teacher with --teacher.")
     length = min(max_length, model.config.max_position_embeddings)
     with stage("evaluation", f"lower --batch_size (now {batch_size})"):

@@ -1,6 +1,7 @@
 """From a stock checkpoint to an untrained student, and back into memory from a converted repository."""
 
 import contextlib
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, is_dataclass
@@ -14,11 +15,14 @@ from transformers.utils import logging as transformers_logging
 from linearize.errors import UserError
 from linearize.load_errors import explained
 from linearize.modeling import BACKBONES, PREFIX, Backbone, is_encoder
-from linearize.quantization import keep_differentiable
+from linearize.quantization import keep_differentiable, refuse_quantized
 
 logger = logging.getLogger(__name__)
 
 SLIDING_WINDOW = ("keep", "lift")
+
+GENERATION_MODES = ("do_sample", "num_beams", "use_cache", "return_dict_in_generate")
+"""Settings of a generation config that say whether others mean anything."""
 
 NOT_CARRIED = (
     "model_type",
@@ -121,7 +125,12 @@ def convert_like(model_name_or_path: str | Path, student: PreTrainedConfig, **op
 
 
 def load_student(
-    path: str | Path, *, dtype: str | torch.dtype = "auto", token: str | None = None, **options: Any
+    path: str | Path,
+    *,
+    dtype: str | torch.dtype = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    **options: Any,
 ) -> PreTrainedModel:
     """Load a converted repository with this package's classes.
 
@@ -129,7 +138,8 @@ def load_student(
         UserError: it cannot be read, or is no converted repository.
     """
     source = str(path)
-    config = load_config(source, token=token)
+    where = {"revision": revision, "token": token}
+    config = load_config(source, **where)
     if not config.model_type.startswith(PREFIX):
         raise UserError(
             f"{source} is a {config.model_type} model, not a converted one: run `linearize convert` on it first"
@@ -137,12 +147,11 @@ def load_student(
     with quiet_transformers(), explained(source):
         backbone = BACKBONES[config.model_type.removeprefix(PREFIX)]
         load: Any = backbone.auto_class(config.architectures).from_pretrained
-        model, info = load(
-            source, dtype=dtype, token=token, trust_remote_code=False, output_loading_info=True, **options
-        )
+        model, info = load(source, dtype=dtype, trust_remote_code=False, output_loading_info=True, **where, **options)
     if lost := sorted(info["missing_keys"]):
         raise UserError(f"{source} lacks {len(lost)} weights, first {lost[0]}: save the repository again")
     keep_differentiable(model)
+    mend_generation_config(model, source)
     return model.eval()
 
 
@@ -159,7 +168,9 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = torch.float32) ->
         return load_student(source, dtype=dtype)
     with quiet_transformers(), explained(source):
         load: Any = AutoModelForCausalLM.from_pretrained
-        return load(source, dtype=dtype).eval()
+        model = load(source, dtype=dtype)
+    mend_generation_config(model, source)
+    return model.eval()
 
 
 def load_encoder(
@@ -176,7 +187,7 @@ def load_encoder(
         known = ", ".join(name for name, backbone in BACKBONES.items() if backbone.encoder)
         raise UserError(f"{source} is a {config.model_type} model, which is no encoder: known are {known}")
     if config.model_type.startswith(PREFIX):
-        return load_student(source, dtype=dtype)
+        return load_student(source, dtype=dtype, revision=revision)
     auto_class = BACKBONES[config.model_type].auto_class(config.architectures)
     with quiet_transformers(), explained(source):
         return auto_class.from_pretrained(source, dtype=dtype, revision=revision).eval()
@@ -310,6 +321,7 @@ def teacher_backbone(source: str, config: PreTrainedConfig) -> Backbone:
     if config.model_type not in BACKBONES:
         kind, known = config.model_type, ", ".join(BACKBONES)
         raise UserError(f"{source} is a {kind} model, which cannot be converted yet: supported are {known}")
+    refuse_quantized(source, config)
     return BACKBONES[config.model_type]
 
 
@@ -333,20 +345,48 @@ def take_generation_config(model: PreTrainedModel, source: str, where: dict) -> 
 
     with contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(source, **where)
+    mend_generation_config(model, source)
+
+
+def mend_generation_config(model: Any, source: str) -> None:
+    """Leave out settings of a checkpoint that have no effect or contradict others, such as a temperature of greedy
+    decoding: transformers refuses to save them, which a run would find out when all training is done."""
+    from transformers import GenerationConfig
+
+    config: Any = getattr(model, "generation_config", None)
+    if config is None or _is_valid(config):
+        return
+    found = config.to_diff_dict()
+    mended, dropped = GenerationConfig(), []
+    for name in sorted(found, key=lambda name: name not in GENERATION_MODES):  # the others depend on these
+        trial = copy.deepcopy(mended)
+        setattr(trial, name, found[name])
+        if _is_valid(trial):
+            mended = trial
+        else:
+            dropped.append(name)
+    logger.warning(
+        "the generation config of %s does not validate and is saved without %s, which it cannot have beside its other "
+        "settings",
+        source,
+        ", ".join(dropped),
+    )
+    model.generation_config = mended
+
+
+def _is_valid(config: Any) -> bool:
+    """Whether transformers saves a generation config."""
+    with quiet_transformers():
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            return False
+    return True
 
 
 def take_saved_generation_config(model: Any, source: str) -> None:
-    """Those of a checkpoint of an old version; of settings that transformers refuses to save, the ids of special
-    tokens."""
-    from transformers import GenerationConfig
-
+    """Those of a checkpoint of an old version, with the model's padding token."""
     take_generation_config(model, source, {})
-    config: Any = model.generation_config
-    ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        model.generation_config = GenerationConfig(**ids)
     model.generation_config.pad_token_id = model.config.pad_token_id
 
 

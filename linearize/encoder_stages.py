@@ -131,6 +131,7 @@ class _EncoderRun:
 
         from linearize.conversion import convert, load_config, load_tokenizer
         from linearize.encoder_training import check_masked_head
+        from linearize.launcher import check_launcher
         from linearize.masking import Masking
         from linearize.modeling import is_encoder
         from linearize.training_log import tracker_names
@@ -147,6 +148,7 @@ class _EncoderRun:
                 f"data.sequence_length is {length}, but the teacher has {config.max_position_embeddings} positions: "
                 "lower it."
             )
+        check_launcher()
         tracker_names(settings.report_to)
         for name in AFTER:  # refused now, not after the stages before
             if (section := getattr(settings, name)) is not None:

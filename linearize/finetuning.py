@@ -90,6 +90,7 @@ def finetune(
     arm: Literal["mixed", "teacher"] = "mixed",
     tokenizer: PreTrainedTokenizerBase | None = None,
     base_model: str | os.PathLike[str] | None = None,
+    revision: str | None = None,
     device: str | None = None,
 ) -> FinetuneResult:
     """Trains adapters (and the mechanism) of a converted model, in place.
@@ -108,7 +109,8 @@ def finetune(
         arm: "teacher" trains the yardstick: the same adapters and steps on the softmax teacher, the mechanism
             untouched.
         tokenizer: Saved beside the adapter.
-        base_model: What the adapter is recorded to belong on; default: where the model was loaded from.
+        base_model: The converted repository that the adapter belongs on; default: where the model was loaded from.
+        revision: Of that repository on the Hub.
         device: "cpu" keeps to the CPU; None takes the process's GPU where there is one.
 
     Raises:
@@ -147,7 +149,8 @@ def finetune(
     if checkpoint is not None:
         require_same_run(checkpoint, run)
     set_seed(seed)
-    adapted = add_adapters(model, config, train_mixers=config.train_mixers and arm != "teacher")
+    belongs: dict[str, Any] = {"base_model": base_model, "revision": revision}
+    adapted = add_adapters(model, config, train_mixers=config.train_mixers and arm != "teacher", **belongs)
     is_main = arguments.process_index == 0
     log = TrainingLog(output / LOG, checkpoint.step if checkpoint else None) if is_main else None
     memory = PeakMemory(arguments.device)
@@ -156,7 +159,7 @@ def finetune(
     seconds = time.perf_counter() - start
     if is_main:
         plot_losses(read_log(output / LOG), output / "plots" / "finetune_loss.png", with_kl=bool(config.kl_weight))
-        save_adapter(adapted, output / "adapter", base_model=base_model, tokenizer=tokenizer)
+        save_adapter(adapted, output / "adapter", tokenizer=tokenizer)
     PartialState().wait_for_everyone()
     return FinetuneResult(
         model=adapted,

@@ -182,16 +182,17 @@ class _Stages(StagedRun):
         student.to(self.state.device)
         with stage("fitting the scalers to the teacher's moments"):
             start_from_moments(student, self.measured_on, self.settings.adaptation.batch_size)
+        transferred = None
         if settings.transfer is not None:
             from linearize.transfer import transfer_attention
 
-            transfer_attention(
+            transferred = transfer_attention(
                 student, self.train, settings.transfer, output_dir=self.path, seed=settings.seed,
                 resume=settings.resume_from_checkpoint, report_to=settings.report_to,
                 device="cpu" if settings.device == "cpu" else None,
             )  # fmt: skip
         self._measure("linear cell, before stage A", 0, student)
-        self._save(student, start)
+        self._save(student, start, transferred=transferred)
 
     def _distillation(self, name: str) -> DistillationConfig | None:
         """The refinement learns from stage A's model alone."""
@@ -208,6 +209,7 @@ class _Stages(StagedRun):
         """The nonlinear cell with stage A's weights and statistics."""
         from linearize.adaptation import adapt_scalers, collect_statistics, plot_adaptation, save_statistics
         from linearize.conversion import load_student
+        from linearize.hub import read_record
 
         adapted, log = self.path / "adapted", self.path / "logs" / "adaptation.json"
         tokens = self._tokens_before("refined")
@@ -227,7 +229,7 @@ class _Stages(StagedRun):
                     plot_adaptation(report, self.path / "plots" / "adaptation.png")
                     log.parent.mkdir(parents=True, exist_ok=True)
                     log.write_text(json.dumps(self.adaptation, indent=1), encoding="utf-8")
-                self._save(nonlinear, adapted)
+                self._save(nonlinear, adapted, earlier=read_record(linear))
                 if self.state.is_main_process:
                     save_statistics(targets, adapted)
         self._measure("nonlinear cell, adapted", tokens, nonlinear)

@@ -135,9 +135,11 @@ class _GlueRun:
         from linearize.data import main_process_first
         from linearize.glue_metrics import GlueMetrics
         from linearize.glue_training import check_model
+        from linearize.launcher import check_launcher
         from linearize.training_log import tracker_names
 
         settings = self.settings
+        check_launcher()
         tracker_names(settings.report_to)
         settings.training.stage(1, settings.data.sequence_length, 0.0, self.state.num_processes)
         for source, revision in dict.fromkeys((run.source, run.revision) for run in waiting):
@@ -317,7 +319,7 @@ class _GlueRun:
         """The finetuned model as a repository."""
         from linearize.checkpointing import atomic_directory
         from linearize.evaluation.arms import is_student
-        from linearize.hub import published_settings, read_record, save_final
+        from linearize.hub import make_record, published_settings, read_record, save_final
 
         target = self.path / "models" / run.key
         if not is_student(model):
@@ -325,13 +327,12 @@ class _GlueRun:
                 model.save_pretrained(partial)
                 tokenizer.save_pretrained(partial)
             return
-        of_other_weights = ("evaluation", "embeddings", "tasks", "validation")
-        record = {name: value for name, value in read_record(run.source).items() if name not in of_other_weights}
+        earlier = read_record(run.source, revision=run.revision)
         places = result.steps * self.settings.training.batch_size * self.settings.data.sequence_length
-        tokens = {**(record.get("tokens") or {}), f"finetuning on {TASKS[run.task].name}": places}
+        record = make_record(run.source, earlier=earlier, tokens={f"finetuning on {TASKS[run.task].name}": places})
         glue = {"task": run.task, "seed": run.seed, "learning_rate": run.learning_rate, "scores": result.scores}
         glue["training"] = published_settings(to_values(self.settings.training))
-        save_final(model, tokenizer, target, {**record, "tokens": tokens, "glue": glue})
+        save_final(model, tokenizer, target, {**record, "glue": glue})
 
     def _announce(self, runs: int, waiting: int) -> None:
         """What is not run again, and what that leaves out."""

@@ -26,6 +26,7 @@ from linearize.glue_settings import GlueRunConfig, GlueStage
 from linearize.glue_tasks import TASKS, Task
 from linearize.load_errors import explained
 from linearize.modeling import BACKBONES, PREFIX, is_encoder
+from linearize.quantization import refuse_quantized
 from linearize.stage_trainer import stage_arguments
 from linearize.training_log import TrainingLog
 from linearize.training_loop import Interrupt, PeakMemory, to_device
@@ -81,9 +82,10 @@ def check_model(source: str, revision: str | None, sequence_length: int) -> Any:
     """The config of an encoder that can be finetuned.
 
     Raises:
-        UserError: It cannot be read, is no encoder, or has fewer positions than asked for.
+        UserError: It cannot be read, is quantised, is no encoder, or has fewer positions than asked for.
     """
     config: Any = load_config(source, revision=revision)
+    refuse_quantized(source, config)
     if not is_encoder(config):
         known = ", ".join(name for name, backbone in BACKBONES.items() if backbone.encoder)
         raise UserError(f"{source} is a {config.model_type} model, which is no encoder: known are {known}.")

@@ -11,7 +11,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,8 +26,11 @@ FINAL = "final"
 """The repository in a run directory."""
 OF_THE_MECHANISM = ("transfer", "scalers")
 """Stages that train nothing else."""
-OWNED_SUFFIXES = (".safetensors", ".safetensors.index.json", ".py")
+FILES = "files"
+"""Part of a pushed record: the files that the push left, which the next one may delete."""
 MAX_SHARD_SIZE = "5GB"
+OF_THESE_WEIGHTS = ("evaluation", "tasks", "embeddings", "validation", "glue", FILES)
+"""Parts of a record that say nothing of other weights: what was measured on its own, and where they went."""
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
 PRIVATE_SETTINGS = ("output_dir", "overwrite", "resume_from_checkpoint", "push_to_hub", "cache_dir", "include_path")
 """Settings that say where a run lived and not what it was: they stay out of a repository that may be published."""
@@ -84,6 +87,7 @@ def loaded_commit(source: str | os.PathLike[str], revision: str | None = None) -
 def make_record(
     teacher: str | os.PathLike[str] | None,
     *,
+    earlier: Mapping[str, Any] | None = None,
     revision: str | None = None,
     recipe: Mapping[str, Any] | None = None,
     tokens: Mapping[str, int] | None = None,
@@ -99,6 +103,9 @@ def make_record(
     Args:
         teacher: Hub id or path of the teacher; of a path only the last name is kept. None: there was none, the
             model was trained from random weights.
+        earlier: Record of the converted model that this one goes on from (`read_record`; empty where it has none):
+            teacher, recipe and calibration are its own unless given, tokens, seconds and peaks go on from it, and
+            what was measured on its weights is left out. None: the model was converted from the teacher.
         revision: Commit of the teacher's repository, where there is one.
         recipe: The settings of the run.
         tokens: Training tokens by stage.
@@ -109,28 +116,66 @@ def make_record(
         embeddings: `evaluation.embeddings.EmbeddingReport.to_dict()`, of an encoder.
         calibration: `calibration.CalibrationReport.summary()`.
     """
-    name = None if teacher is None else os.fspath(teacher)
-    parts = {"embeddings": embeddings, "calibration": calibration}
-    measured = {part: dict(values) for part, values in parts.items() if values}
+    before = {name: value for name, value in (earlier or {}).items() if name not in OF_THESE_WEIGHTS}
+    if before:
+        start = {}
+    else:
+        name = None if teacher is None else os.fspath(teacher)
+        start = {
+            "teacher": published_name(name),
+            "teacher_revision": revision,
+            "teacher_on_hub": name is not None and not os.path.exists(name),
+        }
+        if earlier is not None:
+            start["unrecorded"] = True
+    measured = {"embeddings": embeddings, "calibration": calibration}
     return {
-        "teacher": published_name(name),
-        "teacher_revision": revision,
-        "teacher_on_hub": name is not None and not os.path.exists(name),
-        "recipe": published_settings(recipe or {}),
-        "tokens": dict(tokens or {}),
-        "seconds": {stage: round(value, 1) for stage, value in (seconds or {}).items()},
-        "peak_memory_bytes": dict(peak_memory_bytes or {}),
+        **before,
+        **start,
+        "recipe": published_settings(recipe) if recipe is not None else before.get("recipe") or {},
+        "tokens": _by_stage(before.get("tokens"), tokens, sum),
+        "seconds": _by_stage(before.get("seconds"), seconds, lambda values: round(sum(values), 1)),
+        "peak_memory_bytes": _by_stage(before.get("peak_memory_bytes"), peak_memory_bytes, _largest),
         "evaluation": dict(evaluation) if evaluation else None,
         "tasks": dict(tasks) if tasks else None,
-        **measured,
+        **{part: dict(values) for part, values in measured.items() if values},
         "versions": library_versions(),
     }
 
 
-def read_record(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """`linearize.json` of a converted repository; an empty record where the file is missing."""
-    path = Path(directory) / RECORD_FILE
-    if not path.is_file():
+def _by_stage(
+    before: Mapping[str, Any] | None, now: Mapping[str, Any] | None, joined: Callable[[list[Any]], Any]
+) -> dict[str, Any]:
+    """Figures of the stages of all runs that made a model, those of one name `joined`."""
+    parts = [before or {}, now or {}]
+    return {stage: joined([part[stage] for part in parts if stage in part]) for stage in {**parts[0], **parts[1]}}
+
+
+def _largest(values: list[int | None]) -> int | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def read_record(
+    source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None
+) -> dict[str, Any]:
+    """`linearize.json` of any source: a converted repository's directory, a run's, or a Hub id.
+
+    Args:
+        source: Where the model was or will be loaded from; a `Path` is always local.
+        revision, token: Of the Hub repository.
+
+    Returns:
+        An empty record where the source has none.
+
+    Raises:
+        UserError: The file is damaged, or whether there is one cannot be found out.
+    """
+    if isinstance(source, Path) or os.path.exists(source):
+        places = [Path(source) / RECORD_FILE, Path(source) / FINAL / RECORD_FILE]
+        path = next((place for place in places if place.is_file()), None)
+    else:
+        path = _fetched_record(os.fspath(source), revision, token)
+    if path is None:
         return {}
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
@@ -139,6 +184,47 @@ def read_record(directory: str | os.PathLike[str]) -> dict[str, Any]:
             f"{path} is damaged ({error}): restore it, or delete it to go on without the record."
         ) from error
     return record if isinstance(record, dict) else {}
+
+
+def _fetched_record(source: str, revision: str | None, token: str | None) -> Path | None:
+    """Where the record of a Hub repository lies in the cache."""
+    from transformers.utils import cached_file
+
+    from linearize.load_errors import explained
+
+    with explained(source, what="record"):
+        found = cached_file(
+            source, RECORD_FILE, revision=revision, token=token, _raise_exceptions_for_missing_entries=False
+        )
+    return None if found is None else Path(found)
+
+
+def write_record(
+    directory: str | os.PathLike[str], record: Mapping[str, Any], config: Any, *, name: str | None = None
+) -> None:
+    """Write the record of a saved model, and the card that shows it.
+
+    Args:
+        directory: Of the repository.
+        record: See `make_record`.
+        config: The model's.
+        name: What the card's quick start loads; default: the directory's name.
+    """
+    from linearize.checkpointing import write_file
+    from linearize.model_card import model_card
+
+    folder = Path(directory)
+    record_text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
+    for file, text in ((RECORD_FILE, record_text), (CARD_FILE, model_card(name or folder.name, record, config))):
+        write_file(folder / file, text.encode("utf-8"))
+
+
+def base_is_teacher(record: Mapping[str, Any]) -> bool:
+    """Whether the weights beside the mechanism's are the teacher's: the record says where they come from, and nothing
+    but the mechanism has trained since."""
+    if not record or record.get("unrecorded") or (record.get("recipe") or {}).get("imported"):
+        return False
+    return not any(count for stage, count in (record.get("tokens") or {}).items() if stage not in OF_THE_MECHANISM)
 
 
 def save_final(
@@ -169,29 +255,8 @@ def save_final(
         for name, content in (files or {}).items():
             (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_bytes(content)
-        for name, text in _record_files(Path(directory).name, record, model.config).items():
-            (partial / name).write_text(text, encoding="utf-8")
+        write_record(partial, record, model.config, name=Path(directory).name)
     return Path(directory)
-
-
-def update_record(directory: str | os.PathLike[str], record: Mapping[str, Any], config: Any) -> None:
-    """Write the record and the card of a saved repository anew, for what was measured after the weights were safe."""
-    from linearize.checkpointing import write_file
-
-    for name, text in _record_files(Path(directory).name, record, config).items():
-        write_file(Path(directory) / name, text.encode("utf-8"))
-
-
-def _record_files(name: str, record: Mapping[str, Any], config: Any) -> dict[str, str]:
-    from linearize.model_card import model_card
-
-    record_text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
-    return {RECORD_FILE: record_text, CARD_FILE: model_card(name, record, config)}
-
-
-def base_was_trained(record: Mapping[str, Any]) -> bool:
-    """Whether a stage trained weights beside the mechanism's own, which then are the teacher's no more."""
-    return any(count for stage, count in (record.get("tokens") or {}).items() if stage not in OF_THE_MECHANISM)
 
 
 def find_converted(directory: str | os.PathLike[str]) -> Path:
@@ -324,29 +389,38 @@ def push(
     api = HfApi(token=token)
     with readable_hub_errors(repo_id, "push to"):
         url = api.create_repo(repo_id, private=private, exist_ok=True)
+        present = api.list_repo_files(url.repo_id)
+        earlier = read_record(url.repo_id, token=token) if RECORD_FILE in present else {}
         api.create_commit(
             url.repo_id,
-            _operations(path, url.repo_id, api.list_repo_files(url.repo_id)),
+            _operations(path, url.repo_id, present, earlier),
             commit_message=message or "Upload a model converted with linearize",
         )
     return str(url)
 
 
-def _operations(directory: Path, repo_id: str, present: list[str]) -> list[Any]:
-    """One commit that leaves the repository with this model's files alone.
+def _operations(
+    directory: Path, repo_id: str, present: list[str], earlier: Mapping[str, Any] | None = None
+) -> list[Any]:
+    """One commit after which a repository loads as this model, and keeps what is not of it.
 
-    Weights and code of an earlier upload must go: transformers would load an old `model.safetensors` beside new
-    shards. The card names the repository in place of the local directory.
+    Args:
+        directory: Of the model.
+        repo_id: The repository's whole name.
+        present: Its files.
+        earlier: The record that it holds.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+    from linearize.push_files import card_for, stale_files
+
     found = {file.relative_to(directory).as_posix(): file for file in directory.rglob("*") if file.is_file()}
-    files = {name: file for name, file in found.items() if not name.startswith(".")}
-    stale = [name for name in present if name not in files and name.endswith(OWNED_SUFFIXES)]
+    files: dict[str, Any] = {name: file for name, file in found.items() if not name.startswith(".")}
+    record = {**(read_record(directory) or {"unrecorded": True}), FILES: sorted({*files, RECORD_FILE, CARD_FILE})}
+    files[RECORD_FILE] = (json.dumps(record, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+    files[CARD_FILE] = card_for(directory, repo_id).encode("utf-8")
+    stale = stale_files(present, files, (earlier or {}).get(FILES, ()))
     operations: list[Any] = [CommitOperationDelete(path_in_repo=name) for name in stale]
-    for name, file in sorted(files.items()):
-        content: Any = file
-        if name == CARD_FILE:
-            content = file.read_text(encoding="utf-8").replace(f'"{directory.name}"', f'"{repo_id}"').encode("utf-8")
-        operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
-    return operations
+    return operations + [
+        CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in sorted(files.items())
+    ]

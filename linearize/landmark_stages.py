@@ -159,7 +159,7 @@ class _Stages(StagedRun):
         if not apart or not self.settings.calibration_sequences or not calibrates(student.config):
             return trained
         calibration = self._calibrate(student, FITTED, tokens)
-        self._save(student, fitted, record={**read_record(trained), "calibration": calibration})
+        self._save(student, fitted, earlier=read_record(trained), calibration=calibration)
         return fitted
 
     def _calibrate(self, student: Any, name: str, tokens: int) -> dict[str, Any] | None:

@@ -79,6 +79,44 @@ def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
+def adapter_card(name: str, lora: Any, config: Any, *, unsaved: str) -> str:
+    """The card of an adapter that was trained on a converted model.
+
+    Args:
+        name: What the quick start loads: the adapter's directory.
+        lora: Its peft config, whose `base_model_name_or_path` is what it belongs on.
+        config: Config of the converted model.
+        unsaved: That name where the model lies in no repository.
+    """
+    base = lora.base_model_name_or_path
+    local, lost = os.path.exists(base), base == unsaved
+    kinds = " and ".join(mechanisms(config)) or "softmax"
+    shown = f"`{os.path.basename(base)}`, the converted model beside it" if local else f"`{base}`"
+    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    if not local and not lost:
+        metadata |= {"base_model": base, "base_model_relation": "adapter"}
+    metadata["tags"] = ["linearize", "lora"]
+    along = ", and the mechanism trained along" if lora.modules_to_save else ""
+    belongs = "a converted model that was not saved" if lost else shown
+    lines = [
+        f"Low-rank adapters of rank {lora.r} on {', '.join(sorted(lora.target_modules))}{along}, for a "
+        f"{architecture(config)} with {kinds} attention.",
+        f"They belong on {belongs}; on the softmax teacher that it was converted from they give another model.",
+    ]
+    if local:
+        lines.append("To publish them, publish that model and name it in adapter_config.json.")
+    code = f"""\
+from peft import AutoPeftModelForCausalLM
+model = AutoPeftModelForCausalLM.from_pretrained("{name}", trust_remote_code=True)"""
+    if lost:
+        code = f"""\
+from peft import PeftModel
+model = PeftModel.from_pretrained(converted, "{name}")  # converted: as linearize.convert made it, with its stage 1"""
+    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()
+    text = "\n".join(lines)
+    return f"---\n{front}\n---\n\n# Adapters\n\n{text}\n\n## Quick start\n\n```python\n{code}\n```\n"
+
+
 def task(config: Any) -> tuple[str, str]:
     """The Hub's name of the model's task, and the code that shows it."""
     from linearize.modeling import backbone_of

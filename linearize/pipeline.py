@@ -10,6 +10,7 @@ Each process of a launcher calls it; the main one alone prints and writes. What 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -130,7 +131,7 @@ class _Run:
     def _finish(self, model: Any, report: Any) -> None:
         """Merge, save, measure and push: the main process, while the others are done."""
         final = self._merged(model)
-        self._save(final)
+        self._save(final, self.directory.final)
         self._evaluate(final, report)
         self._push()
         self._say(f"Saved {self.directory.final}")
@@ -199,7 +200,7 @@ class _Run:
         torch.manual_seed(config.seed)
         model: Any
         if self.plan.converted:
-            model = load_student(config.model_name_or_path, **options)
+            model = load_student(config.model_name_or_path, revision=config.revision, **options)
         else:
             where = {name: getattr(config, name) for name in ("softmax_layers", "sliding_window", "revision")}
             model = convert(config.model_name_or_path, config.attention, **where, **options)
@@ -267,9 +268,21 @@ class _Run:
                 resume=self.config.resume_from_checkpoint,
                 report_to=self.config.report_to,
                 tokenizer=self.tokenizer,
-                base_model=self.config.model_name_or_path,
+                **self._base_of_adapter(model),
             )
         self._say_stage("finetuning", self.result.finetune)
+
+    def _base_of_adapter(self, model: Any) -> dict[str, Any]:
+        """The repository that stage 2's adapters belong on: the one that the run starts from, or what calibration and
+        stage 1 have made of it, which is saved for them."""
+        source = self.config.model_name_or_path
+        if self.plan.converted and self.result.transfer is None and self.result.calibration is None:
+            local = os.path.exists(source)
+            return {"base_model": os.path.abspath(source) if local else source, "revision": self.config.revision}
+        if self.state.is_main_process:
+            self._save(self._merged(model), self.directory.transferred)
+        self.state.wait_for_everyone()
+        return {"base_model": self.directory.transferred.absolute()}
 
     def _merged(self, model: Any) -> Any:
         """The plain model in full weights."""
@@ -295,29 +308,28 @@ class _Run:
             revision=self.config.revision,
         )
 
-    def _save(self, model: Any) -> None:
-        from linearize.hub import loaded_commit, make_record, save_final
+    def _save(self, model: Any, directory: Path) -> None:
+        """Leave the converted repository of the stages so far, unless it is there."""
+        from linearize.hub import loaded_commit, make_record, read_record, save_final
 
         earlier, stages = self._earlier_record(), {"transfer": self.result.transfer, "finetune": self.result.finetune}
         done = {name: outcome for name, outcome in stages.items() if outcome is not None}
-        tokens = dict(earlier.get("tokens", {}))
-        for name, outcome in done.items():
-            tokens[name] = tokens.get(name, 0) + outcome.tokens
         source = self.config.model_name_or_path
         self.record = make_record(
-            earlier.get("teacher", source),  # None of a model trained from random weights
-            revision=earlier.get("teacher_revision") if earlier else loaded_commit(source, self.config.revision),
-            recipe=self._recipe(earlier.get("recipe") or {}),
-            tokens=tokens,
+            source,
+            earlier=earlier,
+            revision=loaded_commit(source, self.config.revision),
+            recipe=self._recipe((earlier or {}).get("recipe") or {}),
+            tokens={name: outcome.tokens for name, outcome in done.items()},
             seconds={name: outcome.seconds for name, outcome in done.items()},
             peak_memory_bytes={name: outcome.peak_memory_bytes for name, outcome in done.items()},
-            calibration=self.result.calibration.summary() if self.result.calibration else earlier.get("calibration"),
+            calibration=self.result.calibration.summary() if self.result.calibration else None,
         )
-        if earlier:
-            self.record["teacher_on_hub"] = earlier.get("teacher_on_hub", False)
         self.result.record = self.record
+        if directory == self.directory.transferred and read_record(directory).get("tokens") == self.record["tokens"]:
+            return
         with stage("saving the model"):
-            save_final(model, self.tokenizer, self.directory.final, self.record)
+            save_final(model, self.tokenizer, directory, self.record)
 
     def _recipe(self, earlier: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of this run; of a model converted before, its attention and the stages that it went through."""
@@ -327,6 +339,8 @@ class _Run:
                 recipe[name] = earlier.get(name)
             for name in ("transfer", "finetune"):
                 recipe[name] = recipe[name] or earlier.get(name)
+            if "imported" in earlier:
+                recipe["imported"] = earlier["imported"]
         return recipe
 
     def _evaluate(self, model: Any, report: Any) -> None:
@@ -334,7 +348,7 @@ class _Run:
         settings = self.config.evaluation
         if settings is None:
             return
-        from linearize.hub import update_record
+        from linearize.hub import write_record
 
         lower = (
             f"lower evaluation.batch_size (now {settings.batch_size}); the model is saved in {self.directory.final}"
@@ -344,12 +358,12 @@ class _Run:
             self.result.report = report.finish(model)
             self.record["evaluation"] = self.result.report.to_dict()
             self._draw(self.result.report)
-            update_record(self.directory.final, self.record, model.config)
+            write_record(self.directory.final, self.record, model.config)
             self.result.report.show()
             if settings.tasks:
                 self.result.tasks = self._run_tasks(model)
                 self.record["tasks"] = self.result.tasks.to_dict()
-                update_record(self.directory.final, self.record, model.config)
+                write_record(self.directory.final, self.record, model.config)
 
     def _draw(self, report: Any) -> None:
         from linearize.evaluation.plots import plot_arms, plot_linear_share
@@ -382,18 +396,17 @@ class _Run:
 
     def _base_is_teacher(self) -> bool:
         """Whether the weights outside the mechanism are the teacher's: not once a stage trained them or if unknown."""
-        if not self.plan.converted:
-            return True
-        from linearize.hub import base_was_trained
+        from linearize.hub import base_is_teacher
 
-        record = self._earlier_record()
-        return bool(record) and not base_was_trained(record)
+        earlier = self._earlier_record()
+        return earlier is None or base_is_teacher(earlier)
 
-    def _earlier_record(self) -> dict[str, Any]:
-        """The record of the converted model that the run starts from; empty for a teacher."""
+    def _earlier_record(self) -> dict[str, Any] | None:
+        """The record of the converted model that the run starts from; None for a teacher."""
         from linearize.hub import read_record
 
-        return read_record(self.config.model_name_or_path) if self.plan.converted else {}
+        config = self.config
+        return read_record(config.model_name_or_path, revision=config.revision) if self.plan.converted else None
 
     def _finished(self) -> RunResult:
         from linearize.hub import read_record

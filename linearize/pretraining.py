@@ -187,12 +187,14 @@ class _Pretraining:
         from linearize.data_rows import prepare_rows
         from linearize.evaluation.arms import is_student
         from linearize.masking import Masking
+        from linearize.memory_full import check_pretraining
         from linearize.pretraining_model import build_distiller, build_model, check_model, trains_encoder
         from linearize.pretraining_tokenizer import make_tokenizer
 
         settings, data = self.settings, self.settings.data
         self.encoder = trains_encoder(settings)
         check_model(settings)
+        check_pretraining(settings, self.state)
         with stage("preparing the data"):
             self.tokenizer = make_tokenizer(settings, self.encoder)
             prepare: Any = prepare_rows if self.encoder else prepare_data
@@ -336,18 +338,18 @@ def _record(settings: PretrainConfig, report: PretrainReport) -> dict[str, Any]:
     from linearize.hub import make_record, read_record
 
     what = "all weights" if settings.training.train == "all" else settings.training.train
+    source, recipe, earlier = settings.model_name_or_path, to_values(settings), None
+    if source is not None:
+        earlier = read_record(source)
+        of_this_run = {name: recipe[name] for name in ("data", "training", "distillation")}
+        recipe = {**(earlier.get("recipe") or {}), **of_this_run}
+    record = make_record(
+        source,
+        earlier=earlier,
+        recipe=recipe,
+        tokens={what: report.tokens},
+        seconds={what: report.seconds},
+        peak_memory_bytes={what: report.peak_memory_bytes},
+    )
     measured = {"perplexity": report.perplexity, "tokens": report.perplexity_tokens, "accuracy": report.accuracy}
-    if settings.model_name_or_path is None:
-        record = make_record(
-            None,
-            recipe=to_values(settings),
-            tokens={what: report.tokens},
-            seconds={what: report.seconds},
-            peak_memory_bytes={what: report.peak_memory_bytes},
-        )
-        return {**record, "parameters": report.parameters, "validation": measured}
-    record = read_record(settings.model_name_or_path)
-    tokens = {**(record.get("tokens") or {})}
-    tokens[what] = tokens.get(what, 0) + report.tokens
-    record = {**record, "tokens": tokens}
-    return {**record, "validation": measured} if "validation" in record else record
+    return {**record, "parameters": report.parameters, "validation": measured}

@@ -23,10 +23,12 @@ from linearize.conversion import load_config, load_encoder, load_model, student_
 from linearize.errors import UserError
 from linearize.modeling import BACKBONES, backbone_of, is_encoder
 from linearize.pretraining_settings import ROPE_THETA
+from linearize.quantization import refuse_quantized
 
 if TYPE_CHECKING:
     from linearize.distillation import Distiller
     from linearize.pretraining_settings import PretrainConfig
+    from linearize.settings import DistillationConfig
 
 STOCK: dict[str, type[PreTrainedModel]] = {
     "gpt2": GPT2LMHeadModel,
@@ -41,16 +43,32 @@ def trains_encoder(config: PretrainConfig) -> bool:
     """Whether a run trains an encoder, to find hidden tokens.
 
     Raises:
-        UserError: The checkpoint's config cannot be read, or the run distils, which an encoder cannot.
+        UserError: The config of the checkpoint or of the teacher cannot be read, one of them is quantised, or the run
+            distils, which an encoder cannot.
     """
     source = config.model_name_or_path
-    encoder = config.model.encoder if source is None else is_encoder(load_config(source))
+    encoder = config.model.encoder
+    if source is not None:
+        start = load_config(source)
+        refuse_quantized(source, start)
+        encoder = is_encoder(start)
     if encoder and config.distillation is not None:
         raise UserError(
             "distillation teaches the next token, and an encoder predicts none: set distillation to none, or use "
             "`linearize encoder`."
         )
+    refuse_quantized_teacher(config.distillation)
     return encoder
+
+
+def refuse_quantized_teacher(distillation: DistillationConfig | None) -> None:
+    """Refuse a model to learn from whose weights are quantised.
+
+    Raises:
+        UserError: They are, or its config cannot be read.
+    """
+    if distillation is not None and distillation.teacher is not None:
+        refuse_quantized(distillation.teacher, load_config(distillation.teacher))
 
 
 def stock_config(config: PretrainConfig, tokenizer: Any = None) -> PreTrainedConfig:

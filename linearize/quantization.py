@@ -11,7 +11,7 @@ import torch
 from linearize.errors import UserError
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, PreTrainedModel
+    from transformers import BitsAndBytesConfig, PreTrainedConfig, PreTrainedModel
 
 SKIPPED_MODULES = ("lm_head", "mixer")
 """Never quantised: the head, whose weight the embeddings often share, and the mechanism's own parameters."""
@@ -65,6 +65,26 @@ def quantization_config(
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
         llm_int8_skip_modules=skipped,
+    )
+
+
+def refuse_quantized(source: str, config: PreTrainedConfig) -> None:
+    """Refuse a checkpoint whose file holds quantised weights, by its config: nothing of ours can be merged into them.
+
+    Args:
+        source: Where the config was read, for the sentence; the weights of a `.gguf` file arrive dequantised.
+
+    Raises:
+        UserError: Any `quantization_config` (bitsandbytes, GPTQ, AWQ, FP8 and others).
+    """
+    found = getattr(config, "quantization_config", None) or getattr(config, "compression_config", None)
+    if not found or source.endswith(".gguf"):
+        return
+    settings = found if isinstance(found, dict) else found.to_dict()
+    method = settings.get("quant_method") or "an unnamed method"
+    raise UserError(
+        f"The weights of {source} are quantised already ({getattr(method, 'value', method)}), and a conversion needs "
+        "full ones: name the checkpoint that they were made from, and set load_in_4bit to hold it in 4 bits."
     )
 
 

@@ -4,6 +4,7 @@ config.yaml                          every setting, resolved
 logs/{transfer,finetune}.jsonl       losses; evaluation.json: what has been measured so far
 plots/*.png
 checkpoints/{transfer,finetune}/step-N
+transferred/                         the converted repository after stage 1, where stage 2 follows
 adapter/                             LoRA and the trained mechanisms, in peft's format
 final/                               the converted repository
 """
@@ -20,7 +21,8 @@ from linearize.settings import RunSettings
 from linearize.settings_io import differences, resolve, write_config
 
 CONFIG = "config.yaml"
-CONTENTS = (CONFIG, "logs", "plots", "checkpoints", "adapter", FINAL)
+TRANSFERRED = "transferred"
+CONTENTS = (CONFIG, "logs", "plots", "checkpoints", TRANSFERRED, "adapter", FINAL)
 FREE_TO_CHANGE = (
     "output_dir",
     "overwrite",
@@ -48,6 +50,11 @@ class RunDirectory:
         self.config: Any = config
         self.path = Path(config.output_dir)
         self.final = self.path / FINAL
+
+    @property
+    def transferred(self) -> Path:
+        """The converted repository after stage 1, where stage 2 follows."""
+        return self.path / TRANSFERRED
 
     @property
     def measurements(self) -> Path:

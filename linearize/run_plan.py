@@ -179,7 +179,7 @@ def _calibrates(config: RunConfig, teacher: Any, converted: bool) -> bool:
 
     if not converted:
         return calibrates(config.attention)
-    record = read_record(config.model_name_or_path)
+    record = read_record(config.model_name_or_path, revision=config.revision)
     untouched = record and not record.get("calibration") and not any((record.get("tokens") or {}).values())
     return bool(untouched) and not (record.get("recipe") or {}).get("imported") and calibrates(teacher)
 
@@ -206,19 +206,22 @@ def read_teacher(config: RunConfig) -> Any:
     """The teacher's config.
 
     Raises:
-        UserError: it cannot be read, or transformers knows no such architecture.
+        UserError: it cannot be read, transformers knows no such architecture, or its weights are quantised.
     """
     from linearize.conversion import load_config
     from linearize.modeling import BACKBONES
+    from linearize.quantization import refuse_quantized
 
     try:
-        return load_config(config.model_name_or_path, revision=config.revision)
+        teacher = load_config(config.model_name_or_path, revision=config.revision)
     except UserError:
         raise
     except ValueError as error:
         known = ", ".join(BACKBONES)
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{config.model_name_or_path} cannot be converted: {reason} Known are {known}.") from error
+    refuse_quantized(config.model_name_or_path, teacher)
+    return teacher
 
 
 def _sizes_of(config: RunConfig, student: Any) -> RunConfig:
@@ -341,9 +344,11 @@ def check_lengths(config: RunConfig, teacher: Any) -> None:
 
 def check_environment(config: RunConfig) -> None:
     """Refuse now what would fail after hours: a missing package, device, folder or token."""
+    from linearize.launcher import check_launcher
     from linearize.quantization import require_bitsandbytes
     from linearize.training_log import tracker_names
 
+    check_launcher(config.device)
     tracker_names(config.report_to)
     if config.load_in_4bit or config.load_in_8bit:
         require_bitsandbytes()

@@ -18,6 +18,7 @@ from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from linearize.checkpointing import STATE_FILE, Checkpoint, prune_checkpoints, readable_write_errors, write_file
+from linearize.launcher import check_launcher, check_precision, settings_decide_precision
 from linearize.losses import supervised_tokens
 from linearize.mixed_precision import leave_mixed_precision
 from linearize.settings import StageSettings, StepPlan
@@ -75,6 +76,7 @@ def stage_arguments(
         device: "cpu" keeps to the CPU; None takes the process's GPU where there is one.
         changes: Arguments of this stage; they win.
     """
+    check_launcher()
     # The Trainer resets accelerate's state: an earlier stage's choice of the CPU must be handed on.
     state = PartialState(cpu=device == "cpu")
     on_cpu = state.device.type == "cpu"
@@ -103,7 +105,8 @@ def stage_arguments(
         "dataloader_pin_memory": not on_cpu,
         "ddp_broadcast_buffers": False,
     }
-    arguments = TrainingArguments(**{**settings, **changes})
+    with settings_decide_precision():
+        arguments = TrainingArguments(**{**settings, **changes})
     # One process drives one GPU: the Trainer would otherwise wrap the model in DataParallel on a machine with several.
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
@@ -161,6 +164,7 @@ class StageTrainer(Trainer):
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, callbacks=[_StopAfterStep(self)], **others
         )
+        check_precision(self.accelerator.mixed_precision, "bf16" if args.bf16 else "no")
         self.model_accepts_loss_kwargs = True
         # The Trainer switches the cache off for good: that would be saved with the model and slow down its generation.
         self.plain_model().config.use_cache = use_cache

@@ -16,6 +16,7 @@ from linearize.pretraining import pretrain
 from linearize.pretraining_settings import PretrainConfig, PretrainingConfig
 from linearize.run_directory import CONFIG, FINAL, RunDirectory
 from linearize.settings import DataConfig, DistillationConfig, RunSettings
+from linearize.settings_io import to_values
 
 REPORT = "report.json"
 TEACHER = "teacher, trained on the same tokens"
@@ -113,9 +114,14 @@ class StagedRun:
 
         from linearize.conversion import load_tokenizer
         from linearize.data import main_process_first, prepare_data
+        from linearize.launcher import check_launcher
+        from linearize.pretraining_model import refuse_quantized_teacher
 
+        check_launcher()
+        refuse_quantized_teacher(settings.distillation)
         self.settings, self.directory, self.path = settings, directory, directory.path
         self.state = PartialState(cpu=settings.device == "cpu")
+        self._check_memory()
         with stage("preparing the data"):
             self.tokenizer = load_tokenizer(settings.model_name_or_path)
             self.train, validation = prepare_data(settings.data, self.tokenizer)
@@ -123,6 +129,17 @@ class StagedRun:
         self.validation = [validation[i] for i in range(min(shown, len(validation)))]
         self.rows: list[Row] = []
         main_process_first(lambda: directory.prepare() if self.state.is_main_process else None)
+
+    def _check_memory(self) -> None:
+        """Refuse stages of all weights that cannot fit, before the first of them: the student has the teacher's shape,
+        and learns from a model of its own size or the one that the settings name."""
+        from linearize.conversion import load_config
+        from linearize.memory_full import check_full_training
+
+        source, distillation = self.settings.model_name_or_path, self.settings.distillation
+        config = load_config(source)
+        teacher = load_config(distillation.teacher or source) if distillation is not None else None
+        check_full_training(source, config, self.state, teacher=teacher)
 
     def _train(self, name: str, start: Path, training: PretrainingConfig) -> Path:
         """A stage of training, on from `start`; the directory of what comes out."""
@@ -175,15 +192,31 @@ class StagedRun:
         student: Any,
         path: Path,
         *,
+        earlier: Mapping[str, Any] | None = None,
+        transferred: Any = None,
         calibration: Mapping[str, Any] | None = None,
-        record: dict[str, Any] | None = None,
     ) -> None:
-        """Save a model between stages; record: None makes the one of a model that is only converted."""
-        from linearize.hub import make_record, save_final
+        """Save a model between stages.
+
+        Args:
+            earlier: record of the model that it goes on from; None: it was converted from the teacher.
+            transferred: `TransferResult` of the attention transfer that trained it, if one has.
+            calibration: what the record says of it.
+        """
+        from linearize.hub import loaded_commit, make_record, save_final
 
         if self.state.is_main_process:
-            recipe = {"attention": self.settings.attention}
-            record = record or make_record(self.settings.model_name_or_path, recipe=recipe, calibration=calibration)
+            source, done = self.settings.model_name_or_path, {"transfer": transferred} if transferred else {}
+            record = make_record(
+                source,
+                earlier=earlier,
+                revision=loaded_commit(source),
+                recipe=to_values(self.settings) if earlier is None else None,
+                tokens={name: outcome.tokens for name, outcome in done.items()},
+                seconds={name: outcome.seconds for name, outcome in done.items()},
+                peak_memory_bytes={name: outcome.peak_memory_bytes for name, outcome in done.items()},
+                calibration=calibration,
+            )
             save_final(student, self.tokenizer, path, record)
         self.state.wait_for_everyone()
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from linearize.errors import UserError
+from linearize.launcher import check_launcher, settings_decide_precision
 from linearize.training_log import tracker_names
 
 if TYPE_CHECKING:
@@ -48,9 +49,10 @@ def make_accelerator(
     """
     from accelerate import Accelerator
 
-    return Accelerator(
-        cpu=str(device) == "cpu", log_with=tracker_names(report_to) or None, project_dir=str(Path(output_dir) / "logs")
-    )
+    check_launcher()
+    trackers, logs = tracker_names(report_to) or None, str(Path(output_dir) / "logs")
+    with settings_decide_precision():
+        return Accelerator(cpu=str(device) == "cpu", log_with=trackers, project_dir=logs)
 
 
 def place_model(model: nn.Module, device: torch.device) -> torch.device:

@@ -10,6 +10,7 @@ from transformers import LlamaForCausalLM
 
 from linearize import UserError
 from linearize.adapters import adaptable_layers, add_adapters, merge, save_adapter
+from linearize.conversion import load_student
 from linearize.finetuning import finetune, gradient_checkpointing
 from linearize.finetuning_trainer import Objective, parameter_groups, teacher_hidden_states
 from linearize.losses import LossWeights, supervised_tokens
@@ -184,10 +185,12 @@ def test_adapter_reloads_on_the_converted_model(stock, trained):
     assert torch.equal(logits(fresh), expected)
 
 
-def test_adapter_is_saved_where_the_model_came_from_by_default(stock, tmp_path):
-    model = add_adapters(student(stock), settings(), train_mixers=True)
+def test_adapter_names_the_repository_that_the_model_came_from_by_default(stock, tmp_path):
+    student(stock).save_pretrained(tmp_path / "converted")
+    model = add_adapters(load_student(tmp_path / "converted"), settings(), train_mixers=True)
     save_adapter(model, tmp_path / "adapter")
-    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == stock
+    base = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert base == str(tmp_path / "converted")
 
 
 def test_merging_gives_a_plain_model_with_equal_logits(stock, tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from fakehub import FakeHub
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 from tiny_runs import make_teacher_directory, without_package
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import linearize
-from linearize.hub import make_record, save_final
+from linearize.hub import _operations, make_record, save_final
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "the river ran past a small red house"
@@ -113,21 +115,66 @@ def test_push_pull_and_every_way_to_load(inputs, hub, expected, tmp_path):
     assert all(loaded["module"].startswith("linearize.modeling") for loaded in beside)
 
 
-def test_a_second_push_leaves_no_stale_weights(inputs, tmp_path):
-    from linearize.hub import _operations
+def test_a_push_deletes_what_would_be_loaded_in_place_and_nothing_else(inputs):
+    theirs = [
+        "model-00001-of-00002.safetensors", "model.safetensors.index.json", "adapter_config.json",
+        "adapter_model.safetensors", "pytorch_model.bin", "pytorch_model-00001-of-00002.bin",
+        "pytorch_model.bin.index.json", "tf_model.h5", "flax_model.msgpack", "consolidated.00.pth", "tokenizer.model",
+        "vocab.json", "merges.txt", "special_tokens_map.json", "modules.json", "sentence_bert_config.json",
+        "quantize_config.json", "preprocessor_config.json", "chat_template.jinja",
+        "additional_chat_templates/tools.jinja",
+    ]  # fmt: skip
+    apart = [
+        ".gitattributes", "LICENSE", "notes.md", "handler.py", "plots/loss.png", "onnx/model.onnx",
+        "small/model.safetensors", "small/adapter_config.json", "model.Q4_K_M.gguf",
+    ]  # fmt: skip
+    ours = ["README.md", "config.json", "tokenizer.json", "model.safetensors", "modeling_llama.py"]
+    earlier = {"files": ["old_code.py", "config.json"]}
+    operations = _operations(inputs / "final", "me/model", [*theirs, *apart, *ours, "old_code.py"], earlier)
+    deleted = {each.path_in_repo for each in operations if isinstance(each, CommitOperationDelete)}
+    assert deleted == {*theirs, "old_code.py"}
+    assert set(ours) <= {each.path_in_repo for each in operations if isinstance(each, CommitOperationAdd)}
 
-    present = [
-        "model-00001-of-00002.safetensors",
-        "model.safetensors.index.json",
-        "old_code.py",
-        "notes.md",
-        "config.json",
-    ]
-    operations = _operations(inputs / "final", "me/model", present)
-    deleted = {
-        operation.path_in_repo for operation in operations if type(operation).__name__ == "CommitOperationDelete"
-    }
-    assert deleted == {"model-00001-of-00002.safetensors", "model.safetensors.index.json", "old_code.py"}
+
+def card_of(directory):
+    operations = _operations(directory, "me/model", [])
+    (card,) = (each.path_or_fileobj for each in operations if each.path_in_repo == "README.md")
+    return card.decode()
+
+
+def test_the_card_is_rendered_with_the_name_of_the_repository(inputs, tmp_path):
+    for name in ("final", "model"):  # as saved, and moved since
+        shutil.copytree(inputs / "final", tmp_path / name)
+        card = card_of(tmp_path / name)
+        assert 'pipeline("text-generation", "me/model", trust_remote_code=True)' in card and '"final"' not in card
+    path = tmp_path / "model" / "README.md"
+    path.write_text(path.read_text().replace("## Quick start", "By hand.\n\n## Quick start"))
+    edited = card_of(tmp_path / "model")
+    assert "By hand." in edited and '"me/model", trust_remote_code=True' in edited and '"final"' not in edited
+    path.unlink()
+    assert '"me/model", trust_remote_code=True' in card_of(tmp_path / "model")
+
+
+@pytest.mark.slow
+def test_a_push_over_an_adapter_loads_as_the_pushed_model(inputs, hub, expected, tmp_path):
+    base = json.dumps({"peft_type": "LORA", "base_model_name_or_path": "someone/else"}).encode()
+    theirs = {"adapter_config.json": base, "notes.md": b"mine", "old_code.py": b"", "vocab.json": b"{}"}
+    hub.add("tester/over", theirs)
+    environment = hub.environment(tmp_path / "home")
+    push = ["hf_valid", ["push", str(inputs / "final"), "tester/over"]]
+    assert [code for code, _ in commands([push], environment, tmp_path)] == [0]
+    record = json.loads(hub.files("tester/over")["linearize.json"])
+    assert record["teacher"] == "someone/teacher" and "modeling_llama.py" in record["files"]
+    changed = {**hub.files("tester/over"), "attention_of_old.py": b""}
+    record["files"].append("attention_of_old.py")
+    changed["linearize.json"] = json.dumps(record).encode()
+    hub.repositories["tester/over"].commit(changed, "as an older version left it")
+    assert [code for code, _ in commands([push], environment, tmp_path)] == [0]
+    files = hub.files("tester/over")
+    assert {"notes.md", "old_code.py"} <= set(files) and files["notes.md"] == b"mine"
+    assert not {"adapter_config.json", "vocab.json", "attention_of_old.py"} & set(files)
+    (loaded,) = result_of([*without_package(GREEDY), "tester/over", "true"], environment, tmp_path)
+    assert loaded["tokens"] == expected
 
 
 @pytest.mark.slow
