@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from linearize.checkpointing import checkpoint_to_resume, require_same_run
+from linearize.checkpointing import checkpoint_to_resume
 from linearize.data_rows import TextRows, collate
 from linearize.distillation import hidden_distance
 from linearize.encoder_settings import EmbeddingDistillationConfig, EncoderStageConfig, MaskedConfig
@@ -31,6 +31,7 @@ from linearize.evaluation.embeddings import sentence_embeddings
 from linearize.finetuning import SCHEDULERS
 from linearize.losses import IGNORE_INDEX
 from linearize.masking import Masking, masked_loss
+from linearize.run_identity import base_identity, data_identity, require_same_run
 from linearize.stage_trainer import StageTrainer, stage_arguments
 from linearize.training_log import TrainingLog
 from linearize.training_loop import Interrupt, PeakMemory, readable_memory_errors
@@ -172,12 +173,13 @@ def _run(
         "tokens_per_step": plan.tokens_per_step,
         "num_rows": len(train),
         "seed": seed,
-        "steps": plan.steps,
         "train": config.train,
+        "data": data_identity(train),
+        "base": base_identity(student),
     }
     checkpoint = checkpoint_to_resume(checkpoints, resume)
     if checkpoint is not None:
-        require_same_run(checkpoint, run)
+        require_same_run(checkpoint, run, plan.steps)
     is_main = arguments.process_index == 0
     log = TrainingLog(log_path, checkpoint.step if checkpoint else None) if is_main else None
     memory, start = PeakMemory(arguments.device), time.perf_counter()

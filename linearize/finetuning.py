@@ -27,17 +27,13 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from linearize.adapters import AdaptedModel, add_adapters, merge, merge_into_unquantized, save_adapter
-from linearize.checkpointing import (
-    Checkpoint,
-    checkpoint_to_resume,
-    readable_write_errors,
-    require_same_run,
-)
+from linearize.checkpointing import Checkpoint, checkpoint_to_resume
 from linearize.conversion import refuse_encoder
 from linearize.errors import UserError
 from linearize.finetuning_trainer import FinetuningTrainer
+from linearize.run_identity import base_identity, data_identity, require_same_run
 from linearize.stage_trainer import stage_arguments
-from linearize.training_log import TrainingLog, has_matplotlib, read_log
+from linearize.training_log import TrainingLog, has_matplotlib, read_log, write_figure
 from linearize.training_loop import Interrupt, PeakMemory
 
 if TYPE_CHECKING:
@@ -122,7 +118,6 @@ def finetune(
     if model.dtype == torch.float16:
         raise UserError("finetuning in float16 would lose small gradients: set dtype to bfloat16 or float32.")
     output = Path(output_dir)
-    checkpoint = checkpoint_to_resume(output / CHECKPOINTS, resume)
     # Mixed precision stays off: the base computes in the dtype that it was loaded in, what trains in float32.
     arguments, plan = stage_arguments(
         config,
@@ -141,11 +136,13 @@ def finetune(
         "tokens_per_step": plan.tokens_per_step,
         "num_blocks": len(train),
         "seed": seed,
-        "steps": plan.steps,
         "arm": arm,
+        "data": data_identity(train),
+        "base": base_identity(model),
     }
+    checkpoint = checkpoint_to_resume(output / CHECKPOINTS, resume)
     if checkpoint is not None:
-        require_same_run(checkpoint, run)
+        require_same_run(checkpoint, run, plan.steps)
     set_seed(seed)
     adapted = add_adapters(model, config, train_mixers=config.train_mixers and arm != "teacher")
     is_main = arguments.process_index == 0
@@ -247,6 +244,4 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, *, with_kl: bo
         axes.set(title="Finetuning", xlabel="step", ylabel="nats per supervised token")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    with readable_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
+    write_figure(figure, path)

@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from linearize.errors import UserError
 from linearize.failures import stage
@@ -40,6 +40,7 @@ class GlueDirectory(RunDirectory):
     """The directory of a run on GLUE."""
 
     contents = (CONFIG, "results", "logs", "checkpoints", "models", REPORT, TABLE)
+    sections: ClassVar[Mapping[str, str]] = {}
     free_to_change = (
         *FREE_TO_CHANGE,
         *("models", "names", "revisions", "tasks", "seeds", "metrics", "save_models"),

@@ -14,10 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from linearize.errors import UserError
 from linearize.failures import stage
+from linearize.processes import from_main_process
 from linearize.run_directory import RunDirectory
 from linearize.settings import FinetuneConfig, RunConfig, TransferConfig
 from linearize.settings_io import resolve, to_values
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from linearize.transfer import TransferResult
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -92,11 +91,12 @@ class _Run:
     def run(self) -> RunResult:
         """The steps of a run, in order."""
         from linearize.conversion import load_tokenizer
+        from linearize.run_identity import base_identity, data_identity
         from linearize.run_plan import make_plan
 
         config, directory = self.config, self.directory
         directory.check()
-        self._alone(self._check_push)
+        from_main_process(self._check_push)
         if config.resume_from_checkpoint and directory.is_complete():
             self._say(f"The run in {directory.path} is complete: {directory.final}")
             if self.state.is_main_process:
@@ -109,7 +109,8 @@ class _Run:
         train, validation, held_out = self._load_data()
         with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
             model = self._load_model(quantized=True)
-        self._alone(directory.prepare)
+        inputs = {"base": base_identity(model)} | ({} if train is None else {"data": data_identity(train)})
+        from_main_process(lambda: directory.prepare(inputs))
         report = self._start_report(held_out)
         if report is not None:
             self._measure(lambda: report.before_training(model, base_is_teacher=self._base_is_teacher()))
@@ -119,6 +120,8 @@ class _Run:
                 self._measure(lambda: report.after_calibration(model))
         if config.transfer is not None:
             self._transfer(config.transfer, model, train, validation)
+            if config.finetune is not None and self.state.is_main_process:
+                self._save(self._merged(model), self.directory.transferred)
             if report is not None:
                 self._measure(lambda: report.after_transfer(model))
         if config.finetune is not None:
@@ -130,7 +133,7 @@ class _Run:
     def _finish(self, model: Any, report: Any) -> None:
         """Merge, save, measure and push: the main process, while the others are done."""
         final = self._merged(model)
-        self._save(final)
+        self._save(final, self.directory.final)
         self._evaluate(final, report)
         self._push()
         self._say(f"Saved {self.directory.final}")
@@ -295,8 +298,9 @@ class _Run:
             revision=self.config.revision,
         )
 
-    def _save(self, model: Any) -> None:
-        from linearize.hub import loaded_commit, make_record, save_final
+    def _save(self, model: Any, directory: Path) -> None:
+        """Leave the converted repository of the stages so far, unless it is there."""
+        from linearize.hub import loaded_commit, make_record, read_record, save_final
 
         earlier, stages = self._earlier_record(), {"transfer": self.result.transfer, "finetune": self.result.finetune}
         done = {name: outcome for name, outcome in stages.items() if outcome is not None}
@@ -316,8 +320,10 @@ class _Run:
         if earlier:
             self.record["teacher_on_hub"] = earlier.get("teacher_on_hub", False)
         self.result.record = self.record
+        if directory == self.directory.transferred and read_record(directory).get("tokens") == tokens:
+            return
         with stage("saving the model"):
-            save_final(model, self.tokenizer, self.directory.final, self.record)
+            save_final(model, self.tokenizer, directory, self.record)
 
     def _recipe(self, earlier: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of this run; of a model converted before, its attention and the stages that it went through."""
@@ -421,21 +427,3 @@ class _Run:
         """Measure on the main process; the others go on and wait for it in the next stage."""
         with stage("evaluation", "lower evaluation.batch_size"):
             work()
-
-    def _alone(self, work: Callable[[], Result]) -> Result | None:
-        """Do something on the main process while the others wait; its error is raised in all of them."""
-        if self.state.num_processes == 1:
-            return work()
-        import torch.distributed as distributed
-
-        result: Result | None = None
-        failure: list[str | None] = [None]
-        if self.state.is_main_process:
-            try:
-                result = work()
-            except UserError as error:
-                failure = [str(error)]
-        distributed.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            raise UserError(failure[0])
-        return result

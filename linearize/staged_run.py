@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from linearize.failures import stage
-from linearize.pretraining import pretrain
+from linearize.pretraining import CHECKPOINTS, pretrain
 from linearize.pretraining_settings import PretrainConfig, PretrainingConfig
 from linearize.run_directory import CONFIG, FINAL, RunDirectory
+from linearize.run_identity import StageState
 from linearize.settings import DataConfig, DistillationConfig, RunSettings
 
 REPORT = "report.json"
@@ -49,6 +50,8 @@ class StagedDirectory(RunDirectory):
 
     Attributes:
         stages: names of the stages' directories, in the order of the run.
+        sections: as in `RunDirectory`. Once the teacher has begun, which trains as long as all stages, their lengths
+            are settled.
     """
 
     stages: ClassVar[tuple[str, ...]]
@@ -56,9 +59,22 @@ class StagedDirectory(RunDirectory):
     def __init_subclass__(cls) -> None:
         cls.contents = (CONFIG, *cls.stages, "logs", "checkpoints", "plots", FINAL, REPORT)
 
-    def is_complete(self) -> bool:
+    def stage_states(self) -> dict[str, StageState]:
+        """How far each stage of the run that lies there is."""
+        states = super().stage_states()
+        if self._has_begun(checkpoints_of("teacher")):
+            trained = [name for name in states if isinstance(getattr(self.config, name, None), PretrainingConfig)]
+            states |= {name: StageState.SETTLED for name in trained if states[name] is not StageState.CLOSED}
+        return states
+
+    def has_ended(self) -> bool:
         """Whether the run that lies there has ended."""
         return self.final.is_dir() and (self.path / REPORT).is_file()
+
+
+def checkpoints_of(stage: str) -> str:
+    """Where the checkpoints of a stage lie, a directory of its own."""
+    return f"{stage}/{CHECKPOINTS.as_posix()}"
 
 
 @dataclass
@@ -113,6 +129,7 @@ class StagedRun:
 
         from linearize.conversion import load_tokenizer
         from linearize.data import main_process_first, prepare_data
+        from linearize.run_identity import data_identity, source_identity
 
         self.settings, self.directory, self.path = settings, directory, directory.path
         self.state = PartialState(cpu=settings.device == "cpu")
@@ -122,7 +139,8 @@ class StagedRun:
         shown = max(1, eval_tokens // settings.data.sequence_length)
         self.validation = [validation[i] for i in range(min(shown, len(validation)))]
         self.rows: list[Row] = []
-        main_process_first(lambda: directory.prepare() if self.state.is_main_process else None)
+        inputs = {"base": source_identity(settings.model_name_or_path), "data": data_identity(self.train)}
+        main_process_first(lambda: directory.prepare(inputs) if self.state.is_main_process else None)
 
     def _train(self, name: str, start: Path, training: PretrainingConfig) -> Path:
         """A stage of training, on from `start`; the directory of what comes out."""
@@ -177,6 +195,7 @@ class StagedRun:
         *,
         calibration: Mapping[str, Any] | None = None,
         record: dict[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Save a model between stages; record: None makes the one of a model that is only converted."""
         from linearize.hub import make_record, save_final
@@ -184,7 +203,7 @@ class StagedRun:
         if self.state.is_main_process:
             recipe = {"attention": self.settings.attention}
             record = record or make_record(self.settings.model_name_or_path, recipe=recipe, calibration=calibration)
-            save_final(student, self.tokenizer, path, record)
+            save_final(student, self.tokenizer, path, record, files)
         self.state.wait_for_everyone()
 
     def _measure(self, name: str, tokens: int, model: Any) -> None:
@@ -221,6 +240,8 @@ class StagedRun:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
+        from linearize.training_log import write_figure
+
         known = {row.name: row.perplexity for row in self.rows}
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
@@ -240,5 +261,4 @@ class StagedRun:
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.grid(alpha=0.3, axis="y")
         axes.legend(frameon=False)
-        (self.path / "plots").mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.path / "plots" / "perplexity.png", dpi=130)
+        write_figure(figure, self.path / "plots" / "perplexity.png")
