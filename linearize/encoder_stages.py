@@ -22,8 +22,9 @@ from typing import Any, ClassVar
 
 from linearize.encoder_settings import EncoderRunConfig
 from linearize.errors import UserError
-from linearize.failures import stage
+from linearize.failures import smaller, stage
 from linearize.run_directory import CONFIG, FINAL, TRANSFERRED, RunDirectory
+from linearize.settings import StageSettings
 from linearize.settings_io import resolve, to_values
 
 REPORT = "report.json"
@@ -235,6 +236,9 @@ class _EncoderRun:
             "device": "cpu" if settings.device == "cpu" else None,
         }
 
+    def _smaller(self, settings: StageSettings, section: str) -> str:
+        return smaller(f"{section}.batch_size", settings.batch_size, self.settings.data.sequence_length)
+
     def _transfer(self) -> None:
         from torch.utils.data import Subset
 
@@ -244,7 +248,7 @@ class _EncoderRun:
         assert settings is not None
         rows: Any = Subset(self.validation, range(min(VALIDATION_ROWS, len(self.validation))))
         train: Any = self.train
-        with stage("stage 1 (attention transfer)", f"lower transfer.batch_size (now {settings.batch_size})"):
+        with stage("stage 1 (attention transfer)", self._smaller(settings, "transfer")):
             outcome = transfer_attention(self.student, train, settings, validation=rows, **self._common())
         self._ended("transfer", outcome)
 
@@ -253,7 +257,7 @@ class _EncoderRun:
 
         settings = self.settings.mlm
         assert settings is not None
-        with stage("masked language modelling", f"lower mlm.batch_size (now {settings.batch_size})"):
+        with stage("masked language modelling", self._smaller(settings, "mlm")):
             outcome = train_masked(self.student, self.tokenizer, self.train, settings, **self._common())
         self._ended("mlm", outcome)
 
@@ -265,7 +269,7 @@ class _EncoderRun:
         assert settings is not None
         teacher: Any = load_encoder(self.settings.model_name_or_path, revision=self.settings.revision)
         self._say(f"embedding distillation: {teacher.num_parameters():,} frozen parameters of the teacher in memory")
-        with stage("embedding distillation", f"lower distillation.batch_size (now {settings.batch_size})"):
+        with stage("embedding distillation", self._smaller(settings, "distillation")):
             outcome = distill_embeddings(self.student, teacher, self.train, settings, **self._common())
         self._ended("distillation", outcome)
 

@@ -80,6 +80,20 @@ def stage(name: str, out_of_memory: str = "") -> Iterator[None]:
         raise
 
 
+def smaller(setting: str, now: int, sequence_length: int, *others: str) -> str:
+    """What to do where memory ended, all of which a run that goes on may change, and what takes a new run.
+
+    Args:
+        setting: the number of sequences at once, e.g. `transfer.batch_size`. now: its value.
+        sequence_length: of the data.
+        others: e.g. `set load_in_4bit`.
+    """
+    ways = [f"lower {setting} (now {now})"] if now > 1 else []
+    ways += others
+    going_on = f"{', or '.join(ways)}, and resume; " if ways else ""
+    return f"{going_on}a lower data.sequence_length (now {sequence_length}) takes a new run"
+
+
 def guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Call a function and turn its failure into the exit code and the sentence of the table above.
 

@@ -34,7 +34,7 @@ from linearize.finetuning_trainer import FinetuningTrainer
 from linearize.run_identity import base_identity, data_identity, require_same_run
 from linearize.stage_trainer import stage_arguments
 from linearize.training_log import TrainingLog, has_matplotlib, read_log, write_figure
-from linearize.training_loop import Interrupt, PeakMemory
+from linearize.training_loop import Interrupt, PeakMemory, readable_memory_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = Path("checkpoints", "finetune")
 LOG = Path("logs", "finetune.jsonl")
+SMALLER = ("lower finetune.logits_chunk", "set finetune.gradient_checkpointing", "set load_in_4bit")
+"""What takes less memory, beside smaller micro-batches."""
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -190,15 +192,9 @@ def _train(
             run=run,
             window=window,
         )
-        try:
-            with base.use_arm(run["arm"]), gradient_checkpointing(base, config.gradient_checkpointing):
-                return trainer.run_stage(checkpoint)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the GPU ran out of memory in finetuning (batch_size {config.batch_size}, sequence_length "
-                f"{run['sequence_length']}): lower finetune.batch_size, finetune.logits_chunk or "
-                "data.sequence_length, set finetune.gradient_checkpointing, or load the base in 4 bit (load_in_4bit)."
-            ) from error
+        memory_errors = readable_memory_errors("finetuning", "finetune", config, train.sequence_length, *SMALLER)
+        with memory_errors, base.use_arm(run["arm"]), gradient_checkpointing(base, config.gradient_checkpointing):
+            return trainer.run_stage(checkpoint)
 
 
 @contextmanager

@@ -163,7 +163,7 @@ class GlueTrainer(EncoderTrainer):
     """
 
     STAGE = "finetuning"
-    ADVICE = "lower training.learning_rates or raise training.warmup_ratio"
+    ADVICE = "resume with a lower one in training.learning_rates"
 
     config: Any
 

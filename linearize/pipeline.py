@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import UserError
-from linearize.failures import stage
+from linearize.failures import smaller, stage
 from linearize.processes import from_main_process
 from linearize.run_directory import RunDirectory
 from linearize.settings import FinetuneConfig, RunConfig, TransferConfig
@@ -224,7 +224,7 @@ class _Run:
     def _calibrate(self, model: Any, train: Any) -> None:
         from linearize.calibration import calibrate, save_calibration
 
-        lower = f"lower data.sequence_length (now {self.config.data.sequence_length}), or set load_in_4bit"
+        lower = "set load_in_4bit, and resume; or set calibration_sequences to 0 in a new run"
         with stage("calibration", lower):
             calibration = calibrate(model, train, self.plan.calibration)
         self.result.calibration = calibration
@@ -235,10 +235,8 @@ class _Run:
     def _transfer(self, settings: TransferConfig, model: Any, train: Any, validation: Any) -> None:
         from linearize.transfer import transfer_attention
 
-        lower = (
-            f"lower transfer.batch_size (now {settings.batch_size}) or data.sequence_length (now "
-            f"{self.config.data.sequence_length}), or set load_in_4bit"
-        )
+        length = self.config.data.sequence_length
+        lower = smaller("transfer.batch_size", settings.batch_size, length, "set load_in_4bit")
         with stage("stage 1 (attention transfer)", lower):
             self.result.transfer = transfer_attention(
                 model,
@@ -254,12 +252,10 @@ class _Run:
         self._say_stage("attention transfer", self.result.transfer)
 
     def _finetune(self, settings: FinetuneConfig, model: Any, train: Any) -> None:
-        from linearize.finetuning import finetune
+        from linearize.finetuning import SMALLER, finetune
 
-        lower = (
-            f"lower finetune.batch_size (now {settings.batch_size}) or data.sequence_length (now "
-            f"{self.config.data.sequence_length}), set finetune.gradient_checkpointing, or set load_in_4bit"
-        )
+        length = self.config.data.sequence_length
+        lower = smaller("finetune.batch_size", settings.batch_size, length, *SMALLER)
         with stage("stage 2 (finetuning)", lower):
             self.result.finetune = finetune(
                 model,

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from linearize.errors import UserError
-from linearize.failures import stage
+from linearize.failures import smaller, stage
 from linearize.hub import FINAL, library_versions
 from linearize.pretraining_settings import PretrainConfig
 from linearize.run_directory import CONFIG, RunDirectory
@@ -242,10 +242,7 @@ class _Pretraining:
     def _smaller(self) -> str:
         """What to do where memory does not last."""
         settings = self.settings
-        return (
-            f"lower training.batch_size (now {settings.training.batch_size}) or data.sequence_length (now "
-            f"{settings.data.sequence_length})"
-        )
+        return smaller("training.batch_size", settings.training.batch_size, settings.data.sequence_length)
 
     def _trainer(self, run: dict[str, Any], checkpoint: Any) -> Any:
         from linearize.data_rows import collate

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from linearize.errors import Terminated, UserError
+from linearize.failures import smaller
 from linearize.training_log import tracker_names
 
 if TYPE_CHECKING:
@@ -248,15 +249,18 @@ class Interrupt:
 
 
 @contextlib.contextmanager
-def readable_memory_errors(stage: str, batch_size: int, sequence_length: int) -> Iterator[None]:
-    """Turns running out of memory into a sentence that names the stage and what to lower."""
+def readable_memory_errors(stage: str, section: str, config: StageConfig, length: int, *others: str) -> Iterator[None]:
+    """Turns running out of memory into a sentence that names the stage and what to lower.
+
+    Args:
+        section: of the settings. length: of a sequence. others: as in `failures.smaller`.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        lower = "batch_size or data.sequence_length" if batch_size > 1 else "data.sequence_length"
         raise UserError(
-            f"the GPU ran out of memory in {stage} (batch_size {batch_size}, sequence_length {sequence_length}): "
-            f"lower {lower}, or load the base in 4 bit (load_in_4bit)"
+            f"the GPU ran out of memory in {stage} (batch_size {config.batch_size}, sequence_length {length}): "
+            f"{smaller(f'{section}.batch_size', config.batch_size, length, *others)}"
         ) from error
 
 

@@ -174,7 +174,7 @@ def transfer_attention(
     config = with_branch(config, model.config.mixers.values())
     check_branch(config, model.arms())
     run = _Transfer(model, train, config, Path(output_dir), seed, report_to, validation, on_log, device)
-    with readable_memory_errors(STAGE, config.batch_size, run.sequence_length):
+    with readable_memory_errors(STAGE, "transfer", config, run.sequence_length, "set load_in_4bit"):
         return run.train(checkpoint_to_resume(run.checkpoint_dir, resume))
 
 

@@ -262,9 +262,9 @@ def test_running_out_of_memory_says_what_to_lower(call, config, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     monkeypatch.setattr("linearize.transfer.transfer_attention", no_memory)
-    code, sentence = call(settings=config)
+    code, sentence = call("--transfer.batch_size", "2", settings=config)
     assert code == 2
-    assert "stage 1" in sentence and "transfer.batch_size (now 1)" in sentence and "load_in_4bit" in sentence
+    assert "stage 1" in sentence and "transfer.batch_size (now 2)" in sentence and "load_in_4bit" in sentence
     monkeypatch.setattr("linearize.finetuning.finetune", no_memory)
     code, sentence = call("--transfer", "none", "--overwrite", settings=config)
     assert code == 2

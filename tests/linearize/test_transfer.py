@@ -265,6 +265,29 @@ def test_window_dropout_is_a_schedule_over_equal_parts():
     assert branch_weights("mixed", hide_window=True) == branch_weights("linear") == {"linear": 1.0}
 
 
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_the_cut_into_micro_batches_has_no_part_in_the_result(tmp_path, loss):
+    """Losses and mechanism after three steps, rows of different lengths among them; 1 sequence at once against 4."""
+
+    class Padded(TokenBlocks):
+        def __getitem__(self, index):
+            length = 6 + 2 * index if index < 9 else LENGTH
+            ids = super().__getitem__(index)["input_ids"]
+            return {"input_ids": ids, "attention_mask": (torch.arange(LENGTH) < length).long()}
+
+    ids = torch.randint(3, 97, (10, LENGTH), generator=torch.Generator().manual_seed(5))
+    found = []
+    for size in (4, 1, 2):
+        student = make_student(make_teacher(), {"linear": {"type": "linear", "window": 4, "sinks": 1}}).double()
+        config = settings(max_steps=3, batch_size=size, loss=loss)
+        result = transfer_attention(student, Padded(ids), config, output_dir=tmp_path / str(size))
+        found.append((result.losses_per_layer, student.mixer_state_dict()))
+    for losses, mixers in found[1:]:
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(found[0][0]), rtol=1e-9, atol=0)
+        for name, tensor in mixers.items():
+            torch.testing.assert_close(tensor, found[0][1][name], rtol=1e-7, atol=1e-9)
+
+
 def test_schedules():
     assert [learning_rate_factor(step, 4, "linear") for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
     assert [learning_rate_factor(step, 6, "linear", 2) for step in range(4)] == [1 / 3, 2 / 3, 1.0, 0.75]
@@ -369,7 +392,9 @@ def test_gpu_memory_error_says_stage_and_remedy(student, blocks, tmp_path, monke
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(student.model, "forward", forward)
-    with pytest.raises(UserError, match=r"attention transfer \(batch_size 2, sequence_length 24\): lower batch_size"):
+    with pytest.raises(
+        UserError, match=r"attention transfer \(batch_size 2, sequence_length 24\): lower transfer.batch_size"
+    ):
         transfer_attention(student, blocks, settings(), output_dir=tmp_path)
     assert all(a.arm == "mixed" and a.observer is None for a in student.mixer_attentions())
 
