@@ -113,11 +113,18 @@ def collect_statistics(model: Any, blocks: Any, batch_size: int = 1) -> Statisti
 
 def save_statistics(statistics: Statistics, folder: str | os.PathLike[str]) -> Path:
     """Write them beside a student."""
-    from safetensors.torch import save_file
+    from linearize.checkpointing import write_file
 
     path = Path(folder, STATISTICS)
-    save_file({f"{name}.{part}": x.cpu() for name, m in statistics.items() for part, x in m._asdict().items()}, path)
+    write_file(path, statistics_bytes(statistics))
     return path
+
+
+def statistics_bytes(statistics: Statistics) -> bytes:
+    """Contents of the file that `load_statistics` reads."""
+    from safetensors.torch import save
+
+    return save({f"{name}.{part}": x.cpu() for name, m in statistics.items() for part, x in m._asdict().items()})
 
 
 def load_statistics(folder: str | os.PathLike[str]) -> Statistics:
@@ -354,6 +361,8 @@ def plot_adaptation(report: AdaptationReport, path: str | os.PathLike[str]) -> N
     """Largest residual and cross-entropy over the iterations, the one whose scalers were kept marked."""
     from matplotlib.figure import Figure
 
+    from linearize.training_log import write_figure
+
     figure = Figure(figsize=(10, 3.8), layout="constrained")
     curves = {
         "largest residual, deviations of the target": report.residuals,
@@ -368,5 +377,4 @@ def plot_adaptation(report: AdaptationReport, path: str | os.PathLike[str]) -> N
         axes.xaxis.get_major_locator().set_params(integer=True)
     if all(0 < residual < math.inf for residual in report.residuals):
         figure.axes[0].set_yscale("log")
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    write_figure(figure, path)

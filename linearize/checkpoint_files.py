@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import safe_open
@@ -38,6 +39,8 @@ SMALL_PARTS = (
     "vocab.txt",
 )
 """What makes a local checkpoint the one it is, beside its weights."""
+WHOLE_BYTES = 2 << 30
+SAMPLE_BYTES, SAMPLE_EVERY = 1 << 12, 1 << 20
 
 
 def find_checkpoint(name: str | os.PathLike[str], revision: str | None = None) -> Source:
@@ -103,30 +106,43 @@ def checkpoint_digest(source: str, revision: str | None = None) -> str:
     """What tells a checkpoint from another of the same name.
 
     Args:
-        source: A directory, or a Hub id whose config was loaded before.
+        source: A directory, a GGUF file, or a Hub id whose config was loaded before.
         revision: Of the Hub repository.
 
     Returns:
-        Of a directory a hash of its settings, tokenizer and weights, names and contents; of a repository on the Hub
-            its commit.
+        Of a directory a hash of its settings, tokenizer and weights, names and contents, where files of more than
+            `WHOLE_BYTES` together count by their sizes and `SAMPLE_BYTES` of every `SAMPLE_EVERY`; of a repository on
+            the Hub its commit.
 
     Raises:
         UserError: There are no weights, or a file cannot be read.
     """
     path = Path(source)
-    if not path.is_dir():
+    if path.is_file():
+        path, names = path.parent, [path.name]
+    elif path.is_dir():
+        names = [name for name in SMALL_PARTS if (path / name).is_file()] + weight_names(path, source)
+    else:
         return f"commit {loaded_commit(source, revision)}"
-    names = [name for name in SMALL_PARTS if (path / name).is_file()]
     digest = hashlib.sha256()
-    for name in [*names, *weight_names(path, source)]:
+    sampled = sum((path / name).stat().st_size for name in names if (path / name).is_file()) > WHOLE_BYTES
+    for name in names:
         try:
             with open(path / name, "rb") as stream:
-                digest.update(f"{name} {(path / name).stat().st_size}\n".encode())
-                while chunk := stream.read(CHUNK_BYTES):
+                size = (path / name).stat().st_size
+                digest.update(f"{name} {size}\n".encode())
+                for chunk in _samples(stream, size) if sampled else iter(partial(stream.read, CHUNK_BYTES), b""):
                     digest.update(chunk)
         except OSError as error:
             raise UserError(f"{path / name} cannot be read ({error.strerror}): complete the checkpoint.") from error
     return f"sha256 {digest.hexdigest()[:32]}"
+
+
+def _samples(stream: BinaryIO, size: int) -> Iterator[bytes]:
+    """Parts of a file that would take minutes to read; every matrix of a large model has some."""
+    for start in range(0, size, SAMPLE_EVERY):
+        stream.seek(start)
+        yield stream.read(SAMPLE_BYTES)
 
 
 def map_weights(source: Source) -> dict[str, Tensor]:

@@ -1,15 +1,18 @@
 """Checkpoints that are either whole or absent: written beside their place and moved there in one step.
 
 A checkpoint is a directory `step-N` with safetensors files, `optimizer.pt` (read with `weights_only=True`) and
-`state.json`. A full disk or a killed process leaves the previous checkpoint as it was.
+`state.json`, which has the digest of every file. A full disk or a killed process leaves the previous checkpoint as it
+was, and one that was damaged later is noticed and left out.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import io
 import json
+import logging
 import os
 import re
 import shutil
@@ -24,12 +27,18 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
 from linearize.errors import UserError
+from linearize.processes import from_main_process, refuse_together
+
+logger = logging.getLogger(__name__)
 
 STEP_DIRECTORY = re.compile(r"^step-(\d+)$")
 OPTIMIZER_FILE = "optimizer.pt"
 STATE_FILE = "state.json"
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+NO_DIRECTORY_SYNC = (errno.EINVAL, errno.ENOTSUP)
+"""What file systems say that cannot flush a directory."""
+CHUNK_BYTES = 1 << 24
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG, errno.ENOTDIR, errno.ENAMETOOLONG)
 
 
@@ -59,13 +68,21 @@ def readable_write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     try:
         yield
     except SafetensorError as error:
-        # safetensors reports the system's error only as text: "I/O error: No space left on device (os error 28)".
-        number = re.search(r"os error (\d+)", str(error))
-        raise _write_error(path, int(number[1]) if number else None, error) from error
+        raise _write_error(path, _number_in(error), error) from error
     except OSError as error:
         if error.errno not in DISK_FULL + NOT_WRITABLE:
             raise
         raise _write_error(path, error.errno, error) from error
+    except Exception as error:  # of tokenizers, which knows no kinds
+        if (number := _number_in(error)) not in DISK_FULL + NOT_WRITABLE:
+            raise
+        raise _write_error(path, number, error) from error
+
+
+def _number_in(error: Exception) -> int | None:
+    """The system's error, which libraries in Rust report as text: "No space left on device (os error 28)"."""
+    number = re.search(r"os error (\d+)", str(error))
+    return int(number[1]) if number else None
 
 
 def _write_error(path: str | os.PathLike[str], number: int | None, error: Exception) -> UserError:
@@ -94,8 +111,48 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
         try:
             write_bytes(partial, data)
             os.replace(partial, path)
+            sync_directory(path.parent)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def sync_directory(path: Path) -> None:
+    """Waits until the disk has the names in a directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in NO_DIRECTORY_SYNC:
+            raise
+    finally:
+        os.close(handle)
+
+
+def sync_tree(root: Path) -> None:
+    """Waits until the disk has a directory with all that lies in it."""
+    for directory, _, files in os.walk(root):
+        for name in files:
+            with open(Path(directory, name), "rb") as file:
+                os.fsync(file.fileno())
+        sync_directory(Path(directory))
+
+
+def move_into_place(partial: Path, target: Path) -> None:
+    """Gives a complete directory its place in one step, once the disk has it; what lay there goes as a whole."""
+    sync_tree(partial)
+    previous = target.with_name(f".{target.name}.old-{os.getpid()}")
+    try:
+        if target.exists():
+            os.replace(target, previous)
+        try:
+            os.replace(partial, target)
+        except OSError:
+            if previous.exists():
+                os.replace(previous, target)
+            raise
+        sync_directory(target.parent)
+    finally:
+        shutil.rmtree(previous, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -113,32 +170,23 @@ def atomic_directory(target: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(target)
     partial = target.with_name(f".{target.name}.tmp-{os.getpid()}")
-    previous = target.with_name(f".{target.name}.old-{os.getpid()}")
     with readable_write_errors(target):
         try:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
             yield partial
-            if target.exists():
-                os.replace(target, previous)
-            try:
-                os.replace(partial, target)
-            except OSError:
-                if previous.exists():
-                    os.replace(previous, target)
-                raise
+            move_into_place(partial, target)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(previous, ignore_errors=True)
 
 
 def step_directories(root: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints under `root`, oldest step first."""
+    """The checkpoints under `root`, oldest step first; whether they are whole, `load_checkpoint` tells."""
     root = Path(root)
     if not root.is_dir():
         return []
     found = [(int(match[1]), path) for path in root.iterdir() if (match := STEP_DIRECTORY.match(path.name))]
-    return [path for _, path in sorted(found) if (path / STATE_FILE).is_file()]
+    return [path for _, path in sorted(found) if path.is_dir()]
 
 
 def latest_checkpoint(root: str | os.PathLike[str]) -> Path | None:
@@ -147,8 +195,15 @@ def latest_checkpoint(root: str | os.PathLike[str]) -> Path | None:
     return directories[-1] if directories else None
 
 
-def prune_checkpoints(root: str | os.PathLike[str], limit: int | None) -> None:
-    """Deletes the oldest checkpoints beyond `limit` (None keeps all), and what a killed process left half-written."""
+def prune_checkpoints(root: str | os.PathLike[str], limit: int | None, newest: Path) -> None:
+    """Deletes the oldest checkpoints beyond `limit` (None keeps all), and what a killed process left half-written.
+
+    Those after the newest, which has just been saved, go too: they are damaged, or of a run that went on from an
+    earlier one in another way.
+    """
+    steps = step_directories(root)
+    for path in steps[steps.index(newest) + 1 :]:
+        shutil.rmtree(path)
     for leftover in Path(root).glob(".step-*.*-*"):
         shutil.rmtree(leftover, ignore_errors=True)
     if limit is not None:
@@ -189,42 +244,106 @@ def save_checkpoint(
         buffer = io.BytesIO()
         torch.save(dict(optimizer), buffer)
         write_bytes(directory / OPTIMIZER_FILE, buffer.getvalue())
-        text = json.dumps({**state, "step": step}, indent=1)
-        write_bytes(directory / STATE_FILE, text.encode())
-    prune_checkpoints(root, limit)
+        write_state(directory, {**state, "step": step})
+    prune_checkpoints(root, limit, target)
     return target
 
 
-def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def write_state(directory: Path, state: Mapping[str, Any]) -> None:
+    """Completes a checkpoint with `state.json`: the state, and size and digest of each file that lies there."""
+    files = {path.relative_to(directory).as_posix(): _fingerprint(path) for path in sorted(_files(directory))}
+    write_bytes(directory / STATE_FILE, json.dumps({**state, "files": files}, indent=1).encode())
+
+
+def _files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file() and path != directory / STATE_FILE]
+
+
+def _fingerprint(path: Path) -> list[Any]:
+    """Size in bytes, and the start of the SHA-256."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+        return [file.tell(), digest.hexdigest()[:32]]
+
+
+def load_checkpoint(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
     """Reads a `step-N` directory; nothing is unpickled beyond tensors and plain values.
+
+    Args:
+        path: the directory.
+        verify: compare each file with the digest that was written with it.
 
     Raises:
         UserError: the directory is missing, is no checkpoint, or is damaged.
     """
     path = Path(path)
-    if not (path / STATE_FILE).is_file():
-        raise UserError(f"{path} is not a checkpoint (it has no {STATE_FILE}): name a step-N directory")
+    if not path.is_dir():
+        raise UserError(f"{path} is not a checkpoint (there is no such directory): name a step-N directory")
     try:
         state = json.loads((path / STATE_FILE).read_text())
+        if verify:
+            _check_files(path, state.get("files", {}))
         tensors = {file.stem: load_file(file) for file in sorted(path.glob("*.safetensors"))}
         optimizer = torch.load(path / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
         return Checkpoint(path, int(state["step"]), tensors, optimizer, state)
     except Exception as error:
+        reason = str(error) if isinstance(error, _Damaged) else type(error).__name__
         raise UserError(
-            f"the checkpoint {path} is damaged ({type(error).__name__}): delete it to go on from the one before"
+            f"the checkpoint {path} is damaged ({reason}): delete it to go on from the one before"
         ) from error
 
 
+class _Damaged(Exception):
+    """What is wrong with a checkpoint's files."""
+
+
+def _check_files(directory: Path, files: Mapping[str, Any]) -> None:
+    for name, written in files.items():
+        if not (directory / name).is_file():
+            raise _Damaged(f"{name} is missing")
+        size, digest = _fingerprint(directory / name)
+        if size != written[0]:
+            raise _Damaged(f"{name} has {size} bytes of {written[0]}")
+        if digest != written[1]:
+            raise _Damaged(f"{name} has other bytes than were written")
+
+
 def checkpoint_to_resume(root: str | os.PathLike[str], resume: bool | str | os.PathLike[str]) -> Checkpoint | None:
-    """The checkpoint that a stage starts from, or None to start afresh.
+    """The checkpoint that a stage starts from, the same in every process, or None to start afresh.
+
+    The main process chooses it, and says which newer ones are damaged.
 
     Args:
         root: directory of the stage's checkpoints.
-        resume: True takes the latest under `root` (none there yet: start afresh), a path takes that one.
+        resume: True takes the latest under `root` that is whole (none there yet: start afresh), a path takes that one.
 
     Raises:
-        UserError: checkpoints are there but `resume` is False, or the path holds none.
+        UserError: checkpoints are there but `resume` is False, the path holds none, all are damaged, or a process
+            cannot read what the main process can.
     """
+    chosen: list[Checkpoint | None] = [None]
+
+    def choose() -> Path | None:
+        chosen[0] = _choose(Path(root), resume)
+        return None if chosen[0] is None else chosen[0].path
+
+    path = from_main_process(choose)
+    problem = None
+    if path is not None and chosen[0] is None:
+        try:
+            chosen[0] = load_checkpoint(path, verify=False)
+        except UserError as error:
+            problem = (
+                f"the main process resumes from {path}, which another process cannot read ({error}): put the output "
+                "directory on a disk that all processes share"
+            )
+    refuse_together(problem)
+    return chosen[0]
+
+
+def _choose(root: Path, resume: bool | str | os.PathLike[str]) -> Checkpoint | None:
     latest = latest_checkpoint(root)
     if not resume:
         if latest is not None:
@@ -232,26 +351,21 @@ def checkpoint_to_resume(root: str | os.PathLike[str], resume: bool | str | os.P
         return None
     if resume is not True:
         path = Path(resume)
-        return load_checkpoint(path if (path / STATE_FILE).is_file() else latest_checkpoint(path) or path)
-    return None if latest is None else load_checkpoint(latest)
+        named = STEP_DIRECTORY.match(path.name) or (path / STATE_FILE).is_file()
+        return load_checkpoint(path if named else latest_checkpoint(path) or path)
+    return None if latest is None else _newest_whole(root)
 
 
-def require_same_run(checkpoint: Checkpoint, expected: Mapping[str, Any]) -> None:
-    """Refuses to continue a run whose data would come in another order.
-
-    Args:
-        checkpoint: its `state["run"]` holds the values it was trained with.
-        expected: name -> value of this run, such as `sequence_length`, `tokens_per_step`, `num_blocks`, `seed`.
-
-    Raises:
-        UserError: a sentence with the values that differ.
-    """
-    trained = checkpoint.state.get("run", {})
-    differing = [
-        f"{name} {trained.get(name)} (now {value})" for name, value in expected.items() if trained.get(name) != value
-    ]
-    if differing:
-        raise UserError(
-            f"cannot resume from {checkpoint.path}: it was trained with {', '.join(differing)}; "
-            "set the values back, or start a new run in another output directory"
-        )
+def _newest_whole(root: Path) -> Checkpoint:
+    """The newest checkpoint that can be read; damaged ones after it go when the next is saved."""
+    damaged: list[str] = []
+    for path in reversed(step_directories(root)):
+        try:
+            checkpoint = load_checkpoint(path)
+        except UserError as error:
+            damaged.append(str(error).partition(": delete it")[0])
+            continue
+        for reason in damaged:
+            logger.warning("%s: going on from %s", reason, path.name)
+        return checkpoint
+    raise UserError(f"{damaged[0]}, and there is no whole one before it: delete {root} to start the stage again")

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from linearize.errors import UserError
+from linearize.hub import loaded_commit
 from linearize.load_errors import explained
 from linearize.modeling import BACKBONES, PREFIX, Backbone, is_encoder
 from linearize.quantization import keep_differentiable, refuse_quantized
@@ -97,6 +98,7 @@ def convert(
     keep_differentiable(model)
     start_landmarks(model)
     model.name_or_path = source
+    model.config._commit_hash = loaded_commit(source, revision)  # never saved
     if not is_gguf(source) and model.can_generate():
         take_generation_config(model, source, where)
     return model.eval()

@@ -86,7 +86,7 @@ class EmbeddingDistillationConfig(EncoderStageConfig):
     embedding_weight: float = 1.0
     """Weight of 1 - cosine of student's and teacher's sentence embedding."""
     similarity_weight: float = 1.0
-    """Weight of the squared difference of the similarities between the rows of a micro-batch."""
+    """Weight of the squared difference of the similarities between the rows of a step."""
     hidden_weight: float = 1.0
     """Weight of the mean over layers and tokens of 1 - cosine of student's and teacher's hidden state."""
 

@@ -18,12 +18,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from linearize.encoder_settings import EncoderRunConfig
 from linearize.errors import UserError
-from linearize.failures import stage
-from linearize.run_directory import CONFIG, FINAL, RunDirectory
+from linearize.failures import smaller, stage
+from linearize.run_directory import CONFIG, FINAL, TRANSFERRED, RunDirectory
+from linearize.settings import StageSettings
 from linearize.settings_io import resolve, to_values
 
 REPORT = "report.json"
@@ -43,9 +44,14 @@ VALIDATION_ROWS = 64
 class EncoderDirectory(RunDirectory):
     """The directory of an encoder's run."""
 
-    contents = (CONFIG, "logs", "plots", "checkpoints", FINAL, REPORT)
+    contents = (CONFIG, "logs", "plots", "checkpoints", TRANSFERRED, FINAL, REPORT)
+    sections: ClassVar[Mapping[str, str]] = {
+        "transfer": "checkpoints/transfer",
+        "mlm": "checkpoints/mlm",
+        "distillation": "checkpoints/distillation",
+    }
 
-    def is_complete(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether the run that lies there has ended."""
         return self.final.is_dir() and (self.path / REPORT).is_file()
 
@@ -95,6 +101,7 @@ class _EncoderRun:
         from linearize.calibration import calibrates
         from linearize.data import main_process_first
         from linearize.data_rows import prepare_rows
+        from linearize.run_identity import data_identity, source_identity
 
         settings, directory = self.settings, self.directory
         directory.check()
@@ -109,7 +116,9 @@ class _EncoderRun:
             self.train, self.validation = prepare_rows(settings.data, self.tokenizer)
             self._start_evaluation()
         self._say(f"{len(self.train):,} training rows, {len(self.validation):,} for validation")
-        main_process_first(lambda: directory.prepare() if self.state.is_main_process else None)
+        base = source_identity(settings.model_name_or_path, settings.revision)
+        inputs = {"base": base, "data": data_identity(self.train), "validation": data_identity(self.validation)}
+        main_process_first(lambda: directory.prepare(inputs) if self.state.is_main_process else None)
         if settings.evaluation is not None and settings.evaluation.controls:
             self._measure(CONVERTED, "mixed")
         if settings.calibration_sequences and calibrates(self.student.config):
@@ -229,6 +238,9 @@ class _EncoderRun:
             "device": "cpu" if settings.device == "cpu" else None,
         }
 
+    def _smaller(self, settings: StageSettings, section: str) -> str:
+        return smaller(f"{section}.batch_size", settings.batch_size, self.settings.data.sequence_length)
+
     def _transfer(self) -> None:
         from torch.utils.data import Subset
 
@@ -238,7 +250,7 @@ class _EncoderRun:
         assert settings is not None
         rows: Any = Subset(self.validation, range(min(VALIDATION_ROWS, len(self.validation))))
         train: Any = self.train
-        with stage("stage 1 (attention transfer)", f"lower transfer.batch_size (now {settings.batch_size})"):
+        with stage("stage 1 (attention transfer)", self._smaller(settings, "transfer")):
             outcome = transfer_attention(self.student, train, settings, validation=rows, **self._common())
         self._ended("transfer", outcome)
 
@@ -247,7 +259,7 @@ class _EncoderRun:
 
         settings = self.settings.mlm
         assert settings is not None
-        with stage("masked language modelling", f"lower mlm.batch_size (now {settings.batch_size})"):
+        with stage("masked language modelling", self._smaller(settings, "mlm")):
             outcome = train_masked(self.student, self.tokenizer, self.train, settings, **self._common())
         self._ended("mlm", outcome)
 
@@ -259,7 +271,7 @@ class _EncoderRun:
         assert settings is not None
         teacher: Any = load_encoder(self.settings.model_name_or_path, revision=self.settings.revision)
         self._say(f"embedding distillation: {teacher.num_parameters():,} frozen parameters of the teacher in memory")
-        with stage("embedding distillation", f"lower distillation.batch_size (now {settings.batch_size})"):
+        with stage("embedding distillation", self._smaller(settings, "distillation")):
             outcome = distill_embeddings(self.student, teacher, self.train, settings, **self._common())
         self._ended("distillation", outcome)
 
@@ -269,15 +281,17 @@ class _EncoderRun:
         self.student.to(self.state.device)
         self._say(f"{name}: {outcome.steps:,} steps, {outcome.tokens:,} tokens, {outcome.seconds:.0f} s")
         stages = [key for key in AFTER if getattr(self.settings, key) is not None]
-        if name != stages[-1]:
-            self._measure(AFTER[name], "mixed")
+        if name == stages[-1]:
+            return
+        self._measure(AFTER[name], "mixed")
+        if name == "transfer" and self.state.is_main_process:
+            with stage("saving the model"):
+                self._save(self.directory.transferred)
 
     def _finish(self) -> None:
         """Measure, save, report and push: the main process, while the others wait."""
         from linearize.checkpointing import write_file
         from linearize.evaluation.arms import has_branches
-        from linearize.hub import loaded_commit, make_record, save_final
-        from linearize.sentence_files import sentence_transformer_files
 
         settings, embeddings = self.settings, None
         self._measure(STUDENT, "mixed")
@@ -287,25 +301,34 @@ class _EncoderRun:
         if self.evaluation is not None:
             embeddings = self.evaluation.report.to_dict()
             self.evaluation.report.show()
-        source, done = settings.model_name_or_path, self.outcomes.items()
+        with stage("saving the model"):
+            record = self._save(self.directory.final, embeddings)
+            names = ("tokens", "seconds", "peak_memory_bytes", "versions")
+            self.result.report = {"embeddings": embeddings, **{name: record[name] for name in names}}
+            write_file(self.path / REPORT, (json.dumps(self.result.report, indent=1) + "\n").encode())
+        self._push()
+        self._say(f"Saved {self.directory.final}")
+
+    def _save(self, directory: Path, embeddings: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Leave the converted repository of the stages so far; its record."""
+        from linearize.hub import loaded_commit, make_record, save_final
+        from linearize.sentence_files import sentence_transformer_files
+
+        source, revision = self.settings.model_name_or_path, self.settings.revision
+        done = self.outcomes.items()
         record = make_record(
             source,
-            revision=loaded_commit(source, settings.revision),
-            recipe=to_values(settings),
+            revision=loaded_commit(source, revision),
+            recipe=to_values(self.settings),
             tokens={name: outcome.tokens for name, outcome in done},
             seconds={name: outcome.seconds for name, outcome in done},
             peak_memory_bytes={name: outcome.peak_memory_bytes for name, outcome in done},
             embeddings=embeddings,
             calibration=self.calibration,
         )
-        with stage("saving the model"):
-            files = sentence_transformer_files(source, revision=settings.revision)
-            save_final(self.student, self.tokenizer, self.directory.final, record, files)
-            names = ("tokens", "seconds", "peak_memory_bytes", "versions")
-            self.result.report = {"embeddings": embeddings, **{name: record[name] for name in names}}
-            write_file(self.path / REPORT, (json.dumps(self.result.report, indent=1) + "\n").encode())
-        self._push()
-        self._say(f"Saved {self.directory.final}")
+        files = sentence_transformer_files(source, revision=revision)
+        save_final(self.student, self.tokenizer, directory, record, files)
+        return record
 
     def _check_push(self) -> None:
         """Ask the Hub who we are before the training, not after it."""

@@ -22,7 +22,7 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from linearize.checkpointing import checkpoint_to_resume, require_same_run
+from linearize.checkpointing import checkpoint_to_resume
 from linearize.data_rows import TextRows, collate
 from linearize.distillation import hidden_distance
 from linearize.encoder_settings import EmbeddingDistillationConfig, EncoderStageConfig, MaskedConfig
@@ -31,6 +31,7 @@ from linearize.evaluation.embeddings import sentence_embeddings
 from linearize.finetuning import SCHEDULERS
 from linearize.losses import IGNORE_INDEX
 from linearize.masking import Masking, masked_loss
+from linearize.run_identity import base_identity, data_identity, require_same_run
 from linearize.stage_trainer import StageTrainer, stage_arguments
 from linearize.training_log import TrainingLog
 from linearize.training_loop import Interrupt, PeakMemory, readable_memory_errors
@@ -172,16 +173,17 @@ def _run(
         "tokens_per_step": plan.tokens_per_step,
         "num_rows": len(train),
         "seed": seed,
-        "steps": plan.steps,
         "train": config.train,
+        "data": data_identity(train),
+        "base": base_identity(student),
     }
     checkpoint = checkpoint_to_resume(checkpoints, resume)
     if checkpoint is not None:
-        require_same_run(checkpoint, run)
+        require_same_run(checkpoint, run, plan.steps)
     is_main = arguments.process_index == 0
     log = TrainingLog(log_path, checkpoint.step if checkpoint else None) if is_main else None
     memory, start = PeakMemory(arguments.device), time.perf_counter()
-    memory_errors = readable_memory_errors(kind.func.STAGE, config.batch_size, train.sequence_length)
+    memory_errors = readable_memory_errors(kind.func.STAGE, config.section, config, train.sequence_length)
     quiet = contextlib.nullcontext() if config.dropout else without_dropout(student)
     with memory_errors, training_only(student, parameters), quiet, Interrupt() as interrupt:
         trainer = kind(
@@ -252,8 +254,36 @@ class EmbeddingTrainer(EncoderTrainer):
 
     def __init__(self, teacher: Any, *arguments: Any, **others: Any) -> None:
         self.teacher = teacher
+        self._step: list[Tensor] | None = None
         super().__init__(*arguments, **others)
         self.teacher.to(self.args.device)
+
+    def prepare_batches(self, batches: list[Any]) -> list[Any]:
+        """Embeds the rows of the whole step, where they are cut into micro-batches: similarities are among them all.
+
+        One more forward pass of student and teacher, without gradients.
+        """
+        self._step = None
+        if self.config.similarity_weight and len(batches) * self.args.world_size > 1:
+            with torch.no_grad():
+                pairs = [self._embeddings({k: x.to(self.args.device) for k, x in batch.items()}) for batch in batches]
+            self._step = [self.accelerator.gather(torch.cat(column)) for column in zip(*pairs, strict=True)]
+        return batches
+
+    def _embeddings(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's, `(B, E)`."""
+        models, mask = (self.trained, self.teacher), batch["attention_mask"]
+        mine, theirs = (sentence_embeddings(model(**batch).last_hidden_state, mask) for model in models)
+        return mine, theirs
+
+    def _similarity(self, mine: Tensor, target: Tensor) -> Tensor:
+        """Squared difference of the similarities: of these rows with all of the step, over its number of rows."""
+        if self._step is None:
+            return len(mine) * (mine @ mine.T - target @ target.T).square().mean()
+        all_mine, all_targets = self._step
+        part = (mine @ all_mine.T - target @ all_targets.T).square().sum() / len(all_mine)
+        # Of each pair one row has a gradient here, and the other where it is this one's turn: half of it each.
+        return 2 * part - part.detach()
 
     def counted(self, batch: Any) -> Tensor:
         """Its rows."""
@@ -267,7 +297,7 @@ class EmbeddingTrainer(EncoderTrainer):
         ours = model(**inputs, output_hidden_states=True)
         mine, target = (sentence_embeddings(x.last_hidden_state, mask) for x in (ours, theirs))
         embedding = (1 - (mine * target).sum(-1)).sum()
-        similarity = len(mine) * (mine @ mine.T - target @ target.T).square().mean()
+        similarity = self._similarity(mine, target)
         weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
         hidden = hidden_distance(ours.hidden_states[1:], theirs.hidden_states[1:], weights)
         parts = [part / denominator for part in (embedding, similarity, hidden)]
@@ -290,13 +320,16 @@ class HiddenTokens(StageTrainer):
         super().__init__(*arguments, **others)
 
     def prepare_batches(self, batches: list[Any]) -> list[Any]:
-        """Hides tokens: other ones in each micro-batch, the same again after a resume and on any number of
-        processes."""
+        """Hides tokens: other ones in each row of each step, the same again after a resume, in micro-batches of any
+        size and on any number of processes."""
         world, rank = self.args.world_size, self.args.process_index
-        numbers = [f"masks {self.args.seed} {self.state.global_step} {i * world + rank}" for i in range(len(batches))]
-        seeds = [random.Random(number).getrandbits(63) for number in numbers]
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return [self.masking.hide(batch, draws) for batch, draws in zip(batches, generators, strict=True)]
+        hidden = []
+        for i, batch in enumerate(batches):
+            size = len(batch["input_ids"])
+            first = (i * world + rank) * size
+            rows = [f"masks {self.args.seed} {self.state.global_step} {first + j}" for j in range(size)]
+            hidden.append(self.masking.hide(batch, [random.Random(row).getrandbits(63) for row in rows]))
+        return hidden
 
     def counted(self, batch: Any) -> Tensor:
         """Its hidden tokens."""

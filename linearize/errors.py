@@ -1,4 +1,4 @@
-"""The one exception that a person is meant to read."""
+"""The exception that a person is meant to read, and the one that SIGTERM becomes."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
     The command line and the recipes print the sentence without a trace and exit with code 2.
     """
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, from a scheduler or a launcher: as Ctrl-C, but for the exit code."""

@@ -4,6 +4,7 @@
 | --- | --- | --- |
 | `UserError`, no memory, no disk space | 2 | one sentence on stderr |
 | Ctrl-C | 130 | one sentence on stderr |
+| SIGTERM | 143 | one sentence on stderr |
 | anything else | 1 | the trace: it is a bug, and the trace is what mends it |
 """
 
@@ -13,15 +14,18 @@ import contextlib
 import errno
 import functools
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from linearize.errors import UserError
+from linearize.errors import Terminated, UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 PATIENCE = 30  # seconds
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
 
@@ -76,26 +80,61 @@ def stage(name: str, out_of_memory: str = "") -> Iterator[None]:
         raise
 
 
+def smaller(setting: str, now: int, sequence_length: int, *others: str) -> str:
+    """What to do where memory ended, all of which a run that goes on may change, and what takes a new run.
+
+    Args:
+        setting: the number of sequences at once, e.g. `transfer.batch_size`. now: its value.
+        sequence_length: of the data.
+        others: e.g. `set load_in_4bit`.
+    """
+    ways = [f"lower {setting} (now {now})"] if now > 1 else []
+    ways += others
+    going_on = f"{', or '.join(ways)}, and resume; " if ways else ""
+    return f"{going_on}a lower data.sequence_length (now {sequence_length}) takes a new run"
+
+
 def guarded(function: Callable[..., Any], *args: Any, **kwargs: Any) -> int:
     """Call a function and turn its failure into the exit code and the sentence of the table above.
 
-    In a launch of several processes all of them leave with the code, and the main one alone prints the sentence.
-    Memory may end in one process only, so each process reports that itself.
+    In a launch of several processes all of them leave with the code. What all of them find is said by the main one,
+    after which the launcher ends the others; what another one alone finds it says itself, after waiting for that.
     """
     try:
-        with stage("this command"):
+        with stage("this command"), terminable():
             function(*args, **kwargs)
     except UserError as error:
         if is_main_process() or is_out_of_memory(error.__cause__ or error):
             say(str(error))
         else:
-            time.sleep(PATIENCE)  # the launcher ends all processes with the first one, and the main one has to speak
+            time.sleep(PATIENCE)
+            say(f"{error} (process {os.environ['RANK']})")
         return EXIT_USER_ERROR
     except KeyboardInterrupt as interrupt:
+        terminated = isinstance(interrupt, Terminated)
         if is_main_process():
-            say(f"interrupted; {interrupt}" if str(interrupt) else "interrupted")
-        return EXIT_INTERRUPTED
+            what = "terminated" if terminated else "interrupted"
+            say(f"{what}; {interrupt}" if str(interrupt) else what)
+        return EXIT_TERMINATED if terminated else EXIT_INTERRUPTED
     return 0
+
+
+@contextlib.contextmanager
+def terminable() -> Iterator[None]:
+    """Raise `Terminated` at SIGTERM, so that nothing half-written is left. Outside the main thread, where Python
+    delivers no signals, nothing changes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        raise Terminated
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -27,18 +27,14 @@ from accelerate import PartialState
 from transformers import set_seed
 
 from linearize.adapters import AdaptedModel, add_adapters, merge, merge_into_unquantized, save_adapter
-from linearize.checkpointing import (
-    Checkpoint,
-    checkpoint_to_resume,
-    readable_write_errors,
-    require_same_run,
-)
+from linearize.checkpointing import Checkpoint, checkpoint_to_resume
 from linearize.conversion import refuse_encoder
 from linearize.errors import UserError
 from linearize.finetuning_trainer import FinetuningTrainer
+from linearize.run_identity import base_identity, data_identity, require_same_run
 from linearize.stage_trainer import stage_arguments
-from linearize.training_log import TrainingLog, has_matplotlib, read_log
-from linearize.training_loop import Interrupt, PeakMemory
+from linearize.training_log import TrainingLog, has_matplotlib, read_log, write_figure
+from linearize.training_loop import Interrupt, PeakMemory, readable_memory_errors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
@@ -52,6 +48,8 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = Path("checkpoints", "finetune")
 LOG = Path("logs", "finetune.jsonl")
+SMALLER = ("lower finetune.logits_chunk", "set finetune.gradient_checkpointing", "set load_in_4bit")
+"""What takes less memory, beside smaller micro-batches."""
 SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
@@ -124,7 +122,6 @@ def finetune(
     if model.dtype == torch.float16:
         raise UserError("finetuning in float16 would lose small gradients: set dtype to bfloat16 or float32.")
     output = Path(output_dir)
-    checkpoint = checkpoint_to_resume(output / CHECKPOINTS, resume)
     # Mixed precision stays off: the base computes in the dtype that it was loaded in, what trains in float32.
     arguments, plan = stage_arguments(
         config,
@@ -143,11 +140,13 @@ def finetune(
         "tokens_per_step": plan.tokens_per_step,
         "num_blocks": len(train),
         "seed": seed,
-        "steps": plan.steps,
         "arm": arm,
+        "data": data_identity(train),
+        "base": base_identity(model),
     }
+    checkpoint = checkpoint_to_resume(output / CHECKPOINTS, resume)
     if checkpoint is not None:
-        require_same_run(checkpoint, run)
+        require_same_run(checkpoint, run, plan.steps)
     set_seed(seed)
     belongs: dict[str, Any] = {"base_model": base_model, "revision": revision}
     adapted = add_adapters(model, config, train_mixers=config.train_mixers and arm != "teacher", **belongs)
@@ -196,15 +195,9 @@ def _train(
             run=run,
             window=window,
         )
-        try:
-            with base.use_arm(run["arm"]), gradient_checkpointing(base, config.gradient_checkpointing):
-                return trainer.run_stage(checkpoint)
-        except torch.OutOfMemoryError as error:
-            raise UserError(
-                f"the GPU ran out of memory in finetuning (batch_size {config.batch_size}, sequence_length "
-                f"{run['sequence_length']}): lower finetune.batch_size, finetune.logits_chunk or "
-                "data.sequence_length, set finetune.gradient_checkpointing, or load the base in 4 bit (load_in_4bit)."
-            ) from error
+        memory_errors = readable_memory_errors("finetuning", "finetune", config, train.sequence_length, *SMALLER)
+        with memory_errors, base.use_arm(run["arm"]), gradient_checkpointing(base, config.gradient_checkpointing):
+            return trainer.run_stage(checkpoint)
 
 
 @contextmanager
@@ -250,6 +243,4 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, *, with_kl: bo
         axes.set(title="Finetuning", xlabel="step", ylabel="nats per supervised token")
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
-    with readable_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
+    write_figure(figure, path)

@@ -19,13 +19,22 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from linearize.errors import UserError
 from linearize.failures import stage
 from linearize.pretraining_settings import PretrainingConfig
 from linearize.run_directory import FINAL
 from linearize.settings import AdaptationConfig, DistillationConfig, TransferConfig
 from linearize.settings_io import resolve
 from linearize.settings_values import convert_fields, require
-from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun, StagedRunConfig, planned_student
+from linearize.staged_run import (
+    TEACHER,
+    Curve,
+    StagedDirectory,
+    StagedRun,
+    StagedRunConfig,
+    checkpoints_of,
+    planned_student,
+)
 
 TRAINED = {
     "teacher": TEACHER,
@@ -109,6 +118,14 @@ class GainCellDirectory(StagedDirectory):
     """The directory of a run onto gain cells."""
 
     stages = ("teacher", "start", "linear", "adapted", "refined", "nonlinear")
+    sections: ClassVar[Mapping[str, str]] = {
+        "transfer": "checkpoints/transfer",
+        "start": "start/config.json",
+        "linear": checkpoints_of("linear"),
+        "adaptation": "adapted/config.json",
+        "refinement": checkpoints_of("refined"),
+        "nonlinear": checkpoints_of("nonlinear"),
+    }
 
 
 def run_gain_cell(config: GainCellRunConfig | Mapping[str, Any] | str | PathLike[str]) -> Path:
@@ -131,6 +148,21 @@ def run_gain_cell(config: GainCellRunConfig | Mapping[str, Any] | str | PathLike
     return _Stages(settings, directory).run()
 
 
+def share_of(train: Any, sequences: int, state: Any) -> list[Any]:
+    """This process's part of the first training sequences: the processes together measure on as many as asked for.
+
+    Raises:
+        UserError: there are fewer than processes.
+    """
+    count = min(sequences, len(train))
+    if count < state.num_processes:
+        raise UserError(
+            f"statistics are taken over {count} sequences, but each of the {state.num_processes} processes needs one: "
+            "raise statistics_sequences, or give more text."
+        )
+    return [train[i] for i in range(state.process_index, count, state.num_processes)]
+
+
 class _Stages(StagedRun):
     """One call of `run_gain_cell`."""
 
@@ -139,8 +171,7 @@ class _Stages(StagedRun):
     def __init__(self, settings: GainCellRunConfig, directory: GainCellDirectory) -> None:
         super().__init__(settings, directory, settings.linear.eval_tokens)
         self.batch_size = settings.adaptation.batch_size
-        mine = range(self.state.process_index, len(self.train), self.state.num_processes)
-        self.measured_on = [self.train[i] for i in mine[: settings.statistics_sequences]]
+        self.measured_on = share_of(self.train, settings.statistics_sequences, self.state)
         self.adaptation: dict[str, Any] | None = None
 
     def run(self) -> Path:
@@ -207,7 +238,14 @@ class _Stages(StagedRun):
 
     def _adapt(self, linear: Path) -> Path:
         """The nonlinear cell with stage A's weights and statistics."""
-        from linearize.adaptation import adapt_scalers, collect_statistics, plot_adaptation, save_statistics
+        from linearize.adaptation import (
+            STATISTICS,
+            adapt_scalers,
+            collect_statistics,
+            plot_adaptation,
+            statistics_bytes,
+        )
+        from linearize.checkpointing import write_file
         from linearize.conversion import load_student
         from linearize.hub import read_record
 
@@ -227,11 +265,9 @@ class _Stages(StagedRun):
                 self.adaptation = report.to_dict()
                 if self.state.is_main_process:
                     plot_adaptation(report, self.path / "plots" / "adaptation.png")
-                    log.parent.mkdir(parents=True, exist_ok=True)
-                    log.write_text(json.dumps(self.adaptation, indent=1), encoding="utf-8")
-                self._save(nonlinear, adapted, earlier=read_record(linear))
-                if self.state.is_main_process:
-                    save_statistics(targets, adapted)
+                    write_file(log, json.dumps(self.adaptation, indent=1).encode())
+                files = {STATISTICS: statistics_bytes(targets)}
+                self._save(nonlinear, adapted, earlier=read_record(linear), files=files)
         self._measure("nonlinear cell, adapted", tokens, nonlinear)
         return adapted
 

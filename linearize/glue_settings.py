@@ -79,6 +79,9 @@ class GlueTrainingConfig:
 
     batch_size: int = 32
     """Examples per optimiser step, over all processes (32 in BERT)."""
+    micro_batch_size: int | None = None
+    """Examples of a process at once, a divisor of its share of a step's; none: all of its share. It has no part in the
+    result but for dropout, so a run that goes on may change it."""
     epochs: float = 3.0
     """Passes over the training examples (3 in BERT)."""
     max_steps: int | None = None
@@ -108,8 +111,9 @@ class GlueTrainingConfig:
 
     def __post_init__(self) -> None:
         convert_fields(self, "training")
-        for key in ("batch_size", "eval_batch_size", "logging_steps", "save_steps"):
-            require(getattr(self, key) >= 1, f"training.{key} is {getattr(self, key)}, but it must be at least 1.")
+        for key in ("batch_size", "micro_batch_size", "eval_batch_size", "logging_steps", "save_steps"):
+            value = getattr(self, key)
+            require(value is None or value >= 1, f"training.{key} is {value}, but it must be at least 1.")
         require(self.epochs > 0, f"training.epochs is {self.epochs}, but it must be positive.")
         require(
             self.max_steps is None or self.max_steps >= 1,
@@ -127,21 +131,30 @@ class GlueTrainingConfig:
             f"training.warmup_ratio is {self.warmup_ratio}, but it must be between 0 and 1.",
         )
 
+    def own_examples(self, num_processes: int) -> int:
+        """Examples of a process at once."""
+        return self.micro_batch_size or self.batch_size // num_processes
+
     def stage(self, examples: int, sequence_length: int, learning_rate: float, num_processes: int = 1) -> GlueStage:
         """The steps on so many training examples.
 
         Raises:
-            UserError: The batch cannot be divided by the processes.
+            UserError: The batch cannot be divided by the processes, or a process's share by its micro-batches.
         """
         require(
             self.batch_size % num_processes == 0,
             f"training.batch_size is {self.batch_size}, but it must be a multiple of the {num_processes} processes.",
         )
+        share, own = self.batch_size // num_processes, self.own_examples(num_processes)
+        require(
+            share % own == 0,
+            f"training.micro_batch_size is {own}, but it must divide the {share} examples of a process and step.",
+        )
         steps = self.max_steps or max(1, math.ceil(examples * self.epochs / self.batch_size))
         mixer_rate = learning_rate if self.mixer_learning_rate is None else self.mixer_learning_rate
         return GlueStage(
             max_steps=steps,
-            batch_size=self.batch_size // num_processes,
+            batch_size=own,
             tokens_per_step=self.batch_size * sequence_length,
             learning_rate=learning_rate,
             mixer_learning_rate=mixer_rate,

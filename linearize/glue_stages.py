@@ -23,10 +23,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from linearize.errors import UserError
-from linearize.failures import stage
+from linearize.failures import smaller, stage
 from linearize.glue_report import GlueReport, Result, make_report
 from linearize.glue_settings import GlueRunConfig
 from linearize.glue_tasks import TASKS, shown_score
@@ -40,10 +40,11 @@ class GlueDirectory(RunDirectory):
     """The directory of a run on GLUE."""
 
     contents = (CONFIG, "results", "logs", "checkpoints", "models", REPORT, TABLE)
+    sections: ClassVar[Mapping[str, str]] = {}
     free_to_change = (
         *FREE_TO_CHANGE,
         *("models", "names", "revisions", "tasks", "seeds", "metrics", "save_models"),
-        *("training.learning_rates", "training.eval_batch_size"),
+        "training.learning_rates",
     )
 
 
@@ -253,7 +254,8 @@ class _GlueRun:
         validation = {name: tokenize(split, tokenizer, length) for name, split in data.validation.items()}
         for run in runs:
             training = settings.training
-            lower = f"lower training.batch_size (now {training.batch_size}) or data.sequence_length (now {length})"
+            own = training.own_examples(self.state.num_processes)
+            lower = smaller("training.micro_batch_size", own, length)
             with stage(f"finetuning {run.model} on {TASKS[run.task].name}", lower):
                 tuned = finetune_on(run, settings, rows, identity, self.path)
                 if self.state.is_main_process:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AutoModelForSequenceClassification
 
-from linearize.checkpointing import checkpoint_to_resume, require_same_run
+from linearize.checkpointing import checkpoint_to_resume
 from linearize.conversion import load_config, quiet_transformers
 from linearize.encoder_training import EncoderTrainer
 from linearize.errors import UserError
@@ -27,6 +27,7 @@ from linearize.glue_tasks import TASKS, Task
 from linearize.load_errors import explained
 from linearize.modeling import BACKBONES, PREFIX, is_encoder
 from linearize.quantization import refuse_quantized
+from linearize.run_identity import require_same_run
 from linearize.stage_trainer import stage_arguments
 from linearize.training_log import TrainingLog
 from linearize.training_loop import Interrupt, PeakMemory, to_device
@@ -164,7 +165,7 @@ class GlueTrainer(EncoderTrainer):
     """
 
     STAGE = "finetuning"
-    ADVICE = "lower training.learning_rates or raise training.warmup_ratio"
+    ADVICE = "resume with a lower one in training.learning_rates"
 
     config: Any
 

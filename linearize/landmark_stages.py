@@ -26,7 +26,15 @@ from linearize.failures import stage
 from linearize.pretraining_settings import PretrainingConfig
 from linearize.settings_io import resolve
 from linearize.settings_values import convert_fields, require
-from linearize.staged_run import TEACHER, Curve, StagedDirectory, StagedRun, StagedRunConfig, planned_student
+from linearize.staged_run import (
+    TEACHER,
+    Curve,
+    StagedDirectory,
+    StagedRun,
+    StagedRunConfig,
+    checkpoints_of,
+    planned_student,
+)
 
 BEFORE, AFTER = "landmark attention, untrained", "landmark attention, trained"
 CALIBRATED = "landmark attention, keys fitted"
@@ -71,6 +79,11 @@ class LandmarkDirectory(StagedDirectory):
     """The directory of a run onto landmark attention."""
 
     stages = ("teacher", "start", "landmark", "fitted")
+    sections: ClassVar[Mapping[str, str]] = {
+        "calibration_sequences": "start/config.json",
+        "training": checkpoints_of("landmark"),
+        "fitted": "fitted/config.json",
+    }
 
 
 def run_landmark(config: LandmarkRunConfig | Mapping[str, Any] | str | PathLike[str]) -> Path:

@@ -46,29 +46,20 @@ class Masking:
             raise UserError("The tokenizer has no mask token: masked language modelling needs one, set mlm to none.")
         return cls(tokenizer.mask_token_id, tuple(tokenizer.all_special_ids), len(tokenizer), probability)
 
-    def hide(self, batch: dict[str, Tensor], generator: torch.Generator) -> dict[str, Tensor]:
+    def hide(self, batch: dict[str, Tensor], seeds: Sequence[int]) -> dict[str, Tensor]:
         """The batch with tokens hidden, and labels that are -100 elsewhere. Marks and padding are never hidden.
 
-        Args:
-            batch: `input_ids` and `attention_mask`, `(B, T)`.
-            generator: Of the CPU: the draws are the same on every device.
-        """
-        shape = batch["input_ids"].shape
-        draws = torch.rand((2, *shape), generator=generator)
-        return self._hidden(batch, draws, torch.randint(self.entries, shape, generator=generator))
-
-    def hide_rows(self, batch: dict[str, Tensor], numbers: Sequence[int]) -> dict[str, Tensor]:
-        """As `hide`, but what is hidden of a row depends on its number and its tokens alone: neither on the rows
-        beside it nor on padding.
+        What is hidden of a row depends on its seed and its tokens alone: neither on the rows beside it nor on padding,
+        and not on the device.
 
         Args:
             batch: `input_ids` and `attention_mask`, `(B, T)`.
-            numbers: Of the rows.
+            seeds: Of the rows.
         """
         real = batch["attention_mask"].bool().cpu()
         draws, random = torch.ones((2, *real.shape)), torch.zeros(real.shape, dtype=torch.int64)
-        for row, number in enumerate(numbers):
-            generator, count = torch.Generator().manual_seed(MEASURE_SEED + number), int(real[row].sum())
+        for row, seed in enumerate(seeds):
+            generator, count = torch.Generator().manual_seed(seed), int(real[row].sum())
             draws[:, row, real[row]] = torch.rand((2, count), generator=generator)
             random[row, real[row]] = torch.randint(self.entries, (count,), generator=generator)
         return self._hidden(batch, draws, random)
@@ -138,7 +129,7 @@ def masked_scores(
     with measuring(model, arm) as base:
         for start in range(0, len(rows), batch_size):
             numbers = range(start, min(start + batch_size, len(rows)))
-            batch = masking.hide_rows(collate([rows[i] for i in numbers]), numbers)
+            batch = masking.hide(collate([rows[i] for i in numbers]), [MEASURE_SEED + i for i in numbers])
             batch = {name: x.to(input_device(base)) for name, x in batch.items()}
             labels = batch.pop("labels")
             logits, hidden = base(**batch).logits, labels != IGNORE_INDEX

@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from linearize.errors import UserError
-from linearize.failures import stage
+from linearize.failures import smaller, stage
+from linearize.processes import from_main_process
 from linearize.run_directory import RunDirectory
 from linearize.settings import FinetuneConfig, RunConfig, TransferConfig
 from linearize.settings_io import resolve, to_values
@@ -34,8 +35,6 @@ if TYPE_CHECKING:
     from linearize.transfer import TransferResult
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 
 @dataclass
@@ -93,11 +92,12 @@ class _Run:
     def run(self) -> RunResult:
         """The steps of a run, in order."""
         from linearize.conversion import load_tokenizer
+        from linearize.run_identity import base_identity, data_identity
         from linearize.run_plan import make_plan
 
         config, directory = self.config, self.directory
         directory.check()
-        self._alone(self._check_push)
+        from_main_process(self._check_push)
         if config.resume_from_checkpoint and directory.is_complete():
             self._say(f"The run in {directory.path} is complete: {directory.final}")
             if self.state.is_main_process:
@@ -110,7 +110,8 @@ class _Run:
         train, validation, held_out = self._load_data()
         with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
             model = self._load_model(quantized=True)
-        self._alone(directory.prepare)
+        inputs = {"base": base_identity(model)} | ({} if train is None else {"data": data_identity(train)})
+        from_main_process(lambda: directory.prepare(inputs))
         report = self._start_report(held_out)
         if report is not None:
             self._measure(lambda: report.before_training(model, base_is_teacher=self._base_is_teacher()))
@@ -120,6 +121,8 @@ class _Run:
                 self._measure(lambda: report.after_calibration(model))
         if config.transfer is not None:
             self._transfer(config.transfer, model, train, validation)
+            if config.finetune is not None and self.state.is_main_process:
+                self._save(self._merged(model), self.directory.transferred)
             if report is not None:
                 self._measure(lambda: report.after_transfer(model))
         if config.finetune is not None:
@@ -222,7 +225,7 @@ class _Run:
     def _calibrate(self, model: Any, train: Any) -> None:
         from linearize.calibration import calibrate, save_calibration
 
-        lower = f"lower data.sequence_length (now {self.config.data.sequence_length}), or set load_in_4bit"
+        lower = "set load_in_4bit, and resume; or set calibration_sequences to 0 in a new run"
         with stage("calibration", lower):
             calibration = calibrate(model, train, self.plan.calibration)
         self.result.calibration = calibration
@@ -233,10 +236,8 @@ class _Run:
     def _transfer(self, settings: TransferConfig, model: Any, train: Any, validation: Any) -> None:
         from linearize.transfer import transfer_attention
 
-        lower = (
-            f"lower transfer.batch_size (now {settings.batch_size}) or data.sequence_length (now "
-            f"{self.config.data.sequence_length}), or set load_in_4bit"
-        )
+        length = self.config.data.sequence_length
+        lower = smaller("transfer.batch_size", settings.batch_size, length, "set load_in_4bit")
         with stage("stage 1 (attention transfer)", lower):
             self.result.transfer = transfer_attention(
                 model,
@@ -252,12 +253,10 @@ class _Run:
         self._say_stage("attention transfer", self.result.transfer)
 
     def _finetune(self, settings: FinetuneConfig, model: Any, train: Any) -> None:
-        from linearize.finetuning import finetune
+        from linearize.finetuning import SMALLER, finetune
 
-        lower = (
-            f"lower finetune.batch_size (now {settings.batch_size}) or data.sequence_length (now "
-            f"{self.config.data.sequence_length}), set finetune.gradient_checkpointing, or set load_in_4bit"
-        )
+        length = self.config.data.sequence_length
+        lower = smaller("finetune.batch_size", settings.batch_size, length, *SMALLER)
         with stage("stage 2 (finetuning)", lower):
             self.result.finetune = finetune(
                 model,
@@ -434,21 +433,3 @@ class _Run:
         """Measure on the main process; the others go on and wait for it in the next stage."""
         with stage("evaluation", "lower evaluation.batch_size"):
             work()
-
-    def _alone(self, work: Callable[[], Result]) -> Result | None:
-        """Do something on the main process while the others wait; its error is raised in all of them."""
-        if self.state.num_processes == 1:
-            return work()
-        import torch.distributed as distributed
-
-        result: Result | None = None
-        failure: list[str | None] = [None]
-        if self.state.is_main_process:
-            try:
-                result = work()
-            except UserError as error:
-                failure = [str(error)]
-        distributed.broadcast_object_list(failure, src=0)
-        if failure[0] is not None:
-            raise UserError(failure[0])
-        return result

@@ -26,10 +26,10 @@ from dataclasses import dataclass
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from linearize.errors import UserError
-from linearize.failures import stage
+from linearize.failures import smaller, stage
 from linearize.hub import FINAL, library_versions
 from linearize.pretraining_settings import PretrainConfig
 from linearize.run_directory import CONFIG, RunDirectory
@@ -93,8 +93,9 @@ class PretrainDirectory(RunDirectory):
     """The directory of a pretraining."""
 
     contents = (CONFIG, "logs", "checkpoints", FINAL, REPORT)
+    sections: ClassVar[Mapping[str, str]] = {"training": CHECKPOINTS.as_posix()}
 
-    def is_complete(self) -> bool:
+    def has_ended(self) -> bool:
         """Whether the run that lies there has ended."""
         return self.final.is_dir() and (self.path / REPORT).is_file()
 
@@ -152,9 +153,10 @@ class _Pretraining:
 
     def run(self) -> PretrainResult:
         """Prepare, train, measure and save."""
-        from linearize.checkpointing import checkpoint_to_resume, require_same_run
+        from linearize.checkpointing import checkpoint_to_resume
         from linearize.data import main_process_first
         from linearize.pretraining_trainer import pretraining_arguments
+        from linearize.run_identity import DIGESTS, require_same_run
         from linearize.training_loop import PeakMemory
 
         settings, directory, state = self.settings, self.directory, self.state
@@ -165,8 +167,9 @@ class _Pretraining:
         if resume:
             checkpoint = checkpoint_to_resume(directory.path / CHECKPOINTS, resume)
         if checkpoint is not None:
-            require_same_run(checkpoint, run)
-        main_process_first(lambda: directory.prepare() if state.is_main_process else None)
+            require_same_run(checkpoint, run, self.plan.steps)
+        digests = {name: run[name] for name in DIGESTS if run.get(name) is not None}
+        main_process_first(lambda: directory.prepare(digests) if state.is_main_process else None)
         self._announce()
         memory = PeakMemory(self.arguments.device)
         with stage("pretraining", self._smaller()):
@@ -213,14 +216,17 @@ class _Pretraining:
     def _identity(self) -> dict[str, Any]:
         """What a checkpoint must agree on to be continued."""
         from linearize.data_documents import tokenizer_identity
+        from linearize.run_identity import base_identity, data_identity
 
+        teacher = None if self.distiller is None else base_identity(self.distiller.teacher)
         return {
             "sequence_length": self.train.sequence_length,
             "tokens_per_step": self.plan.tokens_per_step,
             "num_blocks": len(self.train),
-            "data": self.train.identity,
+            "data": data_identity(self.train),
+            "base": None if self.settings.model_name_or_path is None else base_identity(self.model),
+            "teacher": teacher,
             "seed": self.settings.seed,
-            "steps": self.plan.steps,
             "tokenizer": tokenizer_identity(self.tokenizer)[:12],
         }
 
@@ -238,10 +244,7 @@ class _Pretraining:
     def _smaller(self) -> str:
         """What to do where memory does not last."""
         settings = self.settings
-        return (
-            f"lower training.batch_size (now {settings.training.batch_size}) or data.sequence_length (now "
-            f"{settings.data.sequence_length})"
-        )
+        return smaller("training.batch_size", settings.training.batch_size, settings.data.sequence_length)
 
     def _trainer(self, run: dict[str, Any], checkpoint: Any) -> Any:
         from linearize.data_rows import collate

@@ -1,7 +1,7 @@
 """The directory of a run: what lies in it, whether it may be used, and whether a resumed run is the run that it holds.
 
 config.yaml                          every setting, resolved
-logs/{transfer,finetune}.jsonl       losses; evaluation.json: what has been measured so far
+logs/{transfer,finetune}.jsonl       losses; evaluation.json: what has been measured so far; inputs.json: digests
 plots/*.png
 checkpoints/{transfer,finetune}/step-N
 transferred/                         the converted repository after stage 1, where stage 2 follows
@@ -11,16 +11,20 @@ final/                               the converted repository
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from linearize.errors import UserError
 from linearize.hub import FINAL, read_record
+from linearize.run_identity import STEPS, StageState, changed_settings, require_same_inputs
 from linearize.settings import RunSettings
 from linearize.settings_io import differences, resolve, write_config
 
 CONFIG = "config.yaml"
+INPUTS = Path("logs", "inputs.json")
 TRANSFERRED = "transferred"
 CONTENTS = (CONFIG, "logs", "plots", "checkpoints", TRANSFERRED, "adapter", FINAL)
 FREE_TO_CHANGE = (
@@ -33,9 +37,7 @@ FREE_TO_CHANGE = (
     "op_backend",
     "data.cache_dir",
 )
-"""Settings that a resumed run may change: they do not touch what the checkpoints mean. So may the evaluation, and
-when to log and save."""
-FREE_KEYS = ("logging_steps", "save_steps", "save_total_limit", "eval_steps")
+"""Settings that a resumed run may always change, beside those of `run_identity.changed_settings`."""
 
 
 class RunDirectory:
@@ -44,7 +46,12 @@ class RunDirectory:
     contents: ClassVar[tuple[str, ...]] = CONTENTS
     """What a run writes there, and all that replacing it deletes."""
     free_to_change: ClassVar[tuple[str, ...]] = FREE_TO_CHANGE
-    """Settings that a resumed run may change."""
+    """Settings that a resumed run may always change."""
+    sections: ClassVar[Mapping[str, str]] = {
+        "transfer": "checkpoints/transfer",
+        "finetune": "checkpoints/finetune",
+    }
+    """The stages in their order: section of the settings -> its checkpoints, or a file that it leaves."""
 
     def __init__(self, config: RunSettings) -> None:
         self.config: Any = config
@@ -87,20 +94,44 @@ class RunDirectory:
     def _check_same_run(self) -> None:
         if not (self.path / CONFIG).is_file():
             return
-        changed = [name for name in differences(self._stored(), self.config) if not self._may_change(name)]
+        changed = changed_settings(self._stored(), self.config, self.stage_states(), self.free_to_change)
         if changed:
             raise UserError(
                 f"{self.path} holds a run with other settings ({', '.join(changed)}): resume it with its own, "
                 f"{self.path / CONFIG}, or name another output_dir."
             )
 
-    def _may_change(self, name: str) -> bool:
-        return name in self.free_to_change or name.startswith("evaluation") or name.rpartition(".")[2] in FREE_KEYS
+    def stage_states(self) -> dict[str, StageState]:
+        """How far each stage of the run that lies there is."""
+        begun = [self._has_begun(place) for place in self.sections.values()]
+        states = {}
+        for number, section in enumerate(self.sections):
+            if any(begun[number + 1 :]):
+                states[section] = StageState.CLOSED
+            else:
+                states[section] = StageState.OPEN if begun[number] else StageState.WAITING
+        return states
+
+    def _has_begun(self, place: str) -> bool:
+        from linearize.checkpointing import step_directories
+
+        return (self.path / place).is_file() or bool(step_directories(self.path / place))
 
     def _stored(self) -> RunSettings:
         return resolve(self.path / CONFIG, settings=type(self.config))
 
     def is_complete(self) -> bool:
+        """Whether the run that lies there has ended, and nothing more is asked for."""
+        return self.has_ended() and not self._asks_for_more()
+
+    def _asks_for_more(self) -> bool:
+        """Whether the settings have another stage, or other steps, than the run that lies there."""
+        if not (self.path / CONFIG).is_file():
+            return False
+        names = differences(self._stored(), self.config)
+        return any(name in self.sections or name.rpartition(".")[2] in STEPS for name in names)
+
+    def has_ended(self) -> bool:
         """Whether the run that lies there has ended: the repository is saved and, if asked for, measured."""
         if not self.final.is_dir():
             return False
@@ -108,8 +139,20 @@ class RunDirectory:
         wanted = self.config.evaluation
         return wanted is None or bool(record.get("evaluation")) and (not wanted.tasks or bool(record.get("tasks")))
 
-    def prepare(self) -> None:
-        """Make the directory, without the run that it held if that is to be replaced, and write the settings."""
+    def prepare(self, inputs: Mapping[str, str] | None = None) -> None:
+        """Make the directory, without the run that it held if that is to be replaced, and write the settings.
+
+        Args:
+            inputs: digests of what the run is made of, named as in `run_identity.DIGESTS`.
+
+        Raises:
+            UserError: the run that it holds was made of others, or it cannot be made.
+        """
+        from linearize.checkpointing import write_file
+
+        noted = self.path / INPUTS
+        if self.config.resume_from_checkpoint and noted.is_file() and inputs is not None:
+            require_same_inputs(json.loads(noted.read_text(encoding="utf-8")), inputs, self.path)
         if self.config.overwrite:
             for name in self.contents:
                 target = self.path / name
@@ -124,3 +167,5 @@ class RunDirectory:
                 f"The directory {self.path} cannot be made ({error.strerror}): name another output_dir."
             ) from error
         write_config(self.config, self.path / CONFIG)
+        if inputs is not None:
+            write_file(noted, (json.dumps(inputs, indent=1) + "\n").encode())

@@ -4,7 +4,6 @@ stopping. A stage says what its losses and its parameter groups are."""
 from __future__ import annotations
 
 import errno
-import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -17,13 +16,19 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from linearize.checkpointing import STATE_FILE, Checkpoint, prune_checkpoints, readable_write_errors, write_file
+from linearize.checkpointing import (
+    Checkpoint,
+    move_into_place,
+    prune_checkpoints,
+    readable_write_errors,
+    write_state,
+)
 from linearize.launcher import check_launcher, check_precision, settings_decide_precision
 from linearize.losses import supervised_tokens
 from linearize.mixed_precision import leave_mixed_precision
 from linearize.settings import StageSettings, StepPlan
 from linearize.training_log import TrainingLog, check_finite, tracker_names
-from linearize.training_loop import Interrupt, exact_plan
+from linearize.training_loop import Interrupt, exact_plan, stop_of
 
 
 class RunSampler(Sampler[int]):
@@ -159,7 +164,7 @@ class StageTrainer(Trainer):
         self.step_losses: list[float] = []
         self._sums: Tensor | None = None
         self._norm, self._rate = 0.0, 0.0
-        self.stopped = False
+        self.stopped: type[KeyboardInterrupt] | None = None
         use_cache = self.plain_model().config.use_cache
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, callbacks=[_StopAfterStep(self)], **others
@@ -223,8 +228,8 @@ class StageTrainer(Trainer):
             for callback in self.callback_handler.callbacks:
                 if (bar := getattr(callback, "training_bar", None)) is not None:
                     bar.close()
-        if self.stopped:
-            raise KeyboardInterrupt
+        if self.stopped is not None:
+            raise self.stopped
         self.trained.eval()
         return self.step_losses
 
@@ -259,6 +264,21 @@ class StageTrainer(Trainer):
             self.optimizer = optimizer([group for group in groups if group["params"]], **settings)
         return self.optimizer
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Loads their states, but the learning rates are those of the settings, which may have been lowered."""
+        optimizer, scheduler = self.optimizer, self.lr_scheduler
+        assert optimizer is not None and scheduler is not None
+        rates = [group["initial_lr"] for group in optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        scheduler.base_lrs = rates
+        scheduler._last_lr = [
+            rate * factor(scheduler.last_epoch) for rate, factor in zip(rates, scheduler.lr_lambdas, strict=True)
+        ]
+        for group, initial, rate in zip(optimizer.param_groups, rates, scheduler._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = initial, rate
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -286,11 +306,11 @@ class StageTrainer(Trainer):
         """Gathers the step's losses and Ctrl-C over the processes, so that all of them decide alike; aborts on what is
         not finite."""
         assert self._sums is not None
-        facts = torch.cat([self._sums, self._sums.new_tensor([float(self.interrupt.requested)])])
+        facts = torch.cat([self._sums, self._sums.new_tensor(self.interrupt.flags())])
         if self.args.world_size > 1:
             facts = self.accelerator.reduce(facts, reduction="sum")
         self._sums = None
-        *losses, stop = facts.tolist()
+        *losses, stop, terminated = facts.tolist()
         gradients = [parameter.grad for parameter in self.trained.parameters() if parameter.grad is not None]
         self._norm = float(torch.nn.utils.get_total_norm(gradients))
         step = self.state.global_step + 1
@@ -299,7 +319,8 @@ class StageTrainer(Trainer):
             origin = find_non_finite(self.trained, self.plain_model(), input_ids)
             named = {f"{name} (first seen in {origin})" if origin else name: value for name, value in found.items()}
             check_finite(self.STAGE, step, named, f"{self.ADVICE}, or look at the data of that step")
-        self.stopped, self._rate = stop > 0, self._get_learning_rate()
+        self.stopped = stop_of(stop, terminated)
+        self._rate = self._get_learning_rate()
         self.step_losses.append(losses[0])
         self.window.append(losses)
 
@@ -331,11 +352,9 @@ class StageTrainer(Trainer):
                 _with_disk_errors(super()._save_checkpoint, model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    state = {"step": self.state.global_step, "run": self.run, "window": self.window}
-                    write_file(partial / STATE_FILE, json.dumps(state, indent=1).encode())
-                    shutil.rmtree(target, ignore_errors=True)
-                    os.replace(partial, target)
-                    prune_checkpoints(root, self.config.save_total_limit)
+                    write_state(partial, {"step": self.state.global_step, "run": self.run, "window": self.window})
+                    move_into_place(partial, target)
+                    prune_checkpoints(root, self.config.save_total_limit, target)
                     for leftover in root.glob("checkpoint-*"):  # of a process that was killed while saving
                         shutil.rmtree(leftover, ignore_errors=True)
         except BaseException:
@@ -356,13 +375,14 @@ def _with_disk_errors(write: Any, *arguments: Any) -> None:
 
 
 class _StopAfterStep(TrainerCallback):
-    """Ctrl-C: the step is complete, so save and stop. The last step is logged, however long since the last record."""
+    """Ctrl-C or SIGTERM: the step is complete, so save and stop. The last step is logged, however long since the last
+    record."""
 
     def __init__(self, trainer: StageTrainer) -> None:
         self.trainer = trainer
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> Any:
-        if self.trainer.stopped:
+        if self.trainer.stopped is not None:
             control.should_save = control.should_training_stop = True
         if state.global_step == args.max_steps:
             control.should_log = True

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from linearize.failures import stage
-from linearize.pretraining import pretrain
+from linearize.pretraining import CHECKPOINTS, pretrain
 from linearize.pretraining_settings import PretrainConfig, PretrainingConfig
 from linearize.run_directory import CONFIG, FINAL, RunDirectory
+from linearize.run_identity import StageState
 from linearize.settings import DataConfig, DistillationConfig, RunSettings
 from linearize.settings_io import to_values
 
@@ -50,6 +51,8 @@ class StagedDirectory(RunDirectory):
 
     Attributes:
         stages: names of the stages' directories, in the order of the run.
+        sections: as in `RunDirectory`. Once the teacher has begun, which trains as long as all stages, their lengths
+            are settled.
     """
 
     stages: ClassVar[tuple[str, ...]]
@@ -57,9 +60,22 @@ class StagedDirectory(RunDirectory):
     def __init_subclass__(cls) -> None:
         cls.contents = (CONFIG, *cls.stages, "logs", "checkpoints", "plots", FINAL, REPORT)
 
-    def is_complete(self) -> bool:
+    def stage_states(self) -> dict[str, StageState]:
+        """How far each stage of the run that lies there is."""
+        states = super().stage_states()
+        if self._has_begun(checkpoints_of("teacher")):
+            trained = [name for name in states if isinstance(getattr(self.config, name, None), PretrainingConfig)]
+            states |= {name: StageState.SETTLED for name in trained if states[name] is not StageState.CLOSED}
+        return states
+
+    def has_ended(self) -> bool:
         """Whether the run that lies there has ended."""
         return self.final.is_dir() and (self.path / REPORT).is_file()
+
+
+def checkpoints_of(stage: str) -> str:
+    """Where the checkpoints of a stage lie, a directory of its own."""
+    return f"{stage}/{CHECKPOINTS.as_posix()}"
 
 
 @dataclass
@@ -116,6 +132,7 @@ class StagedRun:
         from linearize.data import main_process_first, prepare_data
         from linearize.launcher import check_launcher
         from linearize.pretraining_model import refuse_quantized_teacher
+        from linearize.run_identity import data_identity, source_identity
 
         check_launcher()
         refuse_quantized_teacher(settings.distillation)
@@ -128,7 +145,8 @@ class StagedRun:
         shown = max(1, eval_tokens // settings.data.sequence_length)
         self.validation = [validation[i] for i in range(min(shown, len(validation)))]
         self.rows: list[Row] = []
-        main_process_first(lambda: directory.prepare() if self.state.is_main_process else None)
+        inputs = {"base": source_identity(settings.model_name_or_path), "data": data_identity(self.train)}
+        main_process_first(lambda: directory.prepare(inputs) if self.state.is_main_process else None)
 
     def _check_memory(self) -> None:
         """Refuse stages of all weights that cannot fit, before the first of them: the student has the teacher's shape,
@@ -195,6 +213,7 @@ class StagedRun:
         earlier: Mapping[str, Any] | None = None,
         transferred: Any = None,
         calibration: Mapping[str, Any] | None = None,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         """Save a model between stages.
 
@@ -202,6 +221,7 @@ class StagedRun:
             earlier: record of the model that it goes on from; None: it was converted from the teacher.
             transferred: `TransferResult` of the attention transfer that trained it, if one has.
             calibration: what the record says of it.
+            files: more files of the repository, by name.
         """
         from linearize.hub import loaded_commit, make_record, save_final
 
@@ -217,7 +237,7 @@ class StagedRun:
                 peak_memory_bytes={name: outcome.peak_memory_bytes for name, outcome in done.items()},
                 calibration=calibration,
             )
-            save_final(student, self.tokenizer, path, record)
+            save_final(student, self.tokenizer, path, record, files)
         self.state.wait_for_everyone()
 
     def _measure(self, name: str, tokens: int, model: Any) -> None:
@@ -254,6 +274,8 @@ class StagedRun:
         from matplotlib.figure import Figure
         from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
 
+        from linearize.training_log import write_figure
+
         known = {row.name: row.perplexity for row in self.rows}
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.subplots()
@@ -273,5 +295,4 @@ class StagedRun:
         axes.yaxis.set_major_formatter(ScalarFormatter())
         axes.grid(alpha=0.3, axis="y")
         axes.legend(frameon=False)
-        (self.path / "plots").mkdir(parents=True, exist_ok=True)
-        figure.savefig(self.path / "plots" / "perplexity.png", dpi=130)
+        write_figure(figure, self.path / "plots" / "perplexity.png")

@@ -165,14 +165,15 @@ def plot_transfer(records: Sequence[Mapping[str, Any]], layers: Sequence[int], p
         axes.grid(alpha=0.3, which="both", axis="y")
         axes.set_axisbelow(True)
         axes.legend(frameon=False)
-    _save(figure, path)
+    write_figure(figure, path)
 
 
 def _has(record: Mapping[str, Any], key: str) -> bool:
     return record.get(key) is not None
 
 
-def _save(figure: Any, path: str | os.PathLike[str]) -> None:
+def write_figure(figure: Any, path: str | os.PathLike[str]) -> None:
+    """Write a plot as a PNG, whole or not at all."""
     image = io.BytesIO()
     figure.savefig(image, dpi=130, format="png")
     write_file(path, image.getvalue())

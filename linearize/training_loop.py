@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
-from linearize.errors import UserError
+from linearize.errors import Terminated, UserError
+from linearize.failures import smaller
 from linearize.launcher import check_launcher, settings_decide_precision
 from linearize.training_log import tracker_names
 
@@ -202,49 +203,66 @@ def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerat
             gradient.copy_(part.view_as(gradient))
 
 
-class Interrupt:
-    """Ctrl-C, held back until the step is complete: `with Interrupt() as interrupt`, then ask `interrupt.requested`.
+def stop_of(requested: float, terminated: float) -> type[KeyboardInterrupt] | None:
+    """What ends a training after the step at hand, from the sums of `Interrupt.flags` over the processes."""
+    if not requested:
+        return None
+    return Terminated if terminated else KeyboardInterrupt
 
-    A second Ctrl-C, two seconds later or more, stops at once and without a checkpoint. (Under torchrun the terminal
+
+class Interrupt:
+    """Ctrl-C or SIGTERM, held back until the step is complete: `with Interrupt() as interrupt`, then ask
+    `interrupt.requested`.
+
+    A second one, two seconds later or more, stops at once and without a checkpoint. (Under torchrun the terminal
     and the launcher both pass on the first.) Outside the main thread, where Python delivers no signals, nothing is
     held back.
     """
 
     def __init__(self) -> None:
         self._since: float | None = None
-        self._previous: object = None
+        self._terminated = False
+        self._previous: dict[int, Any] = {}
 
     @property
     def requested(self) -> bool:
-        """Whether Ctrl-C was pressed."""
+        """Whether Ctrl-C was pressed or SIGTERM came."""
         return self._since is not None
+
+    def flags(self) -> list[float]:
+        """Whether to stop, and whether SIGTERM asked for it: 0 or 1, to be summed over the processes."""
+        return [float(self.requested), float(self._terminated)]
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGINT, self._note)
+            self._previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        self._terminated = self._terminated or number == signal.SIGTERM
         if self._since is None:
             self._since = time.monotonic()
         elif time.monotonic() - self._since >= 2.0:
-            raise KeyboardInterrupt
+            raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     def __exit__(self, *exception: object) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGINT, self._previous)  # type: ignore[arg-type]
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def readable_memory_errors(stage: str, batch_size: int, sequence_length: int) -> Iterator[None]:
-    """Turns running out of memory into a sentence that names the stage and what to lower."""
+def readable_memory_errors(stage: str, section: str, config: StageConfig, length: int, *others: str) -> Iterator[None]:
+    """Turns running out of memory into a sentence that names the stage and what to lower.
+
+    Args:
+        section: of the settings. length: of a sequence. others: as in `failures.smaller`.
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        lower = "batch_size or data.sequence_length" if batch_size > 1 else "data.sequence_length"
         raise UserError(
-            f"the GPU ran out of memory in {stage} (batch_size {batch_size}, sequence_length {sequence_length}): "
-            f"lower {lower}, or load the base in 4 bit (load_in_4bit)"
+            f"the GPU ran out of memory in {stage} (batch_size {config.batch_size}, sequence_length {length}): "
+            f"{smaller(f'{section}.batch_size', config.batch_size, length, *others)}"
         ) from error
 
 

@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from linearize.checkpointing import Checkpoint, checkpoint_to_resume, require_same_run, save_checkpoint
+from linearize.checkpointing import Checkpoint, checkpoint_to_resume, save_checkpoint
 from linearize.errors import UserError
+from linearize.run_identity import base_identity, data_identity, require_same_run
 from linearize.settings import TransferConfig
 from linearize.training_log import (
     TrainingLog,
@@ -42,6 +43,7 @@ from linearize.training_loop import (
     make_accelerator,
     place_model,
     readable_memory_errors,
+    stop_of,
 )
 from linearize.transfer_loss import LayerLosses, branch_weights
 
@@ -172,7 +174,7 @@ def transfer_attention(
     config = with_branch(config, model.config.mixers.values())
     check_branch(config, model.arms())
     run = _Transfer(model, train, config, Path(output_dir), seed, report_to, validation, on_log, device)
-    with readable_memory_errors(STAGE, config.batch_size, run.sequence_length):
+    with readable_memory_errors(STAGE, "transfer", config, run.sequence_length, "set load_in_4bit"):
         return run.train(checkpoint_to_resume(run.checkpoint_dir, resume))
 
 
@@ -260,6 +262,8 @@ class _Transfer:
             "num_blocks": len(train),
             "seed": seed,
             "layers": self.losses.layers,
+            "data": data_identity(train),
+            "base": base_identity(model),
         }
         self.completed = 0
         self.updating = False
@@ -320,15 +324,15 @@ class _Transfer:
                 last = self.completed == self.plan.steps
                 if last or self.completed % self.config.logging_steps == 0 or self._validates():
                     self._log(step, started)
-                if last or step["stop"] or self.completed % self.config.save_steps == 0:
+                if last or step["stop"] is not None or self.completed % self.config.save_steps == 0:
                     self._save()
                     saved = self.completed
-                if step["stop"]:
-                    raise KeyboardInterrupt
-        except KeyboardInterrupt:
+                if step["stop"] is not None:
+                    raise step["stop"]
+        except KeyboardInterrupt as stop:
             if self.completed > saved and not self.updating:
                 self._save()
-            raise KeyboardInterrupt(
+            raise type(stop)(
                 f"{STAGE} stopped after step {self.completed} of {self.plan.steps}; resume continues from there"
             ) from None
         finally:
@@ -340,10 +344,10 @@ class _Transfer:
         weights = branch_weights(self.branch, hidden)
         for batch in self.batches.step(step, self.device):
             mask = batch.get("attention_mask")
-            self.losses.run(batch["input_ids"], mask, weights=weights, gradient_factor=1.0 / self.plan.accumulation)
-        average_gradients(self.parameters.values(), self.accelerator)
+            self.losses.run(batch["input_ids"], mask, weights=weights, gradient_factor=1.0)
+        totals = self._take_together()
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        values, norm_value, stop = self._shared_figures(norm, interrupt)
+        values, norm_value, stop = self._shared_figures(totals, norm, interrupt)
         for arm, by_layer in values.items():
             names = [f"the {arm} loss of layer {layer}" for layer in self.losses.layers]
             check_finite(STAGE, step + 1, dict(zip(names, by_layer, strict=True)), self.advice)
@@ -359,20 +363,41 @@ class _Transfer:
         self.updating = False
         return {"loss": total, "norm": norm_value, "stop": stop}
 
-    def _shared_figures(self, norm: torch.Tensor, interrupt: Interrupt) -> tuple[dict[str, list[float]], float, bool]:
+    def _take_together(self) -> dict[str, torch.Tensor]:
+        """Makes the gradients of all micro-batches and processes one gradient: that of the loss over the whole step.
+
+        Returns:
+            Errors and scales by arm, `(2, layers)`, over all processes; of the step's loss.
+        """
+        first, own = self.losses.first_scales(self.device), self.losses.totals(self.device)
+        arms = list(own)
+        summed = self.accelerator.reduce(torch.stack(list(own.values())), reduction="sum")
+        totals = dict(zip(arms, summed, strict=True))
+        # Arms have the teacher's scale in common. The all-reduce after this averages.
+        factors = self.world * first / totals[arms[0]][1]
+        if self.world * self.plan.accumulation > 1:
+            for factor, attention in zip(factors, self.losses.attentions, strict=True):
+                for gradient in [p.grad for p in attention.mixer.parameters() if p.grad is not None]:
+                    gradient.mul_(factor.to(gradient))
+        average_gradients(self.parameters.values(), self.accelerator)
+        return totals
+
+    def _shared_figures(
+        self, totals: dict[str, torch.Tensor], norm: torch.Tensor, interrupt: Interrupt
+    ) -> tuple[dict[str, list[float]], float, type[KeyboardInterrupt] | None]:
         """What a step tells, averaged over micro-batches and processes; the only place where it waits for the GPU.
 
         Returns:
-            Losses by arm and layer; the norm of the gradients, which is the same on every process; whether any
-            process was interrupted.
+            Losses by arm and layer; the norm of the gradients, which is the same on every process; what stops the
+            training, if any process was interrupted.
         """
-        means = self.losses.means(self.device)
-        stop = torch.full((1,), float(interrupt.requested), dtype=torch.float64, device=self.device)
+        means = {arm: error / scale for arm, (error, scale) in totals.items()}
+        stop = torch.tensor(interrupt.flags(), dtype=torch.float64, device=self.device)
         figures = torch.cat([*means.values(), norm.to(stop).view(1), stop])
         shared = self.accelerator.reduce(figures, reduction="mean").tolist()
         layers = len(self.losses.layers)
         values = {arm: shared[i * layers : (i + 1) * layers] for i, arm in enumerate(means)}
-        return values, shared[-2], shared[-1] > 0
+        return values, shared[-3], stop_of(shared[-2], shared[-1])
 
     def _update(self, step: int, norm: torch.Tensor) -> None:
         """Clips the gradients by their norm over all layers, and updates."""
@@ -449,7 +474,7 @@ class _Transfer:
             plot_transfer(self.records, self.losses.layers, self.output_dir / "plots" / "transfer_loss.png")
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        require_same_run(checkpoint, self.run_identity)
+        require_same_run(checkpoint, self.run_identity, self.plan.steps)
         if checkpoint.state["steps"] != self.plan.steps:
             logger.warning(
                 "the run had %d steps and has %d: the learning rate goes on along the new schedule",

@@ -5,17 +5,21 @@ with the same queries, keys and values. The observer runs the student's mechanis
 this layer's loss: its graph is gone before the next layer starts, so the peak memory is that of one layer. The layers
 are independent problems, because every layer sees the teacher's hidden states (LoLCATs: https://arxiv.org/abs/2410.10254,
 section 3.1).
+
+Each loss is a sum over a scale, and both are those of the whole step: however its sequences are cut into micro-batches
+and shared out over processes, loss and gradients are the same. The scale is known only at the end of the step, so the
+gradients are taken by that of the first micro-batch, and put right by one factor a layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-LossFunction = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], torch.Tensor]
+LossFunction = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], "LossParts"]
 
 
 class _SquaredDistance(torch.autograd.Function):
@@ -50,45 +54,53 @@ def _zero_padding(tensor: torch.Tensor, padding_mask: torch.Tensor | None) -> to
     return tensor if padding_mask is None else tensor.masked_fill(~padding_mask.bool()[:, None, :, None], 0.0)
 
 
-def _share_of_real(tensor: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor | float:
-    """Places per real place, which turns a mean over all tokens into one over the real ones."""
+def _real_places(tensor: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+    """How many of the numbers `(B, H, T, ...)` belong to real tokens."""
     if padding_mask is None:
-        return 1.0
-    return padding_mask.numel() / padding_mask.bool().sum().clamp_min(1).to(tensor.dtype)
+        return torch.full((), tensor.numel(), dtype=torch.float64, device=tensor.device)
+    return padding_mask.bool().sum().clamp_min(1).double() * (tensor.numel() // padding_mask.numel())
 
 
-def relative_mse(student: torch.Tensor, teacher: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
-    """Squared error over the mean square of the teacher's output: 1 is the loss of an output of zeros.
+class LossParts(NamedTuple):
+    """A loss as a fraction, so that it can be taken over more than one micro-batch: scalars."""
+
+    error: torch.Tensor
+    """Summed over real tokens, in float32 or better; differentiable with respect to the student's output."""
+    scale: torch.Tensor
+    """What the sum over all micro-batches is divided by, summed alike."""
+
+    def mean(self) -> torch.Tensor:
+        """The loss of this micro-batch alone."""
+        return self.error / self.scale.to(self.error.dtype)
+
+
+def relative_mse(student: torch.Tensor, teacher: torch.Tensor, padding_mask: torch.Tensor | None) -> LossParts:
+    """Squared error over the square of the teacher's output: 1 is the loss of an output of zeros.
 
     Args:
-        student, teacher: outputs of the attention before its output projection, `(B, H, T, D)`. The loss is
-            differentiable with respect to the student's.
+        student, teacher: outputs of the attention before its output projection, `(B, H, T, D)`.
         padding_mask: `(B, T)`, True at real tokens, or None: all are.
-
-    Returns:
-        A scalar in float32 or better.
     """
     student, teacher = _zero_padding(student, padding_mask), _zero_padding(teacher, padding_mask)
     scale = _sum_of_squares(teacher)
     scale = scale.clamp_min(teacher.numel() * torch.finfo(scale.dtype).tiny)
-    return _SquaredDistance.apply(student, teacher) / scale
+    return LossParts(_SquaredDistance.apply(student, teacher), scale)
 
 
-def mse(student: torch.Tensor, teacher: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+def mse(student: torch.Tensor, teacher: torch.Tensor, padding_mask: torch.Tensor | None) -> LossParts:
     """Mean squared error over real tokens, heads and dimensions; arguments as in `relative_mse`."""
     student, teacher = _zero_padding(student, padding_mask), _zero_padding(teacher, padding_mask)
-    total = _SquaredDistance.apply(student, teacher)
-    return total * (_share_of_real(total, padding_mask) / student.numel())
+    return LossParts(_SquaredDistance.apply(student, teacher), _real_places(student, padding_mask))
 
 
-def cosine(student: torch.Tensor, teacher: torch.Tensor, padding_mask: torch.Tensor | None) -> torch.Tensor:
+def cosine(student: torch.Tensor, teacher: torch.Tensor, padding_mask: torch.Tensor | None) -> LossParts:
     """Mean over real tokens and heads of 1 - cosine similarity; arguments as in `relative_mse`."""
     student, teacher = _zero_padding(student, padding_mask), _zero_padding(teacher, padding_mask)
     dtype = torch.promote_types(student.dtype, torch.float32)
     distance = 1.0 - nn.functional.cosine_similarity(student.to(dtype), teacher.to(dtype), dim=-1)
     if padding_mask is not None:
         distance = distance.masked_fill(~padding_mask.bool()[:, None, :], 0.0)
-    return distance.mean() * _share_of_real(distance, padding_mask)
+    return LossParts(distance.sum(), _real_places(distance, padding_mask))
 
 
 LOSSES: dict[str, LossFunction] = {"relative_mse": relative_mse, "mse": mse, "cosine": cosine}
@@ -113,8 +125,8 @@ def branch_weights(branch: str, hide_window: bool = False) -> dict[str, float]:
 class LayerLosses:
     """Observes the teacher's forward and collects each layer's losses: `with LayerLosses(model, ...) as losses`.
 
-    Inside the block the model is in its teacher arm. The loss of a micro-batch is the mean over layers of the weighted
-    sum over arms.
+    Inside the block the model is in its teacher arm. The loss of a step is the mean over layers of the weighted sum
+    over arms.
 
     Args:
         model: a converted model.
@@ -133,7 +145,7 @@ class LayerLosses:
         self._weights: Mapping[str, float] = {}
         self._gradient_factor: float | None = None
         self._graphs: list[torch.Tensor] = []
-        self._losses: dict[str, list[list[torch.Tensor]]] = {}
+        self._parts: dict[str, list[list[LossParts]]] = {}
 
     def __enter__(self) -> LayerLosses:
         self._arm = self.model.use_arm("teacher")
@@ -163,8 +175,9 @@ class LayerLosses:
         Args:
             input_ids: `(B, T)`.
             attention_mask: `(B, T)`, 1 at real tokens, or None: all are.
-            weights: arm -> weight, see `branch_weights`.
-            gradient_factor: factor on the gradients, such as 1 / accumulation; None: no gradients.
+            weights: arm -> weight, see `branch_weights`; the same in all micro-batches of a step.
+            gradient_factor: factor on the gradients; None: no gradients. They are those of this process alone, by the
+                scale of its first micro-batch of the step: see `totals` and `first_scales`.
         """
         self._weights, self._gradient_factor = weights, gradient_factor
         with torch.no_grad():
@@ -173,14 +186,24 @@ class LayerLosses:
             torch.stack(self._graphs).sum().backward()
             self._graphs = []
 
+    def first_scales(self, device: torch.device) -> torch.Tensor:
+        """The scale of each layer in the step's first micro-batch, by which the gradients were taken: `(layers,)`."""
+        by_layer = next(iter(self._parts.values()))
+        return torch.stack([parts[0].scale.to(device).double() for parts in by_layer])
+
+    def totals(self, device: torch.device) -> dict[str, torch.Tensor]:
+        """Sums over the micro-batches since the last call, by arm: errors and scales, `(2, layers)` in float64, which
+        processes may add up; the loss is their fraction. Starts anew."""
+        totals = {}
+        for arm, by_layer in self._parts.items():
+            sums = [[sum_of(column, device) for column in zip(*parts, strict=True)] for parts in by_layer]
+            totals[arm] = torch.stack([torch.stack(pair) for pair in sums], dim=1)
+        self._parts = {}
+        return totals
+
     def means(self, device: torch.device) -> dict[str, torch.Tensor]:
-        """Mean over the micro-batches since the last call, by arm: `(layers,)` in float64. Starts anew."""
-        means = {}
-        for arm, by_layer in self._losses.items():
-            losses = torch.stack([loss.to(device) for values in by_layer for loss in values])
-            means[arm] = losses.double().view(len(by_layer), -1).mean(1)
-        self._losses = {}
-        return means
+        """The losses of the micro-batches since the last call, by arm: `(layers,)` in float64. Starts anew."""
+        return {arm: error / scale for arm, (error, scale) in self.totals(device).items()}
 
     def _observe(
         self,
@@ -193,15 +216,22 @@ class LayerLosses:
     ) -> None:
         place = self._places[attention.layer_idx]
         for arm, weight in self._weights.items():
+            noted = self._parts.setdefault(arm, [[] for _ in self.layers])[place]
             with torch.set_grad_enabled(self._gradient_factor is not None):
                 student = attention.mix(query, key, value, padding_mask=padding_mask, arm=arm)
-                loss = self.loss_function(student, teacher_output, padding_mask) * self.loss_scale
+                error, scale = self.loss_function(student, teacher_output, padding_mask)
                 if self._gradient_factor is not None:
+                    loss = LossParts(error, noted[0].scale if noted else scale).mean() * self.loss_scale
                     self._add_gradients(loss * (weight * self._gradient_factor / len(self.layers)))
-            self._losses.setdefault(arm, [[] for _ in self.layers])[place].append(loss.detach())
+            noted.append(LossParts(error.detach() * self.loss_scale, scale))
 
     def _add_gradients(self, loss: torch.Tensor) -> None:
         if self.immediate:
             loss.backward()
         else:
             self._graphs.append(loss)
+
+
+def sum_of(values: Sequence[torch.Tensor], device: torch.device) -> torch.Tensor:
+    """The sum of scalars, in float64."""
+    return torch.stack([value.to(device) for value in values]).double().sum()

@@ -61,10 +61,51 @@ def finetune(model, blocks, output_dir):
 STAGES = {"transfer": transfer, "sharded_transfer": sharded_transfer, "finetune": finetune}
 
 
+def statistics(output_dir):
+    """Moments after the scalers of gain cells, over the first 5 of 7 sequences: by scaler, mean and deviation."""
+    from linearize.adaptation import collect_statistics
+    from linearize.gain_cell_stages import share_of
+
+    mixer = {"type": "gain_cell", "window": 8, "cell": {"tile": 8}, "cell_kind": "linear"}
+    model = make_student(make_teacher(), {"gain_cell": mixer})
+    found = collect_statistics(model.double(), share_of(token_blocks(), 5, PartialState()))
+    return {name: [x.tolist() for x in moments] for name, moments in found.items()}
+
+
+def disagreement(output_dir):
+    """The step that all resume from, and what each says where another process sees no checkpoint there."""
+    from linearize import checkpointing
+    from linearize.errors import UserError
+
+    state, root, load = PartialState(), output_dir / "checkpoints", checkpointing.load_checkpoint
+    if state.is_main_process:
+        for step in (1, 2):
+            checkpointing.save_checkpoint(root, step, tensors={}, optimizer={}, state={})
+    state.wait_for_everyone()
+    step = checkpointing.checkpoint_to_resume(root, True).step
+    if not state.is_main_process:  # as on a machine with a disk of its own
+        checkpointing.load_checkpoint = lambda path, **options: load(path.with_name("step-7"), **options)
+    try:
+        checkpointing.checkpoint_to_resume(root, True)
+        said = ""
+    except UserError as error:
+        said = str(error)
+    checkpointing.load_checkpoint = load
+    (output_dir / f"said-{state.process_index}").write_text(said)
+    state.wait_for_everyone()
+    return {"step": step, "said": [path.read_text() for path in sorted(output_dir.glob("said-*"))]}
+
+
+CHECKS = {"statistics": statistics, "disagreement": disagreement}
+
+
+def token_blocks():
+    return TokenBlocks(torch.randint(3, 97, (7, LENGTH), generator=torch.Generator().manual_seed(5)))
+
+
 def run(output_dir, stages, dtypes=tuple(DTYPES)):
     """Runs each stage in each dtype; returns `{stage: {dtype: losses}}`."""
-    ids = torch.randint(3, 97, (7, LENGTH), generator=torch.Generator().manual_seed(5))
-    blocks = TokenBlocks(ids)
+    blocks = token_blocks()
     losses = {}
     for stage in stages:
         for name in dtypes:
@@ -77,5 +118,7 @@ def run(output_dir, stages, dtypes=tuple(DTYPES)):
 if __name__ == "__main__":
     output, *names = sys.argv[1:]
     result = run(output, names or list(STAGES))
+    checks = {name: check(Path(output)) for name, check in CHECKS.items()}
     if int(os.environ.get("RANK", "0")) == 0:
         (Path(output) / "losses.json").write_text(json.dumps(result))
+        (Path(output) / "checks.json").write_text(json.dumps(checks))

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from linearize.checkpointing import (
     latest_checkpoint,
     load_checkpoint,
     readable_write_errors,
-    require_same_run,
     save_checkpoint,
     step_directories,
     write_file,
 )
 from linearize.errors import UserError
+from linearize.run_identity import require_same_run
 from linearize.training_log import (
     TrainingDiverged,
     TrainingLog,
@@ -134,16 +135,85 @@ def test_what_to_resume(tmp_path):
         checkpoint_to_resume(tmp_path, tmp_path / "step-3")
 
 
-def test_damaged_checkpoint_is_named(tmp_path):
-    path = save(tmp_path, 1)
-    (path / "optimizer.pt").write_bytes(b"PK not really")
-    with pytest.raises(UserError, match=r"step-1 is damaged .*delete it"):
-        load_checkpoint(path)
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+DAMAGES = {
+    "truncated": lambda path: (path / "mixers.safetensors").write_bytes(
+        (path / "mixers.safetensors").read_bytes()[:-9]
+    ),
+    "a flipped bit of a tensor": lambda path: flip(path / "mixers.safetensors"),
+    "a flipped bit of the optimizer": lambda path: flip(path / "optimizer.pt"),
+    "no optimizer": lambda path: (path / "optimizer.pt").unlink(),
+    "no tensors": lambda path: (path / "mixers.safetensors").unlink(),
+    "no state": lambda path: (path / "state.json").unlink(),
+    "empty state": lambda path: (path / "state.json").write_text(""),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, caplog, damage):
+    save(tmp_path, 1, value=1.0)
+    save(tmp_path, 2, value=2.0)
+    damage(tmp_path / "step-2")
+    with pytest.raises(UserError, match=r"step-2 is damaged .*delete it"):
+        load_checkpoint(tmp_path / "step-2")
+    checkpoint = checkpoint_to_resume(tmp_path, True)
+    assert checkpoint.step == 1 and (checkpoint.tensors["mixers"]["a.weight"] == 1.0).all()
+    assert len(caplog.messages) == 1 and "step-2 is damaged" in caplog.text and "going on from step-1" in caplog.text
+    save(tmp_path, 3, limit=1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-3"]
+
+
+def test_no_whole_checkpoint_is_said(tmp_path):
+    save(tmp_path, 1)
+    DAMAGES["truncated"](tmp_path / "step-1")
+    with pytest.raises(UserError, match="step-1 is damaged .* and there is no whole one before it: delete"):
+        checkpoint_to_resume(tmp_path, True)
+
+
+def test_what_another_future_left_goes(tmp_path):
+    """Else the next resume would take it for the newest."""
+    for step in (1, 2, 3):
+        save(tmp_path, step, value=float(step))
+    assert checkpoint_to_resume(tmp_path, tmp_path / "step-1").step == 1
+    save(tmp_path, 2, value=7.0)
+    checkpoint = checkpoint_to_resume(tmp_path, True)
+    assert checkpoint.step == 2 and (checkpoint.tensors["mixers"]["a.weight"] == 7.0).all()
+
+
+def test_what_is_renamed_is_on_the_disk(tmp_path, monkeypatch):
+    events, flush, move = [], os.fsync, os.replace
+
+    def flushed(handle):
+        events.append(os.fstat(handle).st_ino)
+        flush(handle)
+
+    def moved(source, target):
+        events.append("moved")
+        move(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", moved)
+    with atomic_directory(tmp_path / "final") as partial:
+        (partial / "below").mkdir()
+        (partial / "below" / "file").write_bytes(b"1")
+    written = {(tmp_path / "final" / name).stat().st_ino for name in (".", "below", "below/file")}
+    assert written <= set(events[: events.index("moved")])
+    assert tmp_path.stat().st_ino in events[events.index("moved") :]
+    events.clear()
+    write_file(tmp_path / "file", b"1")
+    assert events == [(tmp_path / "file").stat().st_ino, "moved", tmp_path.stat().st_ino]
 
 
 def test_other_run_is_refused(tmp_path):
     checkpoint = load_checkpoint(save(tmp_path, 1))
-    require_same_run(checkpoint, {"seed": 1})
+    require_same_run(checkpoint, {"seed": 1}, steps=1)
+    with pytest.raises(UserError, match="1 steps are done, and the settings ask for 0 in all"):
+        require_same_run(checkpoint, {"seed": 1}, steps=0)
     with pytest.raises(UserError, match=r"cannot resume from .*trained with seed 1 \(now 2\)"):
         require_same_run(checkpoint, {"seed": 2})
 

@@ -84,6 +84,7 @@ def test_a_run_leaves_its_directory(finished):
         "logs",
         "plots",
         "checkpoints",
+        "transferred",
         "adapter",
         "final",
     }

@@ -30,7 +30,22 @@ def losses(tmp_path_factory):
     finished = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=240)
     assert finished.returncode == 0, finished.stderr[-4000:]
     two = json.loads((output / "two" / "losses.json").read_text())
-    return {"two": two, "one": distributed_worker.run(output / "one", STAGES)}
+    checks = json.loads((output / "two" / "checks.json").read_text())
+    return {"two": two, "one": distributed_worker.run(output / "one", STAGES), "checks": checks}
+
+
+def test_statistics_are_those_of_one_process(losses, tmp_path):
+    one, two = distributed_worker.statistics(tmp_path), losses["checks"]["statistics"]
+    assert one.keys() == two.keys() and len(one) == 12
+    for name, moments in one.items():
+        torch.testing.assert_close(torch.tensor(two[name]), torch.tensor(moments), rtol=1e-5, atol=1e-7)
+
+
+def test_processes_resume_from_one_step_or_not_at_all(losses):
+    found = losses["checks"]["disagreement"]
+    assert found["step"] == 2
+    assert len(found["said"]) == 2 and found["said"][0] == found["said"][1]
+    assert "step-2, which another process cannot read" in found["said"][0]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -145,19 +145,19 @@ def test_losses_are_those_of_the_formulas_on_real_tokens():
     torch.manual_seed(0)
     student, teacher = torch.randn(2, 2, 3, 5, 4, dtype=torch.float64)
     error = (student - teacher).square()
-    assert torch.isclose(LOSSES["mse"](student, teacher, None), error.mean())
-    assert torch.isclose(LOSSES["relative_mse"](student, teacher, None), error.mean() / teacher.square().mean())
+    assert torch.isclose(LOSSES["mse"](student, teacher, None).mean(), error.mean())
+    assert torch.isclose(LOSSES["relative_mse"](student, teacher, None).mean(), error.mean() / teacher.square().mean())
     cosine = 1 - functional.cosine_similarity(student, teacher, dim=-1)
-    assert torch.isclose(LOSSES["cosine"](student, teacher, None), cosine.mean())
+    assert torch.isclose(LOSSES["cosine"](student, teacher, None).mean(), cosine.mean())
 
     mask = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]])
     noisy = [x.masked_fill(mask[:, None, :, None] == 0, float("nan")).requires_grad_() for x in (student, teacher)]
     real = [torch.cat([x[0, :, 2:], x[1, :, :4]], dim=1)[None] for x in (student, teacher)]
     for name, loss in LOSSES.items():
-        value = loss(*noisy, mask)
-        assert torch.isclose(value, loss(*real, None)), name
+        value = loss(*noisy, mask).mean()
+        assert torch.isclose(value, loss(*real, None).mean()), name
         assert torch.autograd.grad(value, noisy[0])[0].isfinite().all(), name
-    half = LOSSES["mse"](student.bfloat16(), teacher.bfloat16(), None)
+    half = LOSSES["mse"](student.bfloat16(), teacher.bfloat16(), None).mean()
     assert half.dtype == torch.float32
 
 
@@ -170,7 +170,7 @@ def test_half_precision_outputs_are_never_copied_to_float32(name, padded):
     student = (teacher.float() + 0.1 * torch.randn(2, 3, 64, 16)).bfloat16().requires_grad_()
     mask = torch.arange(64)[None] >= torch.tensor([[5], [0]]) if padded else None
     exact = student.detach().double().requires_grad_()
-    expected = LOSSES[name](exact, teacher.double(), mask)
+    expected = LOSSES[name](exact, teacher.double(), mask).mean()
     (expected_gradient,) = torch.autograd.grad(expected, exact)
 
     class Watch(TorchDispatchMode):
@@ -182,7 +182,7 @@ def test_half_precision_outputs_are_never_copied_to_float32(name, padded):
             return result
 
     with Watch():
-        loss = LOSSES[name](student, teacher, mask)
+        loss = LOSSES[name](student, teacher, mask).mean()
         (gradient,) = torch.autograd.grad(loss * 3.0, student)
     torch.testing.assert_close(loss.double(), expected.detach(), rtol=1e-4, atol=0)
     assert gradient.dtype == torch.bfloat16
@@ -263,6 +263,29 @@ def test_window_dropout_is_a_schedule_over_equal_parts():
     assert branch_weights("both") == {"mixed": 1.0, "linear": 1.0}
     assert branch_weights("both", hide_window=True) == {"linear": 2.0}
     assert branch_weights("mixed", hide_window=True) == branch_weights("linear") == {"linear": 1.0}
+
+
+@pytest.mark.parametrize("loss", list(LOSSES))
+def test_the_cut_into_micro_batches_has_no_part_in_the_result(tmp_path, loss):
+    """Losses and mechanism after three steps, rows of different lengths among them; 1 sequence at once against 4."""
+
+    class Padded(TokenBlocks):
+        def __getitem__(self, index):
+            length = 6 + 2 * index if index < 9 else LENGTH
+            ids = super().__getitem__(index)["input_ids"]
+            return {"input_ids": ids, "attention_mask": (torch.arange(LENGTH) < length).long()}
+
+    ids = torch.randint(3, 97, (10, LENGTH), generator=torch.Generator().manual_seed(5))
+    found = []
+    for size in (4, 1, 2):
+        student = make_student(make_teacher(), {"linear": {"type": "linear", "window": 4, "sinks": 1}}).double()
+        config = settings(max_steps=3, batch_size=size, loss=loss)
+        result = transfer_attention(student, Padded(ids), config, output_dir=tmp_path / str(size))
+        found.append((result.losses_per_layer, student.mixer_state_dict()))
+    for losses, mixers in found[1:]:
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(found[0][0]), rtol=1e-9, atol=0)
+        for name, tensor in mixers.items():
+            torch.testing.assert_close(tensor, found[0][1][name], rtol=1e-7, atol=1e-9)
 
 
 def test_schedules():
@@ -369,7 +392,9 @@ def test_gpu_memory_error_says_stage_and_remedy(student, blocks, tmp_path, monke
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     monkeypatch.setattr(student.model, "forward", forward)
-    with pytest.raises(UserError, match=r"attention transfer \(batch_size 2, sequence_length 24\): lower batch_size"):
+    with pytest.raises(
+        UserError, match=r"attention transfer \(batch_size 2, sequence_length 24\): lower transfer.batch_size"
+    ):
         transfer_attention(student, blocks, settings(), output_dir=tmp_path)
     assert all(a.arm == "mixed" and a.observer is None for a in student.mixer_attentions())
 

@@ -232,7 +232,6 @@ def test_pretraining_by_one_process_and_by_two(model, workspace, tmp_path):
 @pytest.mark.slow
 def test_an_encoder_by_one_process_and_by_two(tmp_path):
     stage = {"max_steps": 3, "batch_size": 2, "tokens_per_step": 128, "logging_steps": 1}
-    weights = {"warmup_steps": 1, "similarity_weight": 0.0}  # similarities are those within a micro-batch
     config = {
         "model_name_or_path": str(make_bert_directory(tmp_path / "teacher", kind=BertForMaskedLM)),
         "device": "cpu",
@@ -240,7 +239,7 @@ def test_an_encoder_by_one_process_and_by_two(tmp_path):
         "data": {"dataset": str(tmp_path / "text.jsonl"), "sequence_length": 32, "cache_dir": str(tmp_path / "cache")},
         "transfer": stage,
         "mlm": {**stage, "warmup_steps": 1, "dropout": False},
-        "distillation": {**stage, **weights},
+        "distillation": {**stage, "warmup_steps": 1},
         "evaluation": {"pairs": 4},
     }
     text = "\n".join(json.dumps({"text": f"The {a} ran past a house. Two old cats {a} slept there."}) for a in WORDS)
