@@ -309,7 +309,7 @@ def _llama3(header: Header) -> dict[str, Any]:
 def _band(waves: np.ndarray, factors: np.ndarray, factor: float, context: int) -> list[tuple[float, float]]:
     """(low, high) of the frequencies that are scaled in part, from two of them: their shares are linear in
     context / wavelength, from 0 at low to 1 at high."""
-    partial = np.flatnonzero((factors > 1.001) & (factors < factor / 1.001)) if len(waves) == len(factors) else []
+    partial: Any = np.flatnonzero((factors > 1.001) & (factors < factor / 1.001)) if len(waves) == len(factors) else []
     if len(partial) < 2:
         return []
     ends = [partial[0], partial[-1]]

@@ -130,7 +130,11 @@ def factors(**changes):
 SCALINGS = {
     "none": (None, {}, {}),
     "stated to be none": (None, {"rope.scaling.type": "none", "rope.scaling.finetuned": False}, {}),
-    "linear": ({"rope_type": "linear", "factor": 4.0}, {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, {}),
+    "linear": (
+        {"rope_type": "linear", "factor": 4.0},
+        {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0},
+        {},
+    ),
     "linear of old files": ({"rope_type": "linear", "factor": 2.0}, {"rope.scale_linear": 2.0}, {}),
     "yarn": (
         YARN,
@@ -182,11 +186,12 @@ def test_rotary_scaling_is_carried_exactly(tmp_path, case):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"attention_bias": True}, {"mlp_bias": True}, {"attention_bias": True, "mlp_bias": True}, {"tie": True}]
+    "changes",
+    [{"attention_bias": True}, {"mlp_bias": True}, {"attention_bias": True, "mlp_bias": True}, {"tied": True}],
 )
 @torch.no_grad()
 def test_biases_and_a_tied_head_are_carried_exactly(tmp_path, changes):
-    changes = {"tie_word_embeddings" if name == "tie" else name: value for name, value in changes.items()}
+    changes = {"tie_word_embeddings" if name == "tied" else name: value for name, value in changes.items()}
     stock = llama(**changes)
     student = convert(write(tmp_path / "x.gguf", stock), softmax_layers=range(LAYERS), dtype=torch.float32)
     ids = torch.arange(50)[None] % 40
