@@ -187,7 +187,7 @@ class ChatEncoder:
         self.template = self.tokenizer.get_chat_template()
         self.core = _plain_backend(self.tokenizer)
 
-    def _documents(self, where: str, messages: Messages, answers_from: int) -> list[tuple[str, list | None]]:
+    def _documents(self, where: str, messages: Messages, answers_from: int) -> Sequence[tuple[str, list | None]]:
         """Rendered texts and the characters (start, stop) of the answers in each; none: all is learned."""
         messages = [{**self._marked(message), "role": message["role"]} for message in messages]
         if not self.completion_only:
@@ -200,8 +200,9 @@ class ChatEncoder:
         """A text and what its template calls generated."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        render: Any = render_jinja_template  # annotated as giving strings
         with _explained(where):
-            texts, spans = render_jinja_template(
+            texts, spans = render(
                 conversations=[messages],
                 chat_template=self.template,
                 return_assistant_tokens_mask=True,

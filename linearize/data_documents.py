@@ -32,10 +32,10 @@ ALPACA_PROMPT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
-PIECE_CHARACTERS = 1 << 20
+PIECE_CHARACTERS = 1 << 18
 """Longer texts are tokenised in pieces."""
-CALL_CHARACTERS = 1 << 22
-"""Text of one call of the tokenizer, which takes some forty times its memory."""
+CALL_CHARACTERS = 1 << 20
+"""Text of one call of the tokenizer, which takes some hundred times its memory and works on several pieces at once."""
 BATCH_RECORDS = 256
 CONVERSATIONS = "conversations"
 """The field of ShareGPT's chats, taken where the usual one is missing."""
@@ -102,7 +102,7 @@ def tokenize_records(
     """Turn records into documents, in order; records without text are left out."""
     if tokenizer.eos_token_id is None and format != "chat":
         raise UserError("The tokenizer has no end-of-sequence token, which separates documents: set its eos_token.")
-    chats = ChatEncoder(tokenizer, completion_only) if format in ("chat", "completion") else None
+    chats = ChatEncoder(tokenizer, completion_only)
     for batch in _batches(records):
         if format == "text":
             yield from _text(batch, tokenizer, text_field)
@@ -150,7 +150,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     for where, record in records:
         batch.append((where, record))
         size += sum(len(value) for value in record.values() if isinstance(value, str))
-        if len(batch) == BATCH_RECORDS or size >= PIECE_CHARACTERS:
+        if len(batch) == BATCH_RECORDS or size >= CALL_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
@@ -207,7 +207,7 @@ def split_text(text: str | Iterable[str], limit: int = PIECE_CHARACTERS) -> Iter
     A cut lies between a line break and a character that is not a space, or else before a single space, where
     byte-level BPE tokenizers (GPT-2, Llama-3, SmolLM2) cut by themselves, so that the ids are those of the whole text.
     A text without such places is cut anywhere: its ids differ at the cut, and tokenising it as a whole would take
-    forty times its memory.
+    a hundred times its memory.
 
     Args:
         text: The whole text, or its parts in order.
@@ -281,4 +281,5 @@ def _completions(batch: list[Record], tokenizer: Any, chats: ChatEncoder, comple
         else:
             texts = [string_field(record, name, where) for name in ("prompt", "completion")]
             if any(text.strip() for text in texts):
-                yield _answered(*_encode(tokenizer, texts), tokenizer, completion_only)
+                asked, answered = _encode(tokenizer, texts)
+                yield _answered(asked, answered, tokenizer, completion_only)

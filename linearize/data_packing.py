@@ -292,8 +292,8 @@ def write_blocks(
     count = int(kept.sum())
     shape = (count, sequence_length)
     if count:
-        ids_file = np.lib.format.open_memmap(folder / f"{split}_ids.npy", "w+", documents.ids.dtype, shape)
-        _fill(ids_file, kept, _blocks(documents.ids, ranges, sequence_length))
+        ids = _blocks(documents.ids, ranges, sequence_length)
+        _write_rows(folder / f"{split}_ids.npy", documents.ids.dtype, shape, kept, ids)
         if documents.supervised is not None:
             pairs = zip(
                 _blocks(documents.ids, ranges, sequence_length),
@@ -301,8 +301,7 @@ def write_blocks(
                 strict=True,
             )
             labels = (np.where(mask, ids.astype(np.int32), np.int32(-100)) for ids, mask in pairs)
-            labels_file = np.lib.format.open_memmap(folder / f"{split}_labels.npy", "w+", np.int32, shape)
-            _fill(labels_file, kept, labels)
+            _write_rows(folder / f"{split}_labels.npy", np.dtype(np.int32), shape, kept, labels)
     return {
         "tokens": tokens,
         "sequences": count,
@@ -311,14 +310,17 @@ def write_blocks(
     }
 
 
-def _fill(target: np.memmap, kept: np.ndarray, chunks: Iterator[np.ndarray]) -> None:
-    seen = written = 0
-    for chunk in chunks:
-        chosen = chunk[kept[seen : seen + len(chunk)]]
-        target[written : written + len(chosen)] = chosen
-        seen += len(chunk)
-        written += len(chosen)
-    target.flush()
+def _write_rows(
+    file: Path, dtype: np.dtype, shape: tuple[int, int], kept: np.ndarray, chunks: Iterator[np.ndarray]
+) -> None:
+    """Write the kept rows to an .npy file piece by piece: the pages of a memory map would stay in memory."""
+    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    seen = 0
+    with open(file, "wb") as stream:
+        np.lib.format.write_array_header_1_0(stream, header)
+        for chunk in chunks:
+            stream.write(chunk[kept[seen : seen + len(chunk)]].astype(dtype, copy=False).tobytes())
+            seen += len(chunk)
 
 
 def _blocks(stream: np.ndarray, ranges: Ranges, sequence_length: int) -> Iterator[np.ndarray]:
