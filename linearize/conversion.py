@@ -16,6 +16,7 @@ from linearize.gguf_files import gguf_config, gguf_file, gguf_weights, is_gguf
 from linearize.load_errors import explained
 from linearize.modeling import BACKBONES, PREFIX, Backbone, is_encoder
 from linearize.quantization import keep_differentiable
+from linearize.vocabulary import check_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -223,6 +224,18 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, token: st
             file = gguf_file(source)
             return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         return AutoTokenizer.from_pretrained(source, revision=revision, token=token, trust_remote_code=False)
+
+
+def load_model_tokenizer(source: str | Path, *, revision: str | None = None):
+    """The tokenizer of a model that is to be trained or measured.
+
+    Raises:
+        UserError: as `load_tokenizer`, or the model's embedding lacks rows for its ids.
+    """
+    config = load_config(str(source), revision=revision)
+    tokenizer = load_tokenizer(source, revision=revision)
+    check_vocabulary(tokenizer, config.vocab_size, str(source))
+    return tokenizer
 
 
 def student_config(

@@ -27,6 +27,7 @@ from linearize.data_documents import Format
 from linearize.data_packing import Documents
 from linearize.data_sources import Source, expand, is_local, open_files, open_source
 from linearize.errors import UserError
+from linearize.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
     from linearize.settings import DataConfig
@@ -253,7 +254,7 @@ def _tokenized(
         )
     if format == "chat":
         check_chat_template(tokenizer)
-    dtype = data_packing.id_dtype(data_documents.vocabulary_size(tokenizer))
+    dtype = data_packing.id_dtype(vocabulary_size(tokenizer))
     has_template = bool(tokenizer.chat_template)
     field = {"text": config.text_field, "chat": config.messages_field}.get(format, "")
     key = data_packing.cache_key(

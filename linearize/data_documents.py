@@ -130,11 +130,6 @@ def tokenizer_identity(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def vocabulary_size(tokenizer: Any) -> int:
-    """One more than the largest id, which a vocabulary with holes has beyond its number of entries."""
-    return max([*tokenizer.get_vocab().values(), len(tokenizer) - 1]) + 1
-
-
 def leading_ids(tokenizer: Any) -> list[int]:
     """BOS as a list, if this tokenizer starts its texts with one."""
     if tokenizer.bos_token_id is None:

@@ -20,9 +20,10 @@ from torch.utils.data import Dataset
 
 from linearize import data_packing
 from linearize.data import cache_root, main_process_first, open_data
-from linearize.data_documents import BATCH_RECORDS, resolve_format, tokenizer_identity, vocabulary_size
+from linearize.data_documents import BATCH_RECORDS, resolve_format, tokenizer_identity
 from linearize.data_sources import Source, open_files, string_field
 from linearize.errors import UserError
+from linearize.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
     from linearize.encoder_settings import EncoderDataConfig

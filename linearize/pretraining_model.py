@@ -23,6 +23,7 @@ from linearize.conversion import load_config, load_encoder, load_model, student_
 from linearize.errors import UserError
 from linearize.modeling import BACKBONES, backbone_of, is_encoder
 from linearize.pretraining_settings import ROPE_THETA
+from linearize.vocabulary import check_vocabulary, vocabulary_size
 
 if TYPE_CHECKING:
     from linearize.distillation import Distiller
@@ -56,7 +57,7 @@ def trains_encoder(config: PretrainConfig) -> bool:
 def stock_config(config: PretrainConfig, tokenizer: Any = None) -> PreTrainedConfig:
     """The config of a stock model with the settings' shape; without a tokenizer its vocabulary is `vocab_size`."""
     shape = config.model
-    entries = config.vocab_size if tokenizer is None else len(tokenizer)
+    entries = config.vocab_size if tokenizer is None else vocabulary_size(tokenizer)
     positions = shape.n_positions or config.data.sequence_length
     common: dict[str, Any] = {
         "vocab_size": -(-entries // shape.vocab_multiple) * shape.vocab_multiple,
@@ -206,9 +207,5 @@ def _checked(model: Any, config: PretrainConfig, tokenizer: Any) -> Any:
             "lower it."
         )
     entries = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > entries:
-        raise UserError(
-            f"The tokenizer has {len(tokenizer)} entries and {config.model_name_or_path} has {entries}: name the "
-            "tokenizer that the checkpoint was trained with."
-        )
+    check_vocabulary(tokenizer, entries, str(config.model_name_or_path))
     return model

@@ -111,13 +111,13 @@ class StagedRun:
     def __init__(self, settings: Any, directory: StagedDirectory, eval_tokens: int) -> None:
         from accelerate import PartialState
 
-        from linearize.conversion import load_tokenizer
+        from linearize.conversion import load_model_tokenizer
         from linearize.data import main_process_first, prepare_data
 
         self.settings, self.directory, self.path = settings, directory, directory.path
         self.state = PartialState(cpu=settings.device == "cpu")
         with stage("preparing the data"):
-            self.tokenizer = load_tokenizer(settings.model_name_or_path)
+            self.tokenizer = load_model_tokenizer(settings.model_name_or_path)
             self.train, validation = prepare_data(settings.data, self.tokenizer)
         shown = max(1, eval_tokens // settings.data.sequence_length)
         self.validation = [validation[i] for i in range(min(shown, len(validation)))]
