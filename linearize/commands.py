@@ -43,7 +43,7 @@ def load(source: str, dtype: str, device: str, contexts: Any = None) -> tuple[An
     """
     from transformers import AutoModelForCausalLM
 
-    from linearize.conversion import load_student, load_tokenizer, refuse_encoder
+    from linearize.conversion import load_model_tokenizer, load_student, refuse_encoder
     from linearize.evaluation.rope_scaling import check_scaled
     from linearize.load_errors import explained
 
@@ -54,6 +54,7 @@ def load(source: str, dtype: str, device: str, contexts: Any = None) -> tuple[An
     refuse_encoder(source, config)
     converted = hasattr(config, "mixer_types")
     scaled = _scaled_config(source, config, contexts)
+    tokenizer = load_model_tokenizer(source)
     with stage("loading the model", "choose a smaller --dtype"):
         if converted:
             model = load_student(source, dtype=weights)
@@ -62,7 +63,7 @@ def load(source: str, dtype: str, device: str, contexts: Any = None) -> tuple[An
                 model = AutoModelForCausalLM.from_pretrained(source, dtype=weights, **scaled)
         if scaled:
             check_scaled(model, source)
-        return model.to(place).eval(), load_tokenizer(source), converted
+        return model.to(place).eval(), tokenizer, converted
 
 
 def _model_of(source: str) -> str:
@@ -200,7 +201,7 @@ def evaluate_encoder(
 
     A stock encoder is its own teacher; so are the weights of a converted one of which the mechanism alone has trained.
     """
-    from linearize.conversion import load_encoder, load_tokenizer
+    from linearize.conversion import load_encoder, load_model_tokenizer
     from linearize.data_rows import read_documents
     from linearize.evaluation.arms import has_branches, is_student
     from linearize.evaluation.embeddings import TEACHER, EmbeddingEvaluation
@@ -209,7 +210,7 @@ def evaluate_encoder(
     place, source = choose_device(device), _model_of(source)
     with stage("loading the model"):
         model: Any = load_encoder(source).to(place)
-        tokenizer = load_tokenizer(source)
+        tokenizer = load_model_tokenizer(source)
         original: Any = load_encoder(teacher).to(place) if teacher else None
     if is_student(model) and original is None and not base_is_teacher(read_record(source)):
         raise UserError(f"The weights of {source} are not its teacher's: name the teacher with --teacher.")

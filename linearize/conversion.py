@@ -13,10 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from linearize.errors import UserError
+from linearize.gguf_files import gguf_config, gguf_file, gguf_weights, is_gguf
 from linearize.hub import loaded_commit
 from linearize.load_errors import explained
 from linearize.modeling import BACKBONES, PREFIX, Backbone, is_encoder
 from linearize.quantization import keep_differentiable, refuse_quantized
+from linearize.vocabulary import check_vocabulary
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +86,7 @@ def convert(
     options = {name: value for name, value in options.items() if value is not None}
     with quiet_transformers(), explained(source):
         if is_gguf(source):
-            weights = _gguf_weights(source)
+            weights = gguf_weights(source, teacher_config)
             if dtype == "auto":
                 options["dtype"] = next(iter(weights.values())).dtype
             where_from: str | None = None
@@ -217,8 +219,7 @@ def load_config(source: str, *, revision: str | None = None, token: str | None =
     where = {"revision": revision, "token": token, "trust_remote_code": False}
     with quiet_transformers(), explained(source):
         if is_gguf(source):
-            file = gguf_file(source)
-            return AutoConfig.from_pretrained(file.parent, gguf_file=file.name)
+            return gguf_config(source)
         if (folder := Path(source)).is_dir() and not (folder / "config.json").is_file():
             raise UserError(f"{source} holds no config.json: give a directory that save_pretrained wrote, or a Hub id")
         return AutoConfig.from_pretrained(source, **where)
@@ -238,33 +239,16 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, token: st
         return AutoTokenizer.from_pretrained(source, revision=revision, token=token, trust_remote_code=False)
 
 
-def is_gguf(source: str) -> bool:
-    return source.endswith(".gguf")
-
-
-def gguf_file(source: str) -> Path:
-    """The path of a GGUF file that starts as one.
+def load_model_tokenizer(source: str | Path, *, revision: str | None = None):
+    """The tokenizer of a model that is to be trained or measured.
 
     Raises:
-        UserError: missing, or not GGUF.
+        UserError: as `load_tokenizer`, or the model's embedding lacks rows for its ids.
     """
-    file = Path(source)
-    if not file.is_file():
-        raise UserError(f"there is no file {source}: check the path")
-    with file.open("rb") as stream:
-        if stream.read(4) != b"GGUF":
-            raise UserError(f"{source} is no GGUF file (its first bytes are wrong): download it again")
-    return file
-
-
-def _gguf_weights(source: str) -> dict[str, torch.Tensor]:
-    from transformers import GgufConfig
-
-    file = gguf_file(source)
-    teacher = AutoModelForCausalLM.from_pretrained(
-        file.parent, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
-    )
-    return teacher.state_dict()
+    config = load_config(str(source), revision=revision)
+    tokenizer = load_tokenizer(source, revision=revision)
+    check_vocabulary(tokenizer, config.vocab_size, str(source))
+    return tokenizer
 
 
 def student_config(

@@ -22,10 +22,12 @@ import torch
 from torch.utils.data import Dataset
 
 from linearize import data_documents, data_packing
+from linearize.data_chat import check_chat_template
 from linearize.data_documents import Format
 from linearize.data_packing import Documents
 from linearize.data_sources import Source, expand, is_local, open_files, open_source
 from linearize.errors import UserError
+from linearize.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
     from linearize.settings import DataConfig
@@ -251,14 +253,15 @@ def _tokenized(
             "instruction data."
         )
     if format == "chat":
-        data_documents.check_chat_template(tokenizer)
-    dtype = data_packing.id_dtype(len(tokenizer))
-    field = {"text": config.text_field, "chat": config.messages_field, "instruction": ""}[format]
+        check_chat_template(tokenizer)
+    dtype = data_packing.id_dtype(vocabulary_size(tokenizer))
+    has_template = bool(tokenizer.chat_template)
+    field = {"text": config.text_field, "chat": config.messages_field}.get(format, "")
     key = data_packing.cache_key(
         kind="documents",
         source=source.identity,
         tokenizer=identity,
-        template=tokenizer.get_chat_template() if format == "chat" else None,
+        template=tokenizer.get_chat_template() if format in ("chat", "completion") and has_template else None,
         format=format,
         field=field,
         completion_only=completion_only,

@@ -1,7 +1,8 @@
-"""From records to token ids: plain text, chat messages, and instructions in the Alpaca prompt.
+"""From records to token ids: plain text, chats, instructions in the Alpaca prompt, and prompts with completions.
 
-Every document stands between the tokenizer's BOS (if the tokenizer puts one there by itself) and EOS, as ids. Chat
-messages are the exception: their template writes all markers itself. Special tokens are never re-tokenised from text.
+Every document stands between the tokenizer's BOS (if the tokenizer puts one there by itself) and EOS, as ids. Chats
+are the exception: their template writes all markers itself. Special tokens are never re-tokenised from text: "</s>"
+in a text is four characters, whatever the tokenizer's end-of-sequence token is called.
 """
 
 import hashlib
@@ -12,10 +13,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from linearize.data_sources import Record, Source
+from linearize.data_chat import ChatEncoder, completion_messages, read_messages
+from linearize.data_sources import Record, Source, require_field, string_field, text_pieces
 from linearize.errors import UserError
 
-Format = Literal["text", "chat", "instruction"]
+Format = Literal["text", "chat", "instruction", "completion"]
 
 # The wording of Stanford Alpaca with the line break after "Response:" that LoLCATs and alpaca-lora train with
 # (https://arxiv.org/abs/2410.10254, section 5.1: alpaca-cleaned).
@@ -30,9 +32,13 @@ ALPACA_PROMPT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 
-PIECE_CHARACTERS = 1 << 20
-"""Longer texts are tokenised in pieces, cut after a line break: tokenizers take far more memory than the text."""
+PIECE_CHARACTERS = 1 << 18
+"""Longer texts are tokenised in pieces."""
+CALL_CHARACTERS = 1 << 20
+"""Text of one call of the tokenizer, which takes some hundred times its memory and works on several pieces at once."""
 BATCH_RECORDS = 256
+CONVERSATIONS = "conversations"
+"""The field of ShareGPT's chats, taken where the usual one is missing."""
 
 
 class Segment(NamedTuple):
@@ -45,12 +51,22 @@ class Segment(NamedTuple):
     ends_document: bool
 
 
+class Piece(NamedTuple):
+    """A part of a text, as long as the tokenizer takes at once."""
+
+    text: str
+    is_first: bool
+    is_last: bool
+
+
 def resolve_format(source: Source, format: str, text_field: str, messages_field: str) -> Format:
     """Choose the format by the fields of the first record, or check that it has those of the format asked for."""
     fields = source.fields()
+    chat = chat_field(fields, messages_field)
     needed: dict[Format, list[str]] = {
-        "chat": [messages_field],
+        "chat": [chat],
         "instruction": ["instruction", "output"],
+        "completion": ["prompt", "completion"],
         "text": [text_field],
     }
     for name, names in needed.items():
@@ -59,13 +75,19 @@ def resolve_format(source: Source, format: str, text_field: str, messages_field:
     there = f"its fields are {', '.join(sorted(fields))}" if fields else "it has no fields"
     if format == "auto":
         raise UserError(
-            f"{source.name} has neither {text_field!r} nor {messages_field!r} nor instruction and output; {there}: "
-            "set data.text_field or data.messages_field."
+            f"{source.name} has neither {text_field!r} nor {messages_field!r} nor instruction and output nor prompt "
+            f"and completion; {there}: set data.text_field or data.messages_field."
         )
     if format not in needed:
-        raise UserError(f"The data format {format!r} is unknown: use auto, text, chat or instruction.")
+        raise UserError(f"The data format {format!r} is unknown: use auto, {', '.join(needed)}.")
     missing = [field for field in needed[format] if field not in fields]
     raise UserError(f"{source.name} has no field {missing[0]!r}; {there}: set data.format or the name of the field.")
+
+
+def chat_field(fields: Iterable[str], messages_field: str) -> str:
+    """The field that holds the messages of a chat."""
+    missing = messages_field == "messages" and "messages" not in fields
+    return CONVERSATIONS if missing and CONVERSATIONS in fields else messages_field
 
 
 def tokenize_records(
@@ -80,13 +102,16 @@ def tokenize_records(
     """Turn records into documents, in order; records without text are left out."""
     if tokenizer.eos_token_id is None and format != "chat":
         raise UserError("The tokenizer has no end-of-sequence token, which separates documents: set its eos_token.")
+    chats = ChatEncoder(tokenizer, completion_only)
     for batch in _batches(records):
         if format == "text":
             yield from _text(batch, tokenizer, text_field)
         elif format == "instruction":
             yield from _instructions(batch, tokenizer, completion_only)
+        elif format == "completion":
+            yield from _completions(batch, tokenizer, chats, completion_only)
         else:
-            yield from _conversations(batch, tokenizer, messages_field, completion_only)
+            yield from _conversations(batch, chats, messages_field)
 
 
 def tokenizer_identity(tokenizer: Any) -> str:
@@ -120,7 +145,7 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
     for where, record in records:
         batch.append((where, record))
         size += sum(len(value) for value in record.values() if isinstance(value, str))
-        if len(batch) == BATCH_RECORDS or size >= PIECE_CHARACTERS:
+        if len(batch) == BATCH_RECORDS or size >= CALL_CHARACTERS:
             yield batch
             batch, size = [], 0
     if batch:
@@ -128,17 +153,8 @@ def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
-    return tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-
-
-def string_field(record: dict[str, Any], field: str, where: str) -> str:
-    """The text in a field of a record; none counts as empty."""
-    if field not in record:
-        raise UserError(f"There is no field {field!r} in {where}; its fields are {', '.join(sorted(record))}.")
-    value = record[field]
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"The field {field!r} in {where} is a {type(value).__name__}, but it must be text.")
-    return value or ""
+    options = {"add_special_tokens": False, "split_special_tokens": True, "return_attention_mask": False}
+    return tokenizer(texts, **options, verbose=False)["input_ids"]
 
 
 # ---- plain text
@@ -146,35 +162,75 @@ def string_field(record: dict[str, Any], field: str, where: str) -> str:
 
 def _text(batch: list[Record], tokenizer: Any, field: str) -> Iterator[Segment]:
     leading, trailing = leading_ids(tokenizer), [tokenizer.eos_token_id]
-    texts = [text for where, record in batch if (text := string_field(record, field, where)).strip()]
-    pieces = [(piece, first, last) for text in texts for piece, first, last in split_text(text)]
-    for start in range(0, len(pieces), BATCH_RECORDS):
-        group = pieces[start : start + BATCH_RECORDS]
+    for group in _groups(_pieces(batch, field)):
         for ids, (_, first, last) in zip(_encode(tokenizer, [piece for piece, _, _ in group]), group, strict=True):
             whole = (leading if first else []) + ids + (trailing if last else [])
             yield Segment(np.array(whole, dtype=np.int64), None, last)
 
 
-def split_text(text: str, limit: int = PIECE_CHARACTERS) -> Iterator[tuple[str, bool, bool]]:
-    """Cut a long text into (piece, is first, is last) of about `limit` characters.
+def _pieces(batch: list[Record], field: str) -> Iterator[Piece]:
+    """The pieces of all texts but blank ones."""
+    for where, record in batch:
+        blank: list[Piece] | None = []  # held back until the text has more than space
+        for piece in split_text(text_pieces(record, field, where)):
+            if blank is not None:
+                blank.append(piece)
+                if piece[0].strip():
+                    yield from blank
+                    blank = None
+            else:
+                yield piece
 
-    A cut lies between a line break and a character that is not a space, where byte-level BPE tokenizers (GPT-2,
-    Llama-3, SmolLM2) cut by themselves, so that the ids are those of the whole text. A text without such a
-    place stays whole.
+
+def _groups(pieces: Iterator[Piece]) -> Iterator[list[Piece]]:
+    """Pieces for one call of the tokenizer."""
+    group: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        if group and size + len(piece[0]) > CALL_CHARACTERS:
+            yield group
+            group, size = [], 0
+        group.append(piece)
+        size += len(piece[0])
+    if group:
+        yield group
+
+
+def split_text(text: str | Iterable[str], limit: int = PIECE_CHARACTERS) -> Iterator[Piece]:
+    """Cut a long text into pieces of `limit` to 2 `limit` characters.
+
+    A cut lies between a line break and a character that is not a space, or else before a single space, where
+    byte-level BPE tokenizers (GPT-2, Llama-3, SmolLM2) cut by themselves, so that the ids are those of the whole text.
+    A text without such places is cut anywhere: its ids differ at the cut, and tokenising it as a whole would take
+    a hundred times its memory.
+
+    Args:
+        text: The whole text, or its parts in order.
     """
-    start = 0
-    line_start = re.compile(r"\n(?=\S)")
-    while len(text) - start > limit and (cut := line_start.search(text, start + limit)):
-        yield text[start : cut.end()], start == 0, False
-        start = cut.end()
-    yield text[start:], start == 0, True
+    held, is_first = "", True
+    for part in [text] if isinstance(text, str) else text:
+        held, start = held + part, 0
+        while len(held) - start > 2 * limit:
+            cut = _cut(held, start + limit, start + 2 * limit)
+            yield Piece(held[start:cut], is_first, False)
+            start, is_first = cut, False
+        held = held[start:]
+    yield Piece(held, is_first, True)
+
+
+_PLACES = (re.compile(r"(?<=\n)(?=\S)"), re.compile(r"(?<=\S)(?= \S)"))
+
+
+def _cut(text: str, first: int, last: int) -> int:
+    """The best place for a cut from `first` to `last`."""
+    found = (place.search(text, first, last) for place in _PLACES)
+    return next((match.start() for match in found if match), last)
 
 
 # ---- instructions
 
 
 def _instructions(batch: list[Record], tokenizer: Any, completion_only: bool) -> Iterator[Segment]:
-    leading = leading_ids(tokenizer)
     prompts, responses = [], []
     for where, record in batch:
         fields = {name: string_field(record, name, where) for name in ("instruction", "output")}
@@ -188,104 +244,37 @@ def _instructions(batch: list[Record], tokenizer: Any, completion_only: bool) ->
         return
     encoded = _encode(tokenizer, prompts + responses)
     for prompt, response in zip(encoded[: len(prompts)], encoded[len(prompts) :], strict=True):
-        ids = np.array([*leading, *prompt, *response, tokenizer.eos_token_id], dtype=np.int64)
-        supervised = np.arange(len(ids)) >= len(leading) + len(prompt) if completion_only else None
-        yield Segment(ids, supervised, True)
+        yield _answered(prompt, response, tokenizer, completion_only)
 
 
-# ---- chat
+def _answered(prompt: list[int], answer: list[int], tokenizer: Any, completion_only: bool) -> Segment:
+    leading = leading_ids(tokenizer)
+    ids = np.array([*leading, *prompt, *answer, tokenizer.eos_token_id], dtype=np.int64)
+    supervised = np.arange(len(ids)) >= len(leading) + len(prompt) if completion_only else None
+    return Segment(ids, supervised, True)
 
 
-def check_chat_template(tokenizer: Any) -> None:
-    """Chat data need a template; whether it suits the messages shows when they are rendered."""
-    if not tokenizer.chat_template:
-        raise UserError(
-            "The data are chat messages, but the tokenizer has no chat template: take the tokenizer of an instruct "
-            "model, or set tokenizer.chat_template."
-        )
+# ---- chats, and prompts with completions
 
 
-def _conversations(batch: list[Record], tokenizer: Any, field: str, completion_only: bool) -> Iterator[Segment]:
-    check_chat_template(tokenizer)
-    chats = [(where, messages) for where, record in batch if (messages := _messages(record, field, where))]
-    if not chats:
-        return
-    if completion_only and not tokenizer.is_fast:
-        raise UserError(
-            "The answers in chat messages cannot be found with a tokenizer written in Python: take its fast version, "
-            "or set data.completion_only to false."
-        )
-    marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", tokenizer.get_chat_template()) is not None
-    if completion_only and marks_answers:
-        for where, messages in chats:
-            encoded = _render(
-                tokenizer, messages, where, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-            )
-            supervised = np.array(encoded["assistant_masks"], dtype=bool)
-            yield Segment(np.array(encoded["input_ids"], dtype=np.int64), supervised, True)
-        return
-    texts = [_render(tokenizer, messages, where) for where, messages in chats]
-    if not completion_only:
-        yield from (Segment(np.array(ids, dtype=np.int64), None, True) for ids in _encode(tokenizer, texts))
-        return
-    encoded = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-    for (where, messages), text, ids, offsets in zip(
-        chats, texts, encoded["input_ids"], encoded["offset_mapping"], strict=True
-    ):
-        starts = np.array([start for start, _ in offsets], dtype=np.int64)
-        supervised = np.zeros(len(ids), dtype=bool)
-        for begin, end in answer_spans(tokenizer, messages, text, where):
-            supervised |= (starts >= begin) & (starts < end)
-        yield Segment(np.array(ids, dtype=np.int64), supervised, True)
+def _conversations(batch: list[Record], chats: ChatEncoder, messages_field: str) -> Iterator[Segment]:
+    rows = []
+    for where, record in batch:
+        field = chat_field(record, messages_field)
+        if messages := read_messages(require_field(record, field, where), record.get("system"), field, where):
+            rows.append((where, messages, 0))
+    yield from (Segment(ids, supervised, True) for ids, supervised in chats.encode(rows))
 
 
-def answer_spans(tokenizer: Any, messages: list[dict], text: str, where: str) -> list[tuple[int, int]]:
-    """Characters (start, stop) of the assistant's turns in the rendered text.
-
-    A turn is what rendering the messages up to it adds to those before it with the prompt for an answer. This holds
-    only if the template writes the earlier turns in the same way whatever follows; some leave out thoughts of earlier
-    turns.
-    """
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        until = _render(tokenizer, messages[: index + 1], where)
-        if index:
-            before = _render(tokenizer, messages[:index], where, add_generation_prompt=True)
-        else:  # no template renders an empty chat, so look for the prompt for an answer inside the first turn
-            prompt = _render(tokenizer, messages[:1], where, add_generation_prompt=True).removeprefix(until)
-            before = until[: until.find(prompt)] + prompt
-        if not (until.startswith(before) and text.startswith(until)):
-            raise UserError(
-                f"The answers in {where} cannot be told apart, because the chat template rewrites earlier turns: use "
-                "a template with {% generation %} marks, or set data.completion_only to false."
-            )
-        spans.append((len(before), len(until)))
-    return spans
-
-
-def _messages(record: dict[str, Any], field: str, where: str) -> list[dict]:
-    if field not in record:
-        raise UserError(f"There is no field {field!r} in {where}; its fields are {', '.join(sorted(record))}.")
-    messages = record[field] or []
-    if not isinstance(messages, list):
-        raise UserError(
-            f"The field {field!r} in {where} is a {type(messages).__name__}, but it must be a list of messages."
-        )
-    for message in messages:
-        if not isinstance(message, dict) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise UserError(f"A message in {where} lacks role or content: each must be an object that has both.")
-    return messages
-
-
-def _render(tokenizer: Any, messages: list[dict], where: str, **options: Any) -> Any:
-    from jinja2.exceptions import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(messages, **{"tokenize": False, **options})
-    except (TemplateError, TypeError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        raise UserError(
-            f"The chat template does not take the messages in {where} ({reason}): mend or remove them."
-        ) from error
+def _completions(batch: list[Record], tokenizer: Any, chats: ChatEncoder, completion_only: bool) -> Iterator[Segment]:
+    """Rows of two strings are laid end to end; those of two lists of messages are chats."""
+    for where, record in batch:
+        prompt, completion = (require_field(record, name, where) for name in ("prompt", "completion"))
+        if isinstance(prompt, list) or isinstance(completion, list):
+            messages, answers_from = completion_messages(prompt, completion, where)
+            yield from (Segment(*pair, True) for pair in chats.encode([(where, messages, answers_from)]))
+        else:
+            texts = [string_field(record, name, where) for name in ("prompt", "completion")]
+            if any(text.strip() for text in texts):
+                asked, answered = _encode(tokenizer, texts)
+                yield _answered(asked, answered, tokenizer, completion_only)

@@ -20,9 +20,10 @@ from torch.utils.data import Dataset
 
 from linearize import data_packing
 from linearize.data import cache_root, main_process_first, open_data
-from linearize.data_documents import BATCH_RECORDS, resolve_format, string_field, tokenizer_identity
-from linearize.data_sources import Source, open_files
+from linearize.data_documents import BATCH_RECORDS, resolve_format, tokenizer_identity
+from linearize.data_sources import Source, open_files, string_field
 from linearize.errors import UserError
+from linearize.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
     from linearize.encoder_settings import EncoderDataConfig
@@ -172,9 +173,10 @@ def _digest(text: str) -> bytes:
 def _write(folder: Path, split: str, texts: Iterator[str], config: EncoderDataConfig, tokenizer: Any) -> int:
     """The rows of some documents; how many there are."""
     length, parts, lengths, total = config.sequence_length, [], [], 0
-    dtype = data_packing.id_dtype(len(tokenizer))
+    dtype = data_packing.id_dtype(vocabulary_size(tokenizer))
     for batch in _batches(_joined(texts, config.sentences_per_row)):
-        rows = tokenizer(batch, truncation=True, max_length=length, return_attention_mask=False)["input_ids"]
+        options = {"split_special_tokens": True, "return_attention_mask": False}
+        rows = tokenizer(batch, truncation=True, max_length=length, **options)["input_ids"]
         padded = np.full((len(rows), length), tokenizer.pad_token_id or 0, dtype=dtype)
         for place, row in zip(padded, rows, strict=True):
             place[: len(row)] = row

@@ -4,6 +4,8 @@ A `.txt` file is one document (blank lines separate paragraphs, not documents); 
 holds a document in each record. Every kind may be compressed with gzip. `datasets` is needed for Hub datasets only.
 """
 
+import codecs
+import contextlib
 import glob
 import gzip
 import hashlib
@@ -12,7 +14,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +23,42 @@ from linearize.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+_CHUNK_BYTES = 1 << 20
+_ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 FILE_KINDS = (".txt", ".jsonl", ".json", ".parquet")
 _HUB_ID = re.compile(r"^[\w.\-]+(/[\w.\-]+)?$")
 
 Record = tuple[str, dict[str, Any]]
 """A record's place, for error messages, and its fields."""
+
+
+@dataclass(frozen=True)
+class TextFile:
+    """The text of a `.txt` file, read from the start on each call; it stands in its record's text field."""
+
+    path: Path
+
+    def pieces(self) -> Iterator[str]:
+        """Its parts in order, so that a long file needs little memory.
+
+        Raises:
+            UserError: It cannot be read, or is not UTF-8.
+        """
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        seen, carried = 0, ""
+        with _opened(self.path) as stream:
+            while True:
+                chunk = stream.read(_CHUNK_BYTES)
+                try:
+                    text = carried + decoder.decode(chunk, final=not chunk)
+                except UnicodeDecodeError as error:
+                    place = seen + len(chunk) - len(error.object) + error.start
+                    raise UserError(f"{self.path} is not UTF-8 text (byte {place}): convert it to UTF-8.") from error
+                seen += len(chunk)
+                carried = "\r" if chunk and text.endswith("\r") else ""  # its line feed may come next
+                yield text.removesuffix(carried).replace("\r\n", "\n")
+                if not chunk:
+                    return
 
 
 @dataclass(frozen=True)
@@ -44,6 +77,28 @@ class Source:
         for _, record in self.records():
             return list(record)
         raise UserError(f"{self.name} is empty: give data that holds text.")
+
+
+def require_field(record: dict[str, Any], field: str, where: str) -> Any:
+    """What a field of a record holds."""
+    if field not in record:
+        raise UserError(f"There is no field {field!r} in {where}; its fields are {', '.join(sorted(record))}.")
+    return record[field]
+
+
+def string_field(record: dict[str, Any], field: str, where: str) -> str:
+    """The text in a field of a record; none counts as empty."""
+    return "".join(text_pieces(record, field, where))
+
+
+def text_pieces(record: dict[str, Any], field: str, where: str) -> Iterable[str]:
+    """The text in a field of a record, in the pieces that it is read in; none counts as empty."""
+    value = require_field(record, field, where)
+    if isinstance(value, TextFile):
+        return value.pieces()
+    if value is not None and not isinstance(value, str):
+        raise UserError(f"The field {field!r} in {where} is a {type(value).__name__}, but it must be text.")
+    return [value or ""]
 
 
 def open_source(
@@ -141,14 +196,24 @@ def _file_hash(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_file(file: Path, text_field: str) -> Iterator[Record]:
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """The bytes of a file, compressed or not; errors in what it holds become sentences."""
     try:
         with gzip.open(file, "rb") if file.name.lower().endswith(".gz") else open(file, "rb") as stream:
-            kind = _kind(file)
-            if kind == ".txt":
-                text = stream.read().decode("utf-8-sig")
-                yield str(file), {text_field: text.replace("\r\n", "\n")}
-            elif kind == ".jsonl":
+            yield stream
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{file} is not a complete gzip file: compress or copy it again.") from error
+
+
+def _read_file(file: Path, text_field: str) -> Iterator[Record]:
+    kind = _kind(file)
+    if kind == ".txt":
+        yield str(file), {text_field: TextFile(file)}
+        return
+    try:
+        with _opened(file) as stream:
+            if kind == ".jsonl":
                 yield from _json_lines(stream, file)
             elif kind == ".json":
                 yield from _json_document(stream.read(), file)
@@ -156,8 +221,6 @@ def _read_file(file: Path, text_field: str) -> Iterator[Record]:
                 yield from _parquet_rows(stream, file)
     except UnicodeDecodeError as error:
         raise UserError(f"{file} is not UTF-8 text (byte {error.start}): convert it to UTF-8.") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{file} is not a complete gzip file: compress or copy it again.") from error
 
 
 def _json_lines(lines: Any, file: Path) -> Iterator[Record]:
@@ -170,7 +233,37 @@ def _json_lines(lines: Any, file: Path) -> Iterator[Record]:
             raise UserError(f"Line {number} of {file} is not valid JSON ({error}): mend or remove it.") from error
         if not isinstance(record, dict):
             raise UserError(f"Line {number} of {file} is not a JSON object: each line must be one, with named fields.")
+        if _ESCAPED_SURROGATE.search(line):
+            record = _whole(record, f"line {number} of {file}", file)
         yield f"line {number} of {file}", record
+
+
+def _mended(value: Any) -> Any:
+    """The value with U+FFFD for each half of a surrogate pair, which JSON can write and no tokenizer takes."""
+    if isinstance(value, str):
+        return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if isinstance(value, dict):
+        return {name: _mended(part) for name, part in value.items()}
+    return [_mended(part) for part in value] if isinstance(value, list) else value
+
+
+def _whole(record: dict[str, Any], place: str, file: Path) -> dict[str, Any]:
+    """The record, mended where it holds halves of surrogate pairs."""
+    mended = _mended(record)
+    if mended != record:
+        _warn_once(str(file), place)
+    return mended
+
+
+_told: set[str] = set()
+
+
+def _warn_once(file: str, place: str) -> None:
+    if file not in _told:
+        _told.add(file)
+        logger.warning(
+            "There is half a surrogate pair in %s: it is read as U+FFFD, as are all later ones of the file.", place
+        )
 
 
 def _json_document(content: bytes, file: Path) -> Iterator[Record]:
@@ -187,7 +280,10 @@ def _json_document(content: bytes, file: Path) -> Iterator[Record]:
         records = records["data"] if isinstance(records.get("data"), list) else [records]
     if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
         raise UserError(f"{file} does not hold a list of JSON objects: give one object for each document.")
+    halves = _ESCAPED_SURROGATE.search(content) is not None
     for number, record in enumerate(records, start=1):
+        if halves:
+            record = _whole(record, f"record {number} of {file}", file)
         yield f"record {number} of {file}", record
 
 

@@ -138,7 +138,7 @@ class _EncoderRun:
         """The untrained student and its tokenizer, checked against the settings."""
         import torch
 
-        from linearize.conversion import convert, load_config, load_tokenizer
+        from linearize.conversion import convert, load_config, load_model_tokenizer
         from linearize.encoder_training import check_masked_head
         from linearize.launcher import check_launcher
         from linearize.masking import Masking
@@ -162,7 +162,7 @@ class _EncoderRun:
         for name in AFTER:  # refused now, not after the stages before
             if (section := getattr(settings, name)) is not None:
                 exact_plan(section, length, self.state.num_processes, name)
-        self.tokenizer = load_tokenizer(source, revision=settings.revision)
+        self.tokenizer = load_model_tokenizer(source, revision=settings.revision)
         torch.manual_seed(settings.seed)
         where: dict[str, Any] = {"softmax_layers": settings.softmax_layers, "revision": settings.revision}
         with stage("loading the model"):

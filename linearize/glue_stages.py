@@ -132,7 +132,7 @@ class _GlueRun:
 
     def _check(self, waiting: list[Any]) -> None:
         """Refuse now what would fail after hours."""
-        from linearize.conversion import load_tokenizer
+        from linearize.conversion import load_model_tokenizer
         from linearize.data import main_process_first
         from linearize.glue_metrics import GlueMetrics
         from linearize.glue_training import check_model
@@ -145,7 +145,7 @@ class _GlueRun:
         settings.training.stage(1, settings.data.sequence_length, 0.0, self.state.num_processes)
         for source, revision in dict.fromkeys((run.source, run.revision) for run in waiting):
             check_model(source, revision, settings.data.sequence_length)
-            load_tokenizer(source, revision=revision)
+            load_model_tokenizer(source, revision=revision)
         if waiting:
             tasks, is_main = list(dict.fromkeys(run.task for run in waiting)), self.state.is_main_process
             self.metrics = main_process_first(lambda: GlueMetrics(tasks, settings.metrics_kind) if is_main else None)
@@ -243,12 +243,12 @@ class _GlueRun:
 
     def _finetune(self, runs: list[Any], data: Any) -> None:
         """The finetunings of one model on one task."""
-        from linearize.conversion import load_tokenizer
+        from linearize.conversion import load_model_tokenizer
         from linearize.glue_data import tokenize
         from linearize.glue_training import finetune_on
 
         settings, first = self.settings, runs[0]
-        tokenizer = load_tokenizer(first.source, revision=first.revision)
+        tokenizer = load_model_tokenizer(first.source, revision=first.revision)
         length, identity = settings.data.sequence_length, data.identity()
         rows = tokenize(data.train, tokenizer, length)
         validation = {name: tokenize(split, tokenizer, length) for name, split in data.validation.items()}

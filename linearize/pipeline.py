@@ -91,7 +91,7 @@ class _Run:
 
     def run(self) -> RunResult:
         """The steps of a run, in order."""
-        from linearize.conversion import load_tokenizer
+        from linearize.conversion import load_model_tokenizer
         from linearize.run_identity import base_identity, data_identity
         from linearize.run_plan import make_plan
 
@@ -106,7 +106,7 @@ class _Run:
         self.plan = make_plan(config, self.state.num_processes)
         if self.state.is_main_process:
             self.plan.show()
-        self.tokenizer = load_tokenizer(config.model_name_or_path, revision=config.revision)
+        self.tokenizer = load_model_tokenizer(config.model_name_or_path, revision=config.revision)
         train, validation, held_out = self._load_data()
         with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
             model = self._load_model(quantized=True)

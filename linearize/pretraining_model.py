@@ -24,6 +24,7 @@ from linearize.errors import UserError
 from linearize.modeling import BACKBONES, backbone_of, is_encoder
 from linearize.pretraining_settings import ROPE_THETA
 from linearize.quantization import refuse_quantized
+from linearize.vocabulary import check_vocabulary, vocabulary_size
 
 if TYPE_CHECKING:
     from linearize.distillation import Distiller
@@ -74,7 +75,7 @@ def refuse_quantized_teacher(distillation: DistillationConfig | None) -> None:
 def stock_config(config: PretrainConfig, tokenizer: Any = None) -> PreTrainedConfig:
     """The config of a stock model with the settings' shape; without a tokenizer its vocabulary is `vocab_size`."""
     shape = config.model
-    entries = config.vocab_size if tokenizer is None else len(tokenizer)
+    entries = config.vocab_size if tokenizer is None else vocabulary_size(tokenizer)
     positions = shape.n_positions or config.data.sequence_length
     common: dict[str, Any] = {
         "vocab_size": -(-entries // shape.vocab_multiple) * shape.vocab_multiple,
@@ -224,9 +225,5 @@ def _checked(model: Any, config: PretrainConfig, tokenizer: Any) -> Any:
             "lower it."
         )
     entries = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > entries:
-        raise UserError(
-            f"The tokenizer has {len(tokenizer)} entries and {config.model_name_or_path} has {entries}: name the "
-            "tokenizer that the checkpoint was trained with."
-        )
+    check_vocabulary(tokenizer, entries, str(config.model_name_or_path))
     return model

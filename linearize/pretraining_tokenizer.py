@@ -13,6 +13,7 @@ from linearize import data_packing
 from linearize.conversion import load_tokenizer
 from linearize.data import cache_root, main_process_first, open_training_source
 from linearize.data_documents import resolve_format, split_text
+from linearize.data_sources import text_pieces
 from linearize.errors import UserError
 
 if TYPE_CHECKING:
@@ -133,12 +134,9 @@ def train_wordpiece(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
 def _first_characters(source: Source, column: str, limit: int) -> Iterator[str]:
     """Pieces of the records' texts, up to `limit` characters."""
     left = limit
-    for _, record in source.records():
-        text = record.get(column)
-        if not isinstance(text, str):
-            continue
-        for piece, _, _ in split_text(text[:left]):
-            yield piece
-        left -= len(text)
-        if left <= 0:
-            return
+    for where, record in source.records():
+        for piece in split_text(text_pieces(record, column, where)):
+            yield piece.text[:left]
+            left -= len(piece.text)
+            if left <= 0:
+                return

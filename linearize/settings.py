@@ -83,13 +83,13 @@ class DataConfig:
     """Split of the Hub dataset to train on."""
     revision: str | None = None
     """Branch, tag or commit of the Hub dataset."""
-    format: Literal["auto", "text", "chat", "instruction"] = "auto"
-    """How a record becomes text: its text field, its messages through the chat template, or Alpaca's
-    instruction/input/output prompt."""
+    format: Literal["auto", "text", "chat", "instruction", "completion"] = "auto"
+    """How a record becomes text: its text field, its messages through the chat template (role/content, or ShareGPT's
+    from/value), Alpaca's instruction/input/output prompt, or its prompt and completion."""
     text_field: str = "text"
     """Column that holds the text (format text)."""
     messages_field: str = "messages"
-    """Column that holds the messages (format chat)."""
+    """Column that holds the messages (format chat); where there is no `messages`, `conversations` is taken."""
     validation: str | None = None
     """Path or Hub split of held-out text; none: documents are carved off the training data."""
     validation_documents: int = 200
@@ -97,7 +97,7 @@ class DataConfig:
     sequence_length: int = 1024
     """Tokens in one packed training sequence (1024 in LoLCATs)."""
     completion_only: bool | None = None
-    """Take stage 2's loss on answers only; none: yes for chat and instruction data, no for text."""
+    """Take stage 2's loss on answers only; none: no for text, yes for all other data."""
     cache_dir: str | None = None
     """Folder of the tokenised data; none: the Hugging Face cache."""
     max_tokens: int | None = None

@@ -128,7 +128,7 @@ class StagedRun:
     def __init__(self, settings: Any, directory: StagedDirectory, eval_tokens: int) -> None:
         from accelerate import PartialState
 
-        from linearize.conversion import load_tokenizer
+        from linearize.conversion import load_model_tokenizer
         from linearize.data import main_process_first, prepare_data
         from linearize.launcher import check_launcher
         from linearize.pretraining_model import refuse_quantized_teacher
@@ -140,7 +140,7 @@ class StagedRun:
         self.state = PartialState(cpu=settings.device == "cpu")
         self._check_memory()
         with stage("preparing the data"):
-            self.tokenizer = load_tokenizer(settings.model_name_or_path)
+            self.tokenizer = load_model_tokenizer(settings.model_name_or_path)
             self.train, validation = prepare_data(settings.data, self.tokenizer)
         shown = max(1, eval_tokens // settings.data.sequence_length)
         self.validation = [validation[i] for i in range(min(shown, len(validation)))]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from linearize.data_documents import leading_ids, resolve_format
-from linearize.data_sources import open_files
+from linearize.data_sources import open_files, string_field
 from linearize.errors import UserError
 from linearize.evaluation.context_lengths import DEPTHS, Trials, length_label
 from linearize.evaluation.natural_facts import FACTS, NAMES, WHO, Fact
@@ -148,10 +148,7 @@ def read_documents(paths: Sequence[str | Path], text_field: str = "text") -> Ite
     source = open_files(list(paths), text_field)
     resolve_format(source, "text", text_field, "")
     for where, record in source.records():
-        text = record.get(text_field)
-        if text is not None and not isinstance(text, str):
-            raise UserError(f"The field {text_field!r} in {where} is a {type(text).__name__}, but it must be text.")
-        if text and text.strip():
+        if (text := string_field(record, text_field, where)).strip():
             yield text
 
 

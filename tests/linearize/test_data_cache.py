@@ -179,7 +179,7 @@ def test_chat_template_is_part_of_the_key(tmp_path, count_builds):
     assert count_builds["documents"] == 2
 
 
-@pytest.mark.parametrize("damage", ["cut", "lost file", "no manifest", "manifest cut"])
+@pytest.mark.parametrize("damage", ["cut", "flipped byte", "lost file", "no manifest", "manifest cut"])
 def test_damaged_entries_are_built_anew(tmp_path, tokenizer, count_builds, damage):
     config = make_config(tmp_path, write_texts(tmp_path / "a.jsonl", make_texts(40)))
     expected = [flat(blocks) for blocks in prepare_data(config, tokenizer)]
@@ -187,6 +187,10 @@ def test_damaged_entries_are_built_anew(tmp_path, tokenizer, count_builds, damag
         file = max(entry.iterdir(), key=lambda path: path.stat().st_size * (path.suffix in (".npy", ".bin")))
         if damage == "cut":
             os.truncate(file, file.stat().st_size - 2)
+        elif damage == "flipped byte":
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
         elif damage == "lost file":
             file.unlink()
         elif damage == "no manifest":

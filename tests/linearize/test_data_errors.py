@@ -67,7 +67,7 @@ def test_bad_files_get_one_sentence(tmp_path, tokenizer):
 def test_missing_fields_are_named(tmp_path, tokenizer):
     path = write_jsonl(tmp_path / "a.jsonl", [{"body": "x", "title": "y"}])
     for changes, match in (
-        ({}, "neither 'text' nor 'messages' nor instruction and output; its fields are body, title"),
+        ({}, "neither 'text' nor 'messages' nor instruction and .* completion; its fields are body, title"),
         ({"text_field": "content", "format": "text"}, "no field 'content'; its fields are body, title"),
         ({"format": "chat"}, "no field 'messages'; its fields are body, title"),
         ({"format": "instruction"}, "no field 'instruction'"),
@@ -95,7 +95,10 @@ def test_chat_errors(tmp_path):
     fails(turns, r"does not take the messages in line 1 of .*roles must alternate")
     tokenizer.chat_template = CHATML
     fails("hello", "must be a list of messages")
-    fails([{"from": "human", "value": "hello"}], "lacks role or content")
+    fails([{"from": "human"}], "lacks role or content")
+    fails([{"from": "narrator", "value": "hello"}], "is from 'narrator', but ShareGPT's chats are from human, user")
+    fails([{"role": "user", "content": [{"type": "image", "url": "x"}]}], "part of type 'image', but only text")
+    fails([{"role": "user", "content": 3}], "content of a message .* is a int")
     fails(turns[:1] * 40, "No train sequence .* holds a token of an answer", validation_documents=0)
 
 
