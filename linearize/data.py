@@ -3,7 +3,8 @@
 Documents are laid end to end, each as BOS (if the tokenizer starts its texts with one), its tokens and EOS, and the
 stream is cut into sequences of exactly `sequence_length` tokens that need no padding. As in LoLCATs
 (https://arxiv.org/abs/2410.10254), a sequence may hold parts of several documents, attention crosses their borders,
-and the tokens of prompts carry the label -100.
+and the tokens of prompts carry the label -100. With `data.isolate_documents` attention stays within a document, and
+with `data.packing` bfd whole documents are fitted into padded sequences (`data_texts.py`).
 
 Which files do what: `data_sources.py` reads records, `data_documents.py` makes tokens of them, `data_packing.py`
 caches, splits and packs.
@@ -26,6 +27,7 @@ from linearize.data_chat import check_chat_template
 from linearize.data_documents import Format
 from linearize.data_packing import Documents
 from linearize.data_sources import Source, expand, is_local, open_files, open_source
+from linearize.data_texts import FittedRows
 from linearize.errors import UserError
 from linearize.vocabulary import vocabulary_size
 
@@ -41,8 +43,9 @@ Result = TypeVar("Result")
 class TokenBlocks(Dataset):
     """Packed sequences of equal length, a map-style dataset; memory-mapped if they come from the cache.
 
-    `blocks[i]` is `{"input_ids": (L,), "labels": (L,)}`, both int64 tensors of their own; a slice or a sequence of
-    indices gives (n, L). Labels are those of the same position (transformers' models shift them).
+    `blocks[i]` is `{"input_ids": (L,), "labels": (L,)}`, int64 tensors of their own, with `position_ids` where
+    documents are kept apart and an `attention_mask` where rows are padded; a slice or a sequence of indices gives
+    (n, L). Labels are those of the same position (transformers' models shift them).
     """
 
     input_ids: Any
@@ -51,6 +54,10 @@ class TokenBlocks(Dataset):
     """(N, L) array or tensor of token ids, -100 where no loss is taken; none: the token ids."""
     identity: str = ""
     """Key of the cache's entry, which text, tokenizer and settings decide; "" of what comes from no cache."""
+    positions: Any = None
+    """(N, L) array, positions that start again with each document, where documents are kept apart; else none."""
+    lengths: Any = None
+    """(N,) array, tokens of each row without its padding on the right; none: no row is padded."""
 
     def __post_init__(self) -> None:
         if self.labels is None:
@@ -62,7 +69,13 @@ class TokenBlocks(Dataset):
     def __getitem__(self, index: int | slice | Sequence[int] | torch.Tensor) -> dict[str, torch.Tensor]:
         if isinstance(index, torch.Tensor):
             index = index.tolist()
-        return {"input_ids": _int64(self.input_ids[index]), "labels": _int64(self.labels[index])}
+        rows = {"input_ids": _int64(self.input_ids[index]), "labels": _int64(self.labels[index])}
+        if self.positions is not None:
+            rows["position_ids"] = _int64(self.positions[index])
+        if self.lengths is not None:
+            real = np.arange(self.sequence_length) < np.asarray(self.lengths[index])[..., None]
+            rows["attention_mask"] = _int64(real)
+        return rows
 
     def __repr__(self) -> str:
         return f"TokenBlocks({len(self)} x {self.sequence_length} tokens)"
@@ -192,6 +205,9 @@ def _prepare(config: "DataConfig", tokenizer: Any) -> tuple[TokenBlocks, TokenBl
         validation=held_out_key or config.validation_documents,
         validation_seed=data_packing.VALIDATION_SEED,
         sequence_length=config.sequence_length,
+        # Left out where they are as ever: those entries stay valid.
+        **({"isolate": True} if config.isolate_documents else {}),
+        **({"packing": config.packing} if config.packing != "stream" else {}),
     )
     entry = data_packing.cached(root, key, build)
     return _open_blocks(entry, "train", config), _open_blocks(entry, "validation", config)
@@ -299,10 +315,11 @@ def _pack(
         every, others = (np.ones(len(part.ends), dtype=bool) for part in (documents, held_out))
         train = data_packing.without(documents, every, held_out, others)
         validation = [(0, len(held_out.ids))]
-    facts = {
-        "train": data_packing.write_blocks(folder, "train", documents, train, length),
-        "validation": data_packing.write_blocks(folder, "validation", held_out, validation, length),
-    }
+    layout: Any = FittedRows if config.packing == "bfd" else data_packing.StreamRows
+    facts = {}
+    for split, part, ranges in (("train", documents, train), ("validation", held_out, validation)):
+        rows = layout(part.ends, ranges, length)
+        facts[split] = data_packing.write_blocks(folder, split, part, rows, config.isolate_documents)
     for split, counts in facts.items():
         if counts["sequences"] or (split == "validation" and not validation):
             continue
@@ -324,8 +341,9 @@ def _open_blocks(entry: Path, split: str, config: "DataConfig") -> TokenBlocks:
     ids, labels = entry / f"{split}_ids.npy", entry / f"{split}_labels.npy"
     if not ids.exists():  # validation_documents = 0
         return TokenBlocks(np.zeros((0, config.sequence_length), dtype=np.int64))
-    loaded = np.load(labels, mmap_mode="r") if labels.exists() else None
-    return TokenBlocks(np.load(ids, mmap_mode="r"), loaded, entry.name)
+    others = [labels, *(entry / f"{split}_{name}.npy" for name in ("positions", "lengths"))]
+    loaded, positions, lengths = (np.load(file, mmap_mode="r") if file.exists() else None for file in others)
+    return TokenBlocks(np.load(ids, mmap_mode="r"), loaded, entry.name, positions, lengths)
 
 
 def main_process_first(work: Callable[[], Result]) -> Result:

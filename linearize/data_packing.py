@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from linearize.data_documents import Segment
+from linearize.data_texts import CHUNK_ROWS, FittedRows, Places, row_positions
 from linearize.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,6 @@ VALIDATION_SEED = 2357
 _MANIFEST = "manifest.json"
 _SCRATCH_NAME = re.compile(r"[0-9a-f]{32}\.[0-9a-f]{12}\.tmp")
 _STALE_SECONDS = 24 * 3600
-_CHUNK_BLOCKS = 1024
 
 Ranges = list[tuple[int, int]]
 """Half-open stretches (start, stop) of a token stream, in order."""
@@ -276,38 +276,80 @@ def _ranges(documents: Documents, kept: np.ndarray) -> Ranges:
 # ---- packing
 
 
-def write_blocks(
-    folder: Path, split: str, documents: Documents, ranges: Ranges, sequence_length: int
-) -> dict[str, Any]:
-    """Cut one stream of tokens into sequences and write those that have a token to learn from.
+class StreamRows:
+    """One stream of tokens cut into rows; only the rest of it that does not fill a row is left over.
 
-    The first token of a sequence does not count: nothing in the sequence predicts it. Only the rest of the stream that
-    does not fill a sequence is dropped.
+    Args:
+        ends: (documents,) where they stop in the stream. ranges: the stretches of it to take. length: tokens of a row.
+
+    Attributes:
+        count: rows. left_over: tokens that are in none. lengths: None, for no row is padded.
     """
-    tokens = sum(stop - start for start, stop in ranges)
-    kept = np.ones(tokens // sequence_length, dtype=bool)
-    if documents.supervised is not None:
-        masks = _blocks(documents.supervised, ranges, sequence_length)
-        kept = np.concatenate([np.zeros(0, dtype=bool), *(mask[:, 1:].any(axis=1) for mask in masks)])
+
+    lengths = None
+
+    def __init__(self, ends: np.ndarray, ranges: Ranges, length: int) -> None:
+        self.ends, self.ranges, self.length = ends, ranges, length
+        tokens = sum(stop - start for start, stop in ranges)
+        self.count, self.left_over = divmod(tokens, length)
+
+    def of(self, stream: Any) -> Iterator[np.ndarray]:
+        """The rows of a stream, some (n, length) at a time."""
+        return _blocks(stream, self.ranges, self.length)
+
+    def positions(self) -> Iterator[np.ndarray]:
+        """Positions that start again with each document and each row, alike."""
+        return map(row_positions, self.of(Places(self.ends)))
+
+
+def write_blocks(
+    folder: Path, split: str, documents: Documents, rows: StreamRows | FittedRows, isolate: bool = False
+) -> dict[str, Any]:
+    """Write the rows that have a token to learn from.
+
+    The first token of a row does not count: nothing in the row predicts it.
+
+    Args:
+        isolate: Documents are kept apart: positions are written that start again with each, and the first token of a
+            document does not count either.
+    """
+    labelled = isolate or documents.supervised is not None or rows.lengths is not None
+    kept = np.ones(rows.count, dtype=bool)
+    if labelled:
+        masks = (mask[:, 1:].any(axis=1) for mask in _counted(documents, rows, isolate))
+        kept = np.concatenate([np.zeros(0, dtype=bool), *masks])
     count = int(kept.sum())
-    shape = (count, sequence_length)
+
+    def write(name: str, dtype: Any, chunks: Iterator[np.ndarray]) -> None:
+        _write_rows(folder / f"{split}_{name}.npy", np.dtype(dtype), (count, rows.length), kept, chunks)
+
     if count:
-        ids = _blocks(documents.ids, ranges, sequence_length)
-        _write_rows(folder / f"{split}_ids.npy", documents.ids.dtype, shape, kept, ids)
-        if documents.supervised is not None:
-            pairs = zip(
-                _blocks(documents.ids, ranges, sequence_length),
-                _blocks(documents.supervised, ranges, sequence_length),
-                strict=True,
-            )
-            labels = (np.where(mask, ids.astype(np.int32), np.int32(-100)) for ids, mask in pairs)
-            _write_rows(folder / f"{split}_labels.npy", np.dtype(np.int32), shape, kept, labels)
+        write("ids", documents.ids.dtype, rows.of(documents.ids))
+        if labelled:
+            pairs = zip(rows.of(documents.ids), _counted(documents, rows, isolate), strict=True)
+            write("labels", np.int32, (np.where(mask, ids.astype(np.int32), np.int32(-100)) for ids, mask in pairs))
+        if isolate:
+            write("positions", np.int32, rows.positions())
+        if rows.lengths is not None:
+            np.save(folder / f"{split}_lengths.npy", rows.lengths[kept])
     return {
-        "tokens": tokens,
+        "tokens": rows.left_over + (rows.count * rows.length if rows.lengths is None else int(rows.lengths.sum())),
         "sequences": count,
-        "tokens_left_over": tokens - len(kept) * sequence_length,
+        "tokens_left_over": rows.left_over,
         "sequences_without_loss": len(kept) - count,
     }
+
+
+def _counted(documents: Documents, rows: StreamRows | FittedRows, isolate: bool) -> Iterator[np.ndarray]:
+    """Which tokens are learned from, some (n, length) at a time."""
+    conditions: list[Iterator[np.ndarray]] = []
+    if documents.supervised is not None:
+        conditions.append(rows.of(documents.supervised))
+    if isolate:
+        conditions.append(positions > 0 for positions in rows.positions())
+    if isinstance(rows, FittedRows):
+        conditions.append(rows.real())
+    return (np.logical_and.reduce(masks) for masks in zip(*conditions, strict=True))
 
 
 def _write_rows(
@@ -325,7 +367,7 @@ def _write_rows(
 
 def _blocks(stream: np.ndarray, ranges: Ranges, sequence_length: int) -> Iterator[np.ndarray]:
     """Cut stretches of a stream, laid end to end, into (up to 1024, sequence_length), dropping the incomplete end."""
-    size = _CHUNK_BLOCKS * sequence_length
+    size = CHUNK_ROWS * sequence_length
     parts: list[np.ndarray] = []
     held = 0
     for start, stop in ranges:

@@ -70,14 +70,14 @@ class Distiller:
 
         Args:
             model: The student, as a launcher may have wrapped it.
-            inputs: `input_ids` and `labels`, `(B, T)`.
+            inputs: `input_ids` and `labels`, `(B, T)`, with `position_ids` where a row's texts are kept apart.
             denominator: Supervised tokens of the whole global batch.
         """
-        ids, labels = inputs["input_ids"], inputs["labels"]
+        ids, labels, positions = inputs["input_ids"], inputs["labels"], inputs.get("position_ids")
         self.teacher.to(ids.device)
         with torch.no_grad():
-            theirs = self._states(self.teacher, ids)
-        ours = self._states(model, ids)
+            theirs = self._states(self.teacher, ids, positions)
+        ours = self._states(model, ids, positions)
         sums = language_model_loss(
             ours[-1],
             labels,
@@ -95,9 +95,10 @@ class Distiller:
         total = sums.total + self.config.hidden_weight * hidden
         return DistillationLosses(total, sums.cross_entropy, sums.divergence, hidden.detach())
 
-    def _states(self, model: Any, ids: Tensor) -> tuple[Tensor, ...]:
+    def _states(self, model: Any, ids: Tensor, positions: Tensor | None) -> tuple[Tensor, ...]:
         """Embeddings, then the states after each block, the last after the final norm."""
-        return model(input_ids=ids, output_hidden_states=True, use_cache=False, logits_to_keep=1).hidden_states
+        options = {"output_hidden_states": True, "use_cache": False, "logits_to_keep": 1}
+        return model(input_ids=ids, position_ids=positions, **options).hidden_states
 
 
 def hidden_distance(ours: Sequence[Tensor], theirs: Sequence[Tensor], weights: Tensor) -> Tensor:

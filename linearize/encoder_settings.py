@@ -21,6 +21,11 @@ class EncoderDataConfig(DataConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
+            self.packing == "stream" and not self.isolate_documents,
+            "data.packing and data.isolate_documents are for decoders: an encoder's row is a text of its own, so "
+            "leave them out.",
+        )
+        require(
             self.sentences_per_row >= 1,
             f"data.sentences_per_row is {self.sentences_per_row}, but it must be at least 1.",
         )

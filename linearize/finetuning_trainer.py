@@ -24,23 +24,30 @@ class Objective:
     """Tokens whose logits exist at once."""
 
     def __call__(
-        self, model: AdaptedModel, input_ids: Tensor, labels: Tensor, denominator: Tensor
+        self,
+        model: AdaptedModel,
+        input_ids: Tensor,
+        labels: Tensor,
+        denominator: Tensor,
+        position_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The losses of a micro-batch.
 
         Args:
             model: Adapters on a converted model; the student's arm is the one that is set.
-            input_ids: `[B, T]`, no padding.
+            input_ids: `[B, T]`, no padding but on the right, where nothing counts.
             labels: `[B, T]`, -100 where there is no loss.
             denominator: Supervised tokens of the whole global batch.
+            position_ids: `[B, T]` that start again with each text, where a row's texts are kept apart.
 
         Returns:
             Scalars: what is differentiated, the cross-entropy, the divergence; each summed over this micro-batch and
                 divided by the denominator.
         """
         base: Any = model.get_base_model()
-        teacher = teacher_hidden_states(model, input_ids) if self.weights.kl_weight else None
-        hidden = base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+        given = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        teacher = teacher_hidden_states(model, given) if self.weights.kl_weight else None
+        hidden = base.base_model(**given).last_hidden_state
         sums = language_model_loss(
             hidden,
             labels,
@@ -53,15 +60,15 @@ class Objective:
         return sums.total, sums.cross_entropy, sums.divergence
 
 
-def teacher_hidden_states(model: AdaptedModel, input_ids: Tensor) -> Tensor:
+def teacher_hidden_states(model: AdaptedModel, given: dict[str, Any]) -> Tensor:
     """The teacher's last hidden states `[B, T, E]` from the same weights: adapters and mechanism off, no dropout, no
-    gradient."""
+    gradient. given: arguments of the base model."""
     base: Any = model.get_base_model()
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), model.disable_adapter(), base.use_arm("teacher"):
-            return base.base_model(input_ids=input_ids, use_cache=False).last_hidden_state
+            return base.base_model(**given).last_hidden_state
     finally:
         model.train(training)
 
@@ -109,6 +116,7 @@ class FinetuningTrainer(StageTrainer):
             input_ids=inputs["input_ids"],
             labels=inputs["labels"],
             denominator=denominator,
+            position_ids=inputs.get("position_ids"),
         )
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:

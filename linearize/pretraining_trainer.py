@@ -107,8 +107,13 @@ class PretrainingTrainer(StageTrainer):
         super().__init__(model, args, config=config, eval_dataset=self.scored, **others)
 
     def losses(self, model: nn.Module, inputs: dict[str, Any], denominator: Any) -> tuple[Tensor, ...]:
-        """The model's own loss."""
-        output = model(**inputs, num_items_in_batch=denominator, use_cache=False)
+        """The model's own loss.
+
+        Padding is on the right and without labels, so that a mask would change nothing but the attention's path: a
+        stock model beside one does not look for a row's texts.
+        """
+        given = {name: x for name, x in inputs.items() if name != "attention_mask"}
+        output = model(**given, num_items_in_batch=denominator, use_cache=False)
         return (output.loss,)
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:

@@ -96,6 +96,12 @@ class DataConfig:
     """Documents carved off for validation when `validation` is none."""
     sequence_length: int = 1024
     """Tokens in one packed training sequence (1024 in LoLCATs)."""
+    packing: Literal["stream", "bfd"] = "stream"
+    """How documents become sequences: one stream of tokens, cut (as published), or whole documents fitted into padded
+    sequences by best-fit decreasing, so that only those longer than a sequence are cut."""
+    isolate_documents: bool = False
+    """Keep the documents of a sequence apart, for teacher and student: attention, blocks and positions start again
+    with each. As published, attention crosses their borders."""
     completion_only: bool | None = None
     """Take stage 2's loss on answers only; none: no for text, yes for all other data."""
     cache_dir: str | None = None

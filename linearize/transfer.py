@@ -45,7 +45,7 @@ from linearize.training_loop import (
     readable_memory_errors,
     stop_of,
 )
-from linearize.transfer_loss import LayerLosses, branch_weights
+from linearize.transfer_loss import LayerLosses, branch_weights, model_inputs
 
 if TYPE_CHECKING:
     from linearize.data import TokenBlocks
@@ -343,8 +343,7 @@ class _Transfer:
         hidden = hides_window(self.config, step, self.plan.steps, self.seed)
         weights = branch_weights(self.branch, hidden)
         for batch in self.batches.step(step, self.device):
-            mask = batch.get("attention_mask")
-            self.losses.run(batch["input_ids"], mask, weights=weights, gradient_factor=1.0)
+            self.losses.run(**model_inputs(batch), weights=weights, gradient_factor=1.0)
         totals = self._take_together()
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
         values, norm_value, stop = self._shared_figures(totals, norm, interrupt)
@@ -447,7 +446,7 @@ class _Transfer:
             # A sharded base gathers its weights in every forward, so that no process may leave one out.
             index = min(first + self.rank, len(self.validation) - 1)
             row = {name: tensor[None].to(self.device) for name, tensor in self.validation[index].items()}
-            self.losses.run(row["input_ids"], row.get("attention_mask"), weights=weights, gradient_factor=None)
+            self.losses.run(**model_inputs(row), weights=weights, gradient_factor=None)
             means = torch.stack([values.mean() for values in self.losses.means(self.device).values()])
             if index == first + self.rank:
                 sums[1:] += means

@@ -122,6 +122,11 @@ def branch_weights(branch: str, hide_window: bool = False) -> dict[str, float]:
     return weights
 
 
+def model_inputs(batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What of a batch a model reads: tokens, and where there are such, the mask and the positions of its texts."""
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
+
+
 class LayerLosses:
     """Observes the teacher's forward and collects each layer's losses: `with LayerLosses(model, ...) as losses`.
 
@@ -164,6 +169,7 @@ class LayerLosses:
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
         *,
         weights: Mapping[str, float],
         gradient_factor: float | None,
@@ -175,13 +181,15 @@ class LayerLosses:
         Args:
             input_ids: `(B, T)`.
             attention_mask: `(B, T)`, 1 at real tokens, or None: all are.
+            position_ids: `(B, T)` that start again with each text, where a row's texts are kept apart; or None.
             weights: arm -> weight, see `branch_weights`; the same in all micro-batches of a step.
             gradient_factor: factor on the gradients; None: no gradients. They are those of this process alone, by the
                 scale of its first micro-batch of the step: see `totals` and `first_scales`.
         """
         self._weights, self._gradient_factor = weights, gradient_factor
         with torch.no_grad():
-            self.model.base_model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+            given = {"attention_mask": attention_mask, "position_ids": position_ids}
+            self.model.base_model(input_ids=input_ids, **given, use_cache=False)
         if self._graphs:
             torch.stack(self._graphs).sum().backward()
             self._graphs = []
@@ -213,12 +221,13 @@ class LayerLosses:
         value: torch.Tensor,
         teacher_output: torch.Tensor,
         padding_mask: torch.Tensor | None,
+        packing: Any = None,
     ) -> None:
         place = self._places[attention.layer_idx]
         for arm, weight in self._weights.items():
             noted = self._parts.setdefault(arm, [[] for _ in self.layers])[place]
             with torch.set_grad_enabled(self._gradient_factor is not None):
-                student = attention.mix(query, key, value, padding_mask=padding_mask, arm=arm)
+                student = attention.mix(query, key, value, padding_mask=padding_mask, arm=arm, packing=packing)
                 error, scale = self.loss_function(student, teacher_output, padding_mask)
                 if self._gradient_factor is not None:
                     loss = LossParts(error, noted[0].scale if noted else scale).mean() * self.loss_scale

@@ -221,6 +221,7 @@ class CosineAttention(nn.Module):
         cache_layer=None,
         arm: str = "mixed",
         causal: bool = True,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -231,12 +232,14 @@ class CosineAttention(nn.Module):
             arm: `mixed`; with a window also `softmax`, the window and sinks alone, without their weight; and `linear`,
                 every key by its cosine.
             causal: False sees every real key.
+            cu_seqlens: `(N + 1,)`, where packed texts lie in a single row without padding and cache.
 
         Returns:
             `(B, H, T, D)` in the query's dtype.
         """
         past = None if cache_layer is None else cache_layer.state
         call = self._call_options(arm, padding_mask, causal, return_state=cache_layer is not None)
+        call["cu_seqlens"] = cu_seqlens
         near = far = near_state = far_state = None
         if call["window"] + call["sinks"]:
             near, near_state = self._softmax_branch(query, key, value, past, call)

@@ -126,6 +126,7 @@ class GainCellAttention(nn.Module):
         cache_layer=None,
         arm: str = "mixed",
         causal: bool = True,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -135,6 +136,7 @@ class GainCellAttention(nn.Module):
             cache_layer: holder of the ring, or None.
             arm: `mixed`, the only one.
             causal: True; a ring of cells has no future.
+            cu_seqlens: `(N + 1,)`, where packed texts lie in a single row without padding and cache.
 
         Returns:
             `(B, H, T, D)` in the query's dtype.
@@ -152,6 +154,7 @@ class GainCellAttention(nn.Module):
             gradient=self.gradient,
             noise=self.noise,
             attention_mask=padding_mask,
+            cu_seqlens=cu_seqlens,
             initial_state=None if cache_layer is None else cache_layer.state,
             return_state=cache_layer is not None,
             backend=self.op_backend,

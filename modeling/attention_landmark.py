@@ -4,6 +4,7 @@ Source: Mohtashami and Jaggi 2023 (arXiv 2305.16300). The landmark tokens themse
 `landmark_tokens.py` puts them between a call's tokens, this mechanism finds them by their positions.
 """
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,7 @@ from .op_landmark import (
     landmark_attention,
     landmark_retrieval_attention,
 )
-from .op_landmark_chunked import Grid
+from .op_landmark_chunked import Grid, TextGrid
 
 LANDMARK_KEYS = ("pooled", "token")
 
@@ -153,6 +154,8 @@ class LandmarkAttention(nn.Module):
             raise ValueError("landmark attention is causal: a block's landmark comes after its tokens")
         if landmarks is None:
             raise ValueError("landmark attention needs the model's landmarks: call it through the model")
+        if landmarks.packing is not None and not self.training:  # each by the path of its own length
+            return self._attend_texts(query, key, value, landmarks)
         whole = self.training or query.shape[2] <= (self.config.top_k + 1) * self.config.block_size
         if cache_layer is None and whole:
             return self._attend_all(query, key, value, landmarks)
@@ -176,42 +179,59 @@ class LandmarkAttention(nn.Module):
             scaling=self.scaling, block_weight=self.config.block_weight, backend=self.op_backend,
         )  # fmt: skip
 
+    def _attend_texts(self, query: Tensor, key: Tensor, value: Tensor, landmarks) -> Tensor:
+        """Packed texts, each as if it were alone."""
+        packing = landmarks.packing
+        bounds = packing.cu_seqlens.tolist()
+        joined = [packing.join(x) for x in (query, key, value)]
+        outputs = [
+            self(*(x[:, :, start:stop] for x in joined), landmarks=landmarks.of_text(number, stop - start))
+            for number, (start, stop) in enumerate(itertools.pairwise(bounds))
+        ]
+        return packing.split(torch.cat(outputs, dim=2))
+
     def _attend_all(self, query: Tensor, key: Tensor, value: Tensor, landmarks) -> Tensor:
-        """A whole text, every block open but those that training leaves out."""
+        """A whole text, or packed ones, every block open but those that training leaves out."""
         size, rotary, at = self.config.block_size, landmarks.rotary, landmarks.position.clamp(min=0)
-        by_tokens = self.config.block_weight == "tokens"
+        by_tokens, packing = self.config.block_weight == "tokens", landmarks.packing
+        joined = packing is not None and not by_tokens
+        if joined:
+            query, key, value = (packing.join(x) for x in (query, key, value))
+            at = packing.join(at[:, None, :, None])[:, 0, :, 0]
         if self.keys is None or (by_tokens and self.observer is None):  # no landmark's key is read
             key = rotated(key, rotary, at)
         else:
-            grid = self._grid(key, landmarks)
+            grid = TextGrid(at[0], size) if joined else self._grid(key, landmarks)
             blocks = self._key_blocks(grid, query, rotated(key, rotary, at % size), landmarks)
-            key = grid.collect(block_rotated(blocks, rotary, size).flatten(2, 3))
+            key = grid.collect(block_rotated(blocks, rotary, size, grid.number).flatten(2, 3))
         if by_tokens:
             return self._attend_tokens(rotated(query, rotary, at), key, value, landmarks)
-        mask = None if landmarks.position_is_simple else landmarks.position >= 0
+        mask = None if landmarks.position_is_simple or joined else landmarks.position >= 0
         output, _ = landmark_attention(
             rotated(query, rotary, at), key, value,
             block_size=size, scaling=self.scaling, attention_mask=mask, open_blocks=self._open_blocks(landmarks),
-            backend=self.op_backend,
+            cu_seqlens=packing.cu_seqlens if joined else None, backend=self.op_backend,
         )  # fmt: skip
-        return output
+        return packing.split(output) if joined else output
 
     def _attend_tokens(self, query: Tensor, key: Tensor, value: Tensor, landmarks) -> Tensor:
         """A whole text by ordinary softmax attention over the tokens of open blocks."""
         visible = landmarks.visible(self.config.block_size)
         if (open_blocks := self._open_blocks(landmarks)) is not None:
             block = landmarks.position.clamp(min=0) // self.config.block_size
-            visible = visible & (open_blocks.gather(1, block)[:, None] | (block[:, None] == block[..., None]))
+            packing = landmarks.packing
+            is_open = open_blocks.gather(1, block) if packing is None else open_blocks[packing.text, block]
+            visible = visible & (is_open[:, None] | (block[:, None] == block[..., None]))
         output = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=visible[:, None], scale=self.scaling, enable_gqa=True
         )
         return output if landmarks.position_is_simple else output.masked_fill(landmarks.padding(), 0.0)
 
     def _open_blocks(self, landmarks) -> Tensor | None:
-        """`(B, blocks)`, those that training does not leave out; None outside training, for all."""
+        """`(texts, blocks)`, those that training does not leave out; None outside training, for all."""
         if landmarks.drawn is None or not self.training or not self.config.block_dropout:
             return None
-        (rows, length), device = landmarks.position.shape, landmarks.position.device
+        rows, length, device = landmarks.texts, landmarks.position.shape[1], landmarks.position.device
         share, chance = landmarks.drawn.split(1, dim=1)
         share = self.config.block_dropout * share * (chance < self.config.block_dropout_rows)
         return torch.rand(rows, -(-length // self.config.block_size), device=device) >= share
@@ -235,11 +255,16 @@ class LandmarkAttention(nn.Module):
         return torch.cat([blocks[..., :-1, :], own[..., None, :]], dim=-2)
 
 
-def block_rotated(blocks: Tensor, rotary: tuple[Tensor, Tensor] | None, block_size: int) -> Tensor:
-    """`(B, heads, U, any, D)`, rotated by the place in the block: rotated on to that in the text, in its dtype."""
+def block_rotated(
+    blocks: Tensor, rotary: tuple[Tensor, Tensor] | None, block_size: int, number: Tensor | None = None
+) -> Tensor:
+    """`(B, heads, U, any, D)`, rotated by the place in the block: rotated on to that in the text, in its dtype.
+
+    number: `(U,)`, of each block in its text; None, 0 to U - 1.
+    """
     if rotary is None:
         return blocks
-    start = torch.arange(blocks.shape[2], device=blocks.device) * block_size
+    start = (torch.arange(blocks.shape[2], device=blocks.device) if number is None else number) * block_size
     cos, sin = (table[start][:, None] for table in rotary)
     front, back = blocks.chunk(2, dim=-1)
     return (blocks * cos + torch.cat([-back, front], dim=-1) * sin).to(blocks.dtype)

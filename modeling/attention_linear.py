@@ -152,6 +152,7 @@ class LinearAttention(nn.Module):
         cache_layer=None,
         arm: str = "mixed",
         causal: bool = True,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """Attend.
 
@@ -160,6 +161,7 @@ class LinearAttention(nn.Module):
             padding_mask: `(B, T)` of these tokens, 1 = real.
             cache_layer: holder of the running state, or None; one with buffers takes a step of one token in place.
             arm: `mixed`; `softmax`, the window and sinks alone; `linear`, every key through the linear branch.
+            cu_seqlens: `(N + 1,)`, where packed texts lie in a single row without padding and cache.
 
         Returns:
             `(B, H, T, D)` in the query's dtype.
@@ -175,6 +177,7 @@ class LinearAttention(nn.Module):
             **options,
             causal=causal,
             attention_mask=padding_mask,
+            cu_seqlens=cu_seqlens,
             initial_state=None if cache_layer is None else cache_layer.state,
             return_state=cache_layer is not None,
             backend=self.op_backend,

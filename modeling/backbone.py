@@ -24,6 +24,7 @@ from .feature_maps import FeatureMap
 from .landmark_keys import LandmarkKeys
 from .landmark_tokens import Landmarks, LandmarkTokens, published_loss, through_landmarks
 from .op_dispatch import BACKENDS
+from .packing import Packing, check_mask, real_positions, through_packing
 from .registry import mechanism
 
 # Mixins that go before a stock class: for a type checker they are of its kind.
@@ -44,9 +45,9 @@ class MixerAttention(AttentionBase):
         mixer: the mechanism, float32 parameters.
         arm: `mixed`, the student; `teacher`, the stock softmax attention; `softmax` and `linear`, the student's
             branches alone.
-        observer: called in the teacher arm with `(attention, query, key, value, teacher_output, padding_mask)`:
-            query `(B, H, T, D)`, key and value `(B, G, T, D)`, teacher_output `(B, H, T, D)` before the output
-            projection. Attention transfer lives in it.
+        observer: called in the teacher arm with `(attention, query, key, value, teacher_output, padding_mask)`, and
+            with `packing` where texts are packed: query `(B, H, T, D)`, key and value `(B, G, T, D)`, teacher_output
+            `(B, H, T, D)` before the output projection. Attention transfer lives in it.
         causal: whether a token sees only those before it; False in encoders.
     """
 
@@ -67,20 +68,27 @@ class MixerAttention(AttentionBase):
         self.cache_layer_type = mechanism(settings.type).cache_layer_type
         self.arm, self.observer = "mixed", None
 
-    def mix(self, query, key, value, padding_mask=None, cache_layer=None, arm="mixed", **extra) -> Tensor:
+    def mix(
+        self, query, key, value, padding_mask=None, cache_layer=None, arm="mixed", packing=None, **extra
+    ) -> Tensor:
         """The mechanism on queries, keys and values, as this backbone sees them (causal or not): `(B, H, T, D)`."""
+        if packing is not None:
+            query, key, value = (packing.join(x) for x in (query, key, value))
+            output = self.mixer(query, key, value, arm=arm, causal=self.causal, cu_seqlens=packing.cu_seqlens)
+            return packing.split(output)
         return self.mixer(
             query, key, value, padding_mask, cache_layer=cache_layer, arm=arm, causal=self.causal, **extra
         )
 
     def attend(
-        self, query, key, value, attention_mask, padding_mask, past_key_values, eager, landmarks=None, **kwargs
-    ) -> Tensor:
+        self, query, key, value, attention_mask, padding_mask, past_key_values, eager, landmarks=None, packing=None,
+        **kwargs,
+    ) -> Tensor:  # fmt: skip
         """Mix tokens in the current arm: `(B, T, H, D)`. attention_mask is the softmax's, padding_mask the mixer's;
         with landmarks, query and key are not rotated."""
         if self.arm != "teacher":
             layer = None if past_key_values is None else self._cache_layer(past_key_values)
-            extra = {} if landmarks is None else {"landmarks": landmarks}
+            extra = {"packing": packing} if landmarks is None else {"landmarks": landmarks}
             return self.mix(query, key, value, padding_mask, layer, self.arm, **extra).transpose(1, 2)
         new_key, new_value = key, value
         if past_key_values is not None:
@@ -91,7 +99,8 @@ class MixerAttention(AttentionBase):
         dropout = self.attention_dropout if self.training else 0.0
         output, _ = interface(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         if self.observer is not None:
-            self.observer(self, query, new_key, new_value, output.transpose(1, 2), padding_mask)
+            apart = {} if packing is None else {"packing": packing}
+            self.observer(self, query, new_key, new_value, output.transpose(1, 2), padding_mask, **apart)
         return output
 
     def _cache_layer(self, cache):
@@ -203,7 +212,9 @@ class MixerModelMixin(ModelBase):
     # A property with the stock setter: transformers assigns to it where a model has none.
     loss_function = property(_loss, STOCK_LOSS.fset)
 
-    def place_landmarks(self, embeddings: Tensor, attention_mask: Tensor | None, cache) -> Landmarks:
+    def place_landmarks(
+        self, embeddings: Tensor, attention_mask: Tensor | None, cache, packing: Packing | None = None
+    ) -> Landmarks:
         """Plan the landmarks of a call of a base model; arguments as its forward has them, embeddings `(B, T, width)`.
 
         On a GPU this waits once for the number of landmarks.
@@ -212,18 +223,18 @@ class MixerModelMixin(ModelBase):
         past = None
         if cache is not None and cache.layers and getattr(cache.layers[0], "state", None) is not None:
             past = cache.layers[0].state.count.to(embeddings.device)
-        simple = attention_mask is None
+        simple = attention_mask is None and packing is None
         if attention_mask is None:
             real = torch.ones(batch, tokens, dtype=torch.bool, device=embeddings.device)
         else:
-            real = attention_mask[:, -tokens:].bool().to(embeddings.device)
-            simple = real.device.type == "cpu" and bool(real.all())
+            real = check_mask(attention_mask, batch, tokens, cache).to(embeddings.device)
+            simple = packing is None and real.device.type == "cpu" and bool(real.all())
         own: Any = self.landmarks
-        landmarks = Landmarks.plan(real, past, own.block_size, simple)
+        landmarks = Landmarks.plan(real, past, own.block_size, simple, packing)
         length = landmarks.position.shape[1]
         landmarks.rotary = self.rotary_tables(max(own.reach, length) if cache is None else own.reach)
         if self.training:  # here and not in a layer, which would draw again where it is checkpointed
-            landmarks.drawn = torch.rand(real.shape[0], 2, device=real.device)
+            landmarks.drawn = torch.rand(landmarks.texts, 2, device=real.device)
         return landmarks
 
     def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor] | None:
@@ -341,6 +352,7 @@ class RotaryModel(ModelBase):
         cos, sin = self.rotary_emb(torch.empty(0, device=device), torch.arange(positions, device=device)[None])
         return cos[0], sin[0]
 
+    @through_packing
     @through_landmarks
     @merge_with_config_defaults
     @capture_outputs
@@ -357,7 +369,9 @@ class RotaryModel(ModelBase):
         hidden_states, past_key_values, position_ids = start_call(
             self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache
         )
-        causal_mask, padding_mask = layer_masks(self, hidden_states, attention_mask, position_ids, past_key_values)
+        causal_mask, padding_mask = layer_masks(
+            self, hidden_states, attention_mask, position_ids, past_key_values, kwargs.get("packing")
+        )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
         for layer in self.layers:
             hidden_states = layer(
@@ -373,10 +387,12 @@ class RotaryModel(ModelBase):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
 
 
-def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_values) -> tuple[Any, Tensor | None]:
-    """The masks of one forward: the softmax layers' (causal or a sliding window, as transformers makes it) and the
-    mixers'."""
-    padding_mask = mixer_padding(attention_mask, inputs_embeds.shape[1])
+def layer_masks(
+    model, inputs_embeds, attention_mask, position_ids, past_key_values, packing: Packing | None = None
+) -> tuple[Any, Tensor | None]:
+    """The masks of one forward: the softmax layers' (causal or a sliding window, as transformers makes it, texts apart
+    where they are packed) and the mixers'."""
+    padding_mask = mixer_padding(attention_mask, inputs_embeds, past_key_values)
     softmax = softmax_layers(model)
     if not softmax:
         return None, padding_mask
@@ -386,13 +402,14 @@ def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_val
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
         past_key_values=past_key_values,
-        position_ids=position_ids,
+        position_ids=position_ids if packing is None else None,  # which it would take for texts where they jump
         layer_idx=softmax[0],
+        and_mask_function=None if packing is None else packing.same_text,
     )
     return causal_mask, padding_mask
 
 
-def mixer_padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
+def mixer_padding(attention_mask: Tensor | None, inputs_embeds: Tensor, cache=None) -> Tensor | None:
     """The mixers' mask: `(B, T)` of this call's tokens, or None when nothing is padded.
 
     It is ours because transformers' recurrent mask is dropped on calls of one token. On a GPU a mask without padding
@@ -400,9 +417,7 @@ def mixer_padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """
     if attention_mask is None:
         return None
-    if attention_mask.dim() != 2:
-        raise ValueError("a converted model takes a 2-dimensional attention_mask (batch, tokens), 1 = real token")
-    padding_mask = attention_mask[:, -length:].bool()
+    padding_mask = check_mask(attention_mask, *inputs_embeds.shape[:2], cache)
     return None if padding_mask.device.type == "cpu" and bool(padding_mask.all()) else padding_mask
 
 
@@ -426,8 +441,7 @@ def start_call(
     if use_cache and past_key_values is None:
         past_key_values = new_cache(model)
     if position_ids is None:
-        past = 0 if past_key_values is None else past_key_values.get_seq_length()
-        position_ids = real_positions(attention_mask, hidden_states.shape[1], past, hidden_states.device)
+        position_ids = real_positions(attention_mask, hidden_states.shape[1], past_key_values, hidden_states.device)
     return hidden_states, past_key_values, position_ids
 
 
@@ -437,10 +451,3 @@ def new_cache(model) -> DynamicCache:
     if any(getattr(attention, "arm", None) == "teacher" for attention in model.attention_modules()):
         cache.layers = [softmax_layer(model.config.softmax_window)() for _ in cache.layers]
     return cache
-
-
-def real_positions(attention_mask: Tensor | None, length: int, past: int, device) -> Tensor:
-    """Positions of this call's tokens, counted over real tokens: padding must not shift what follows positions."""
-    if attention_mask is not None and attention_mask.shape[1] == past + length:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    return (torch.arange(length, device=device) + past)[None]

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_layers import LinearStateLayer
 from .op_hybrid_linear_decode import new_buffers, read_buffers
+from .packing import check_mask
 from .registry import mechanism
 
 MAX_SESSIONS = 4  # of one block, each with a graph and the state of its batch; the least recently used goes first
@@ -53,11 +54,13 @@ class DecodingSession:
         self.logits: Any = None
         self._lenders: list[weakref.ref] = []
         self._graph: Any = None
+        self._shifted = False  # whether `shift` may be other than 0
         self._most = 0  # no row has more tokens: known without asking the device
         with torch.inference_mode(False), torch.no_grad():  # buffers that any mode may change later
             self.token_ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
             self.real = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
             self.count = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            self.shift = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # of positions, from the count
             dtype = dtype or model.dtype
             self.layers: list[Any] = [self._new_layer(x, dtype, device) for x in model.mixer_attentions()]
             self.cache: Any = Cache(layers=self.layers)
@@ -74,12 +77,13 @@ class DecodingSession:
         return layer
 
     @torch.no_grad()
-    def step(self, token_ids: Tensor, real: Tensor | None = None) -> Tensor:
+    def step(self, token_ids: Tensor, real: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
         """Take one token per row.
 
         Args:
             token_ids: `(B,)` or `(B, 1)`.
             real: `(B, 1)`, 0 leaves a row as it is; None takes all.
+            position_ids: `(B, 1)` or `(1, 1)`; None counts on from the tokens so far.
 
         Returns:
             Logits `(B, V)` of the next token, which the next step overwrites.
@@ -89,6 +93,15 @@ class DecodingSession:
             self.real.fill_(True)
         else:
             self.real.copy_(real)
+        if position_ids is not None:
+            if position_ids.device.type == "cpu" and self.model.max_positions is not None:
+                self.model.check_positions(int(position_ids.max()) + 1)
+            torch.sub(
+                position_ids.to(self.count.device).expand(self.batch_size, 1), self.count[:, None], out=self.shift
+            )
+        elif self._shifted:
+            self.shift.zero_()
+        self._shifted = position_ids is not None
         self.replay()
         return self.logits
 
@@ -118,7 +131,7 @@ class DecodingSession:
         output = self._forward(
             input_ids=self.token_ids,
             attention_mask=self.real,
-            position_ids=self.count[:, None],
+            position_ids=self.count[:, None] + self.shift,
             past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
@@ -241,7 +254,8 @@ class CapturedDecoding:
         if session is None or session.setting != setting or any(layer.holder is not session for layer in layers):
             session = self._session(layers, setting)
             session.attach(layers)
-        logits = session.step(token_ids, None if mask is None else mask[:, -1:])
+        real = None if mask is None else check_mask(mask, *token_ids.shape, kwargs["past_key_values"])
+        logits = session.step(token_ids, real, kwargs.get("position_ids"))
         for layer in layers:
             layer.seen += 1
         output = CausalLMOutputWithPast(logits=logits[:, None].clone(), past_key_values=kwargs["past_key_values"])
@@ -255,6 +269,9 @@ class CapturedDecoding:
             return None
         given = [value for name in extras if (value := kwargs.get(name)) is not None and value is not False]
         if token_ids.shape[1] != 1 or given:
+            return None
+        position = kwargs.get("position_ids")
+        if position is not None and position.shape not in ((1, 1), token_ids.shape):
             return None
         if (mask is not None and mask.dim() != 2) or kwargs.get("use_cache") is False:
             return None

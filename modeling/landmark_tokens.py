@@ -15,18 +15,21 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import initialization as init
 
+from .packing import Packing
+
 
 @dataclass
 class Landmarks:
     """Where the landmarks of one call stand. T tokens of the call become L, with landmarks and what evens out rows.
 
     Attributes:
-        position: `(B, L)`, place in the row, landmarks counted; -1 = padding.
+        position: `(B, L)`, place in the row, in its text where several are packed, landmarks counted; -1 = padding.
         position_is_simple: whether it is 0 to L - 1 in every row.
         tokens: T.
         source: `(B, L)`: the token that stands there; T a landmark, T + 1 nothing.
         slot: `(B, T)`: where a token stands. ends: `(B, T)`, whether a landmark follows it.
         rotary: cosines and sines `(M, D)` of the positions 0 to M - 1, or None.
+        packing: the texts of the L tokens where several are packed into a row, else None.
     """
 
     position: Tensor
@@ -36,24 +39,30 @@ class Landmarks:
     slot: Tensor
     ends: Tensor
     rotary: tuple[Tensor, Tensor] | None = None
+    packing: Packing | None = None
     seen: Tensor | None = None  # what `visible` gave, for the other layers
-    drawn: Tensor | None = None  # in training `(B, 2)`, random in [0, 1): one draw for all layers
+    drawn: Tensor | None = None  # in training `(texts, 2)`, random in [0, 1): one draw for all layers
 
     @classmethod
-    def plan(cls, real: Tensor, past: Tensor | None, block_size: int, simple: bool) -> "Landmarks":
+    def plan(
+        cls, real: Tensor, past: Tensor | None, block_size: int, simple: bool, packing: Packing | None = None
+    ) -> "Landmarks":
         """Place the landmarks.
 
         Args:
             real: `(B, T)`, which tokens are no padding.
             past: `(B,)`, earlier tokens of each row, landmarks counted; None at the start.
             simple: whether no token is padding, which need not be asked then.
+            packing: the texts of the T tokens where several are packed into a row: blocks count from a text's start.
         """
         (batch, tokens), device, size = real.shape, real.device, block_size - 1
         before = real.new_zeros(batch, dtype=torch.long) if past is None else past - past // block_size
         order = before[:, None] + real.long().cumsum(1) - real.long()  # of a token among its row's real ones
+        if packing is not None:
+            order = packing.place
         ends = real & (order % size == size - 1)
-        inserted = order // size - before[:, None] // size
-        total = (before + real.sum(1)) // size - before // size
+        inserted = ends.long().cumsum(1) - ends.long()
+        total = ends.sum(1)
         simple = simple and past is None
         most = tokens // size if simple else int(total.max())
         length = tokens + most
@@ -66,7 +75,22 @@ class Landmarks:
         behind = torch.where(ends, slot + 1, length)
         source.scatter_(1, behind, tokens)
         position.scatter_(1, behind, place + 1)
-        return cls(position[:, :length], simple, tokens, source[:, :length], slot, ends)
+        position = position[:, :length]
+        if packing is not None:
+            alone = packing.source is None  # a single row without padding: landmarks bring none
+            packing = Packing.of(position == 0, None if alone else position >= 0)
+        return cls(position, simple, tokens, source[:, :length], slot, ends, packing=packing)
+
+    @property
+    def texts(self) -> int:
+        """Rows, or texts where several are packed into a row."""
+        return self.position.shape[0] if self.packing is None else self.packing.cu_seqlens.shape[0] - 1
+
+    def of_text(self, number: int, tokens: int) -> "Landmarks":
+        """Those of one of the packed texts, of so many tokens, landmarks counted, as if it were alone."""
+        position = torch.arange(tokens, device=self.position.device)[None]
+        drawn = None if self.drawn is None else self.drawn[number : number + 1]
+        return replace(self, position=position, position_is_simple=True, packing=None, seen=None, drawn=drawn)
 
     def insert(self, embeddings: Tensor, landmark: Tensor) -> Tensor:
         """`(B, T, width)` to `(B, L, width)`."""
@@ -80,6 +104,8 @@ class Landmarks:
             position = self.position[:1] if self.position_is_simple else self.position
             token = (position >= 0) & (position % block_size != block_size - 1)
             self.seen = (position[:, None] <= position[..., None]) & token[:, None]
+            if self.packing is not None:
+                self.seen = self.seen & (self.packing.text[:, None] == self.packing.text[..., None])
             if not self.position_is_simple:
                 place = torch.arange(position.shape[1], device=position.device)
                 self.seen = self.seen | ((position < 0)[..., None] & (place[:, None] == place))
@@ -98,6 +124,8 @@ class Landmarks:
         }
         if self.rotary is not None:
             moved["rotary"] = tuple(x.to(device, non_blocking=non_blocking) for x in self.rotary)
+        if self.packing is not None:
+            moved["packing"] = self.packing.to(device, non_blocking)
         return replace(self, **moved)
 
     def extract(self, hidden: Tensor, after: bool = False) -> Tensor:
@@ -196,14 +224,12 @@ def through_landmarks(forward: Callable) -> Callable:
         if embeddings is None:
             embeddings = self.get_input_embeddings()(ids)
         mask = given.get("attention_mask")
-        if mask is not None and mask.dim() != 2:
-            raise ValueError("a converted model takes a 2-dimensional attention_mask (batch, tokens), 1 = real token")
         if given.get("token_type_ids") is not None:
             raise ValueError("a model with landmark attention takes no token_type_ids: leave them out")
         return_dict = given.pop("return_dict", None)
         if self.training and (given.get("past_key_values") is None or self.is_gradient_checkpointing):
             given |= {"use_cache": False, "past_key_values": None}  # what trains sees all blocks, a cache retrieves
-        landmarks = self.place_landmarks(embeddings, mask, given.get("past_key_values"))
+        landmarks = self.place_landmarks(embeddings, mask, given.get("past_key_values"), given.pop("packing", None))
         given["inputs_embeds"] = landmarks.insert(embeddings, tokens.embedding)
         given["attention_mask"] = None if landmarks.position_is_simple else landmarks.position >= 0
         given["position_ids"] = landmarks.position.clamp(min=0)

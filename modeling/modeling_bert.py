@@ -131,7 +131,7 @@ class LinearizedBertModel(LinearizedBertPreTrainedModel, BertModel):
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
         )
-        padding_mask = mixer_padding(attention_mask, hidden_states.shape[1])
+        padding_mask = mixer_padding(attention_mask, hidden_states)
         softmax_mask = None
         if softmax_layers(self):
             softmax_mask = create_bidirectional_mask(

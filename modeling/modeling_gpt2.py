@@ -18,6 +18,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .backbone import MixerAttention, MixerModelMixin, layer_masks, start_call
 from .configuration import MixerConfigMixin
 from .landmark_tokens import through_landmarks
+from .packing import through_packing
 
 
 @strict
@@ -92,6 +93,7 @@ class LinearizedGPT2Model(LinearizedGPT2PreTrainedModel, GPT2Model):
         self.add_landmarks()
         self.post_init()
 
+    @through_packing
     @through_landmarks
     @merge_with_config_defaults
     @capture_outputs
@@ -116,7 +118,9 @@ class LinearizedGPT2Model(LinearizedGPT2PreTrainedModel, GPT2Model):
         if doubtful or position_ids.device.type == "cpu":
             tokens = int(position_ids.max()) + 1
         self.check_positions(tokens)
-        causal_mask, padding_mask = layer_masks(self, hidden_states, attention_mask, position_ids, past_key_values)
+        causal_mask, padding_mask = layer_masks(
+            self, hidden_states, attention_mask, position_ids, past_key_values, kwargs.get("packing")
+        )
         hidden_states = hidden_states + self.wpe(position_ids).to(hidden_states.device)
         if token_type_ids is not None:
             hidden_states = hidden_states + self.wte(token_type_ids)

@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .backbone import MixerAttention, MixerModelMixin, layer_masks, start_call
 from .configuration import MixerConfigMixin
 from .landmark_tokens import through_landmarks
+from .packing import through_packing
 
 ROTARY_BASE = 10_000
 
@@ -171,6 +172,7 @@ class LinearizedGPTJModel(LinearizedGPTJPreTrainedModel, GPTJModel):
             for table, value in ((cosine, 1.0), (sine, 0.0))
         )
 
+    @through_packing
     @through_landmarks
     @merge_with_config_defaults
     @capture_outputs
@@ -188,7 +190,9 @@ class LinearizedGPTJModel(LinearizedGPTJPreTrainedModel, GPTJModel):
         hidden_states, past_key_values, position_ids = start_call(
             self, input_ids, inputs_embeds, attention_mask, position_ids, past_key_values, use_cache
         )
-        causal_mask, padding_mask = layer_masks(self, hidden_states, attention_mask, position_ids, past_key_values)
+        causal_mask, padding_mask = layer_masks(
+            self, hidden_states, attention_mask, position_ids, past_key_values, kwargs.get("packing")
+        )
         if token_type_ids is not None:
             hidden_states = hidden_states + self.wte(token_type_ids)
         hidden_states = self.drop(hidden_states)

@@ -54,7 +54,7 @@ def cosine_attention(
         window: tokens left out around the query (itself included): j with n - j < window, |n - j| < window if not
             causal.
         sinks: first tokens of a row that are left out.
-        attention_mask: `(B, T)` of this call's tokens, 1 = real; padding is contiguous, left or right.
+        attention_mask: `(B, T)` of this call's tokens, 1 = real; padding may lie anywhere.
         cu_seqlens: `(N + 1,)` int32, B = 1: N packed sequences, each a row of its own.
         initial_state: state of an earlier call on the same rows.
         return_state: also return the state after this call.

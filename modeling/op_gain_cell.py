@@ -54,7 +54,7 @@ def gain_cell_attention(
         gradient: `exact`, of the cell's polynomial; `linear`, the published surrogate: both products as if the cell
             were linear with its slope, around the true scores and clamps. Levels pass gradients straight through.
         noise: deviations of cells and readouts, or None.
-        attention_mask: `(B, T)` of this call's tokens, 1 = real; padding is contiguous, left or right.
+        attention_mask: `(B, T)` of this call's tokens, 1 = real; padding may lie anywhere.
         cu_seqlens: `(N + 1,)` int32, B = 1: N packed sequences, each a row of its own.
         initial_state: state of an earlier call on the same rows.
         return_state: also return the state after this call.

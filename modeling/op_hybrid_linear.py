@@ -59,7 +59,7 @@ def hybrid_linear_attention(
         sinks: first tokens of a row that always belong to the softmax branch.
         causal: False sees every real key; W(n) is then |n - j| < window.
         scaling: of the softmax scores; default `D**-0.5`.
-        attention_mask: `(B, T)` of this call's tokens, 1 = real; padding is contiguous, left or right.
+        attention_mask: `(B, T)` of this call's tokens, 1 = real; padding may lie anywhere.
         cu_seqlens: `(N + 1,)` int32, B = 1: N packed sequences, each a row of its own.
         initial_state: state of an earlier call on the same rows.
         return_state: also return the state after this call.

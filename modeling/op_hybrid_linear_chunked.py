@@ -129,7 +129,8 @@ class Keys(NamedTuple):
 
 
 class Rows:
-    """The padding of a batch: moves each row's real tokens to the front and zeroes the rest, and back."""
+    """The padding of a batch, wherever it lies: moves each row's real tokens to the front, in their order, and zeroes
+    the rest, and back."""
 
     def __init__(self, attention_mask: Tensor | None, query: Tensor):
         length = query.shape[2]
@@ -137,11 +138,9 @@ class Rows:
         if self.mask is None:
             self.lengths = torch.full((query.shape[0],), length, dtype=torch.int64, device=query.device)
             return
+        source, place = front_order(self.mask)
         self.lengths = self.mask.sum(1)
-        first = self.mask.to(torch.int8).argmax(1, keepdim=True)
-        positions = torch.arange(length, device=query.device)
-        self.source = ((positions + first) % length)[:, None, :, None]
-        self.origin = ((positions - first) % length)[:, None, :, None]
+        self.source, self.origin = source[:, None, :, None], place[:, None, :, None]
 
     def compact(self, x: Tensor) -> Tensor:
         if self.mask is None:
@@ -156,6 +155,15 @@ class Rows:
         return x.masked_fill(~self.mask[:, None, :, None], 0.0)
 
 
+def front_order(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The order that puts each row's real tokens in front of its padding, both in their own order, as a stable sort of
+    the mask does: which token comes to a place, and which place a token comes to, `(B, T)` each."""
+    token = torch.arange(mask.shape[1], device=mask.device)
+    before = mask.cumsum(1)  # real tokens up to and including each
+    place = torch.where(mask, before - 1, before[:, -1:] + token - before)
+    return torch.empty_like(place).scatter_(1, place, token.expand_as(place)), place
+
+
 def check_rows(query: Tensor, causal: bool, attention_mask, cu_seqlens, stateful: bool) -> None:
     """Refuse arguments that contradict each other; stateful calls take or return a state."""
     if stateful and not causal:
@@ -163,6 +171,12 @@ def check_rows(query: Tensor, causal: bool, attention_mask, cu_seqlens, stateful
     if cu_seqlens is not None and (stateful or attention_mask is not None or query.shape[0] != 1):
         raise ValueError(
             "cu_seqlens needs batch size 1 and goes with no attention_mask, initial_state or return_state"
+        )
+    expected = (query.shape[0], query.shape[2])
+    if attention_mask is not None and attention_mask.shape != expected:
+        raise ValueError(
+            f"attention_mask is {tuple(attention_mask.shape)}, but it covers this call's {expected[1]} tokens alone, "
+            f"in each of {expected[0]} rows: give {expected}"
         )
 
 

@@ -46,7 +46,7 @@ def landmark_attention(
             `(n + offset) % P == P - 1`. At least 2; any number of blocks.
         offset: place in its block of a row's first real token, below P: a number, or `(B,)`; `(N,)` of packed rows.
         scaling: of the scores; `D ** -0.5`.
-        attention_mask: `(B, T)`, 1 = real; a row's real tokens are contiguous.
+        attention_mask: `(B, T)`, 1 = real; padding may lie anywhere.
         cu_seqlens: `(N + 1,)` int32, B = 1: N packed sequences, each a row of its own.
         open_blocks: `(B, blocks)` bool, `(N, blocks)` of packed rows: which of a row's blocks the blocks after them
             read, as training that leaves blocks out does; a query always sees its own. Blocks that it does not reach

@@ -84,7 +84,10 @@ class Grid:
 
     Attributes:
         real: `(B, blocks, P)`, places that hold a token.
+        number: None, for blocks that count from 0.
     """
+
+    number: Tensor | None = None
 
     def __init__(self, like: Tensor, block_size: int, offset: int | Tensor, attention_mask: Tensor | None):
         (batch, _, length, _), device = like.shape, like.device
@@ -122,6 +125,28 @@ class Grid:
             return x[:, :, : self.length]
         taken = _along(x, self.place.clamp(max=x.shape[2] - 1))
         return taken.masked_fill(~self.mask[:, None, :, None], 0.0)
+
+
+class TextGrid(Grid):
+    """The grid of packed texts, each of which starts a block; on a GPU the host waits for the number of blocks.
+
+    Args:
+        position: `(T,)`, a token's place in its text.
+
+    Attributes:
+        number: `(blocks,)`, of each block in its text.
+    """
+
+    def __init__(self, position: Tensor, block_size: int):
+        self.length, self.simple = position.shape[0], False
+        begins = position % block_size == 0
+        self.number = position[begins] // block_size
+        places = self.number.shape[0] * block_size
+        self.mask = torch.ones_like(begins)[None]
+        self.place = ((begins.cumsum(0) - 1) * block_size + position % block_size)[None]
+        token = torch.full((1, places), self.length, device=position.device)
+        self.token = token.scatter_(1, self.place, torch.arange(self.length, device=position.device)[None])
+        self.real = (self.token < self.length).unflatten(1, (-1, block_size))
 
 
 def _along(x: Tensor, index: Tensor) -> Tensor:

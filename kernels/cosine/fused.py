@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..hybrid_linear.rows import make_rows
+from ..hybrid_linear.rows import compacted, make_rows
 from ..triton_support import unavailable
 from .decode import decode_step
 from .function import Call, Cosine, Operands, run
@@ -62,12 +62,14 @@ def fused(
             query, key, value, exponent=exponent, gain=gain, key_side=key_side, attention_mask=attention_mask,
             state=initial_state,
         )  # fmt: skip
+    attention_mask, (query, key, value), restore = compacted(attention_mask, query, key, value)
     past = None if initial_state is None else initial_state.count
     rows = make_rows(query, attention_mask, cu_seqlens, past)
     this = make_pass(rows, query, value, causal)
     call = Call(this, query.shape[1] // key.shape[1], key_side, return_state)
     operands = Operands(query, key, value, exponent, gain, None if initial is None else initial.float().contiguous())
     output, total = Cosine.apply(call, *operands) if train else run(call, operands)
+    output = restore(output)
     if not return_state:
         return output, None
     assert total is not None

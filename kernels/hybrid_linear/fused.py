@@ -7,7 +7,7 @@ from torch.nn import functional
 from ..triton_support import unavailable
 from .decode import decode_step, feature_count
 from .function import Call, HybridLinear, Operands, run
-from .rows import make_rows
+from .rows import compacted, make_rows
 from .states import extend_keys, new_sinks, next_state
 
 # float16 and float32 are multiplied as float32: wider sums do not fit into shared memory.
@@ -74,6 +74,8 @@ def fused(
     train = torch.is_grad_enabled() and _needs_gradient(*inputs, window_weight, window_shift, initial_state)
     if query.shape[2] == 1 and initial_state is not None and return_state and not train:
         return decode_step(*inputs, **options, state=initial_state)
+    attention_mask, inputs, restore = compacted(attention_mask, *inputs)
+    query, key, value, query_features, key_features = inputs
     rows = make_rows(query, attention_mask, cu_seqlens, None if initial_state is None else initial_state.count)
     linear = query_features is not None
     activations = (getattr(query_features, "activation", None), getattr(key_features, "activation", None))
@@ -84,6 +86,7 @@ def fused(
         output, last_kv, last_z = HybridLinear.apply(call, *operands)
     else:
         output, last_kv, last_z, _ = run(call, operands, save=False)
+    output = restore(output)
     if not return_state:
         return output, None
     return output, next_state(rows, window, sinks, initial_state, (query, key, value, key_features), last_kv, last_z)

@@ -1,10 +1,13 @@
 """Where a call's rows lie: plain batches, padded batches and packed sequences, without asking the GPU for a number.
 
-A row is a batch entry, or one sequence of a packed call. Kernels count a row's tokens of this call from 0 (`t`); with
-a state the row's ring of W older keys stands before them, at t = -W .. -1, and the position in the row is t + past.
+A row is a batch entry, or one sequence of a packed call. Padding may lie anywhere: `compacted` puts a row's real
+tokens in front of it, since kernels read them side by side. Kernels count a row's tokens of this call from 0 (`t`);
+with a state the row's ring of W older keys stands before them, at t = -W .. -1, and the position in the row is
+t + past.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -46,7 +49,7 @@ class Blocks(NamedTuple):
 
 
 def make_rows(query: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, past: Tensor | None) -> Rows:
-    """Describe the rows of a call (arguments of the public function; past is the state's count)."""
+    """Describe the rows of a call (arguments of the public function, compacted; past is the state's count)."""
     batch, _, length, _ = query.shape
     if cu_seqlens is not None:
         bounds = cu_seqlens.to(device=query.device, dtype=torch.int32)
@@ -56,6 +59,46 @@ def make_rows(query: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor |
     mask = attention_mask.bool()
     start, size = mask.to(torch.int8).argmax(1).to(torch.int32), mask.sum(1, dtype=torch.int32)
     return Rows(SPANS, batch, batch, length, start, size, past)
+
+
+class _Reorder(torch.autograd.Function):
+    """Tokens in another order; gradients come back by the inverse one, a copy and no sum."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return _ordered(x, order)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return _ordered(gradients[0], *ctx.saved_tensors), None, None
+
+
+def _ordered(x: Tensor, order: Tensor) -> Tensor:
+    """Tokens `order` `(B, T)` of x `(B, heads, T, D)`, copied with all heads of a token side by side."""
+    batch = torch.arange(x.shape[0], device=x.device)[:, None]
+    return x.transpose(1, 2)[batch, order].transpose(1, 2)
+
+
+def compacted(attention_mask: Tensor | None, *tensors: Any) -> tuple[Tensor | None, list[Any], Callable]:
+    """Real tokens in front of the padding, in their order: what a stable sort of the mask gives.
+
+    Whether a mask has gaps is not asked, for that would stop the host: every masked call of several tokens is copied.
+
+    Args:
+        attention_mask: `(B, T)`, 1 = real, or None. tensors: `(B, heads, T, .)`; what is no tensor stays as it is.
+
+    Returns:
+        The mask and the tensors in that order, and the function that brings an output back.
+    """
+    if attention_mask is None or attention_mask.shape[1] == 1:
+        return attention_mask, list(tensors), lambda x: x
+    mask = attention_mask.bool()
+    token, before = torch.arange(mask.shape[1], device=mask.device), mask.cumsum(1)
+    place = torch.where(mask, before - 1, before[:, -1:] + token - before)
+    source = torch.empty_like(place).scatter_(1, place, token.expand_as(place))
+    moved = [_Reorder.apply(x, source, place) if isinstance(x, Tensor) else x for x in tensors]
+    return token < before[:, -1:], moved, lambda x: _Reorder.apply(x, place, source)
 
 
 def make_blocks(rows: Rows, block: int, extra: int = 0) -> Blocks:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..hybrid_linear.rows import make_rows
+from ..hybrid_linear.rows import compacted, make_rows
 from ..launching import ample_shared_memory
 from ..triton_support import unavailable
 from .function import Call, Landmark, run_forward
@@ -55,9 +55,10 @@ def fused(
         offset = offset.to(device=query.device, dtype=torch.int32).contiguous()
     if open_blocks is not None:
         open_blocks = open_blocks.to(device=query.device, dtype=torch.uint8).contiguous()
+    attention_mask, (query, key, value), restore = compacted(attention_mask, query, key, value)
     rows = make_rows(query, attention_mask, cu_seqlens, None)
     call = Call(rows, block_size, query.shape[-1] ** -0.5 if scaling is None else scaling, offset, open_blocks)
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        return Landmark.apply(call, query, key, value), None
-    return run_forward(call, query, key, value, save=False)[0], None
+        return restore(Landmark.apply(call, query, key, value)), None
+    return restore(run_forward(call, query, key, value, save=False)[0]), None

@@ -64,8 +64,8 @@ def perplexity(
 
     Args:
         model: student, stock model, or peft wrapper of either (adapters count as they are set).
-        blocks: `len()` and `[i] -> {"input_ids": (L,), "labels": (L,)}`; the first token of a block and labels of
-            -100 are not scored.
+        blocks: `len()` and `[i] -> {"input_ids": (L,), "labels": (L,)}`, with `position_ids` where documents are
+            kept apart; the first token of a block and labels of -100 are not scored.
         arm: "mixed", "teacher", "softmax" or "linear"; None (or "teacher") for a stock model.
         batch_size: blocks per forward pass.
         description: what the progress bar says; default the arm.
@@ -83,7 +83,10 @@ def perplexity(
             rows = [blocks[i] for i in range(start, min(start + batch_size, len(blocks)))]
             input_ids = torch.stack([row["input_ids"] for row in rows]).to(input_device(base))
             targets = torch.stack([row["labels"] for row in rows])[:, 1:].to(input_ids.device)
-            hidden = decoder(input_ids, use_cache=False)[0][:, :-1]
+            apart = {}
+            if "position_ids" in rows[0]:  # documents that are kept apart, as in training
+                apart["position_ids"] = torch.stack([row["position_ids"] for row in rows]).to(input_ids.device)
+            hidden = decoder(input_ids, use_cache=False, **apart)[0][:, :-1]
             losses, scored = token_losses(base.get_output_embeddings(), hidden, targets)
             if not len(nll):
                 nll, tokens = nll.new_zeros(targets.shape[1]), tokens.new_zeros(targets.shape[1])
