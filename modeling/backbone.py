@@ -221,7 +221,9 @@ class MixerModelMixin(ModelBase):
         own: Any = self.landmarks
         landmarks = Landmarks.plan(real, past, own.block_size, simple)
         length = landmarks.position.shape[1]
-        landmarks.rotary = self.rotary_tables(max(own.reach, length) if cache is None else own.reach)
+        # Only a pass that sees all blocks has positions beyond the reach; some tables change with their length.
+        whole = self.training or any(getattr(x.mixer, "observer", None) for x in self.mixer_attentions())
+        landmarks.rotary = self.rotary_tables(max(own.reach, length) if whole else own.reach)
         if self.training:  # here and not in a layer, which would draw again where it is checkpointed
             landmarks.drawn = torch.rand(real.shape[0], 2, device=real.device)
         return landmarks
@@ -338,6 +340,7 @@ class RotaryModel(ModelBase):
 
     def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
         device = self.embed_tokens.weight.device
+        self.rotary_emb.max_seq_len_cached = 0  # dynamic scaling would go on from the longest text that it has seen
         cos, sin = self.rotary_emb(torch.empty(0, device=device), torch.arange(positions, device=device)[None])
         return cos[0], sin[0]
 

@@ -347,11 +347,18 @@ def test_landmarks_go_where_a_layer_lies():
         ({"block_dropout": 1.0}, "below 1"),
         ({"block_dropout_rows": 1.5}, "between 0 and 1"),
         ({"contract": 9}, "contract 9"),
+        ({"contract": 1}, "contract 1 .* set contract to 2"),
     ],
 )
 def test_settings_that_cannot_be(settings, sentence):
     with pytest.raises(Exception, match=sentence):
         LandmarkAttentionConfig(**settings)
+
+
+def test_contract_2_is_contract_1_where_blocks_weigh_by_their_tokens():
+    """Only the gates of read blocks changed, which these do not have."""
+    old = LandmarkAttentionConfig(contract=1, block_weight="tokens")
+    assert old.contract == 1 and LandmarkAttentionConfig().contract == 2
 
 
 def test_no_other_layers_and_one_block_size():
