@@ -167,14 +167,16 @@ class MixerModelMixin(ModelBase):
         return self.config.max_position_embeddings if self.config.learned_positions else None
 
     def check_positions(self, tokens: int) -> None:
-        """Refuse a sequence of `tokens` real tokens that the learned positions do not reach.
+        """Refuse a sequence of `tokens` real tokens, landmarks counted, that the learned positions do not reach.
 
         Raises:
             ValueError: one sentence.
         """
         if self.max_positions is not None and tokens > self.max_positions:
+            counted = "" if self.landmarks is None else f", landmarks counted ({self.config.longest_text} are without)"
             raise ValueError(
-                f"this model has {self.max_positions} learned positions and was given {tokens} tokens: {self.too_long}"
+                f"this model has {self.max_positions} learned positions and was given {tokens} tokens{counted}: "
+                f"{self.too_long}"
             )
 
     def add_landmarks(self) -> None:
