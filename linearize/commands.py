@@ -237,7 +237,9 @@ def _show_and_save(report: Any, output: str | None) -> None:
 
 def _check_context(model: Any, flag: str, tokens: int) -> None:
     """Refuse sequences that are longer than the model's context, where it has one."""
-    context = getattr(model.config, "max_position_embeddings", None)
+    from linearize.evaluation.arms import context_tokens
+
+    context = context_tokens(model.config)
     if context is not None and tokens > context:
         raise UserError(f"--{flag} is {tokens}, but the model's context is {context} tokens.")
 

@@ -21,6 +21,7 @@ from transformers import (
 
 from linearize.conversion import load_config, load_encoder, load_model, student_config
 from linearize.errors import UserError
+from linearize.evaluation.arms import context_tokens
 from linearize.modeling import BACKBONES, backbone_of, is_encoder
 from linearize.pretraining_settings import ROPE_THETA
 from linearize.quantization import refuse_quantized
@@ -217,7 +218,7 @@ def build_distiller(config: PretrainConfig, model: Any) -> Distiller | None:
 
 def _checked(model: Any, config: PretrainConfig, tokenizer: Any) -> Any:
     positions, length = getattr(model.config, "max_position_embeddings", None), config.data.sequence_length
-    longest = getattr(model.config, "longest_text", None) or positions
+    longest = context_tokens(model.config)
     if longest is not None and length > longest:
         landmarks = "" if longest == positions else f", which with its landmarks hold {longest} tokens"
         raise UserError(

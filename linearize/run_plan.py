@@ -140,7 +140,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     converted = hasattr(teacher, "mixer_types") or is_converted(config.model_name_or_path)
     if not converted:
         check_attention(config, teacher)
-    check_lengths(config, teacher)
+    check_lengths(config, teacher, converted)
     settings = _sizes_of(config, teacher) if converted else config
     shape = memory.Shape.of(teacher)
     if (
@@ -329,16 +329,23 @@ def check_finetune(config: RunConfig, shape: memory.Shape) -> None:
         )
 
 
-def check_lengths(config: RunConfig, teacher: Any) -> None:
-    """Refuse sequences that the teacher has never seen the positions of."""
-    limit = getattr(teacher, "max_position_embeddings", None)
+def check_lengths(config: RunConfig, teacher: Any, converted: bool) -> None:
+    """Refuse sequences that the teacher has never seen the positions of, landmarks' own among them."""
+    from linearize.evaluation.arms import context_tokens
+    from linearize.staged_run import planned_student
+
+    student = teacher
+    if not converted and config.attention["type"] == "landmark":
+        student = planned_student(config.model_name_or_path, config.attention, config.sliding_window)
+    limit = context_tokens(student)
+    room = "" if limit == context_tokens(teacher, "teacher") else " with its landmarks"
     lengths = {"data.sequence_length": config.data.sequence_length}
     if config.evaluation is not None and config.evaluation.sequence_length is not None:
         lengths["evaluation.sequence_length"] = config.evaluation.sequence_length
     for name, length in lengths.items():
         if limit is not None and length > limit:
             raise UserError(
-                f"{name} is {length}, but the teacher's context is {limit} tokens: set it to {limit} or lower."
+                f"{name} is {length}, but the teacher's context is {limit} tokens{room}: set it to {limit} or lower."
             )
 
 

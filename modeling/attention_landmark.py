@@ -82,6 +82,19 @@ class LandmarkAttentionConfig:
             raise ValueError(f"block_dropout is {self.block_dropout}: it must be at least 0 and below 1")
         if not 0 <= self.block_dropout_rows <= 1:
             raise ValueError(f"block_dropout_rows is {self.block_dropout_rows}: it must be between 0 and 1")
+        self._check_contract()
+
+    def _check_contract(self) -> None:
+        """Contract 2 changed what a block weighs by its landmark, and nothing of a block that weighs by its tokens."""
+        if self.contract == 1 and self.block_weight == "tokens":
+            return
+        if self.contract == 1:
+            raise ValueError(
+                "this checkpoint was saved with contract 1 of landmark attention, which weighed a block by the score "
+                f"that selected it, and this version of linearize supports {CONTRACT}, which weighs it where it is "
+                "read, as published: set contract to 2 in its config.json to read the same weights so, or load it "
+                "with trust_remote_code=True where linearize is not installed"
+            )
         check_contract("landmark attention", self.contract, CONTRACT)
 
     def resolve(self, head_dim: int) -> None:
@@ -260,12 +273,15 @@ def block_rotated(
 ) -> Tensor:
     """`(B, heads, U, any, D)`, rotated by the place in the block: rotated on to that in the text, in its dtype.
 
+    The rotation by the place has put the tables' common factor in (YaRN and longrope have one), so this leaves it out.
+
     number: `(U,)`, of each block in its text; None, 0 to U - 1.
     """
     if rotary is None:
         return blocks
     start = (torch.arange(blocks.shape[2], device=blocks.device) if number is None else number) * block_size
-    cos, sin = (table[start][:, None] for table in rotary)
+    factor = rotary[0][:1]  # cosines of 0
+    cos, sin = ((table[start] / factor)[:, None] for table in rotary)
     front, back = blocks.chunk(2, dim=-1)
     return (blocks * cos + torch.cat([-back, front], dim=-1) * sin).to(blocks.dtype)
 

@@ -176,14 +176,16 @@ class MixerModelMixin(ModelBase):
         return self.config.max_position_embeddings if self.config.learned_positions else None
 
     def check_positions(self, tokens: int) -> None:
-        """Refuse a sequence of `tokens` real tokens that the learned positions do not reach.
+        """Refuse a sequence of `tokens` real tokens, landmarks counted, that the learned positions do not reach.
 
         Raises:
             ValueError: one sentence.
         """
         if self.max_positions is not None and tokens > self.max_positions:
+            counted = "" if self.landmarks is None else f", landmarks counted ({self.config.longest_text} are without)"
             raise ValueError(
-                f"this model has {self.max_positions} learned positions and was given {tokens} tokens: {self.too_long}"
+                f"this model has {self.max_positions} learned positions and was given {tokens} tokens{counted}: "
+                f"{self.too_long}"
             )
 
     def add_landmarks(self) -> None:
@@ -232,7 +234,9 @@ class MixerModelMixin(ModelBase):
         own: Any = self.landmarks
         landmarks = Landmarks.plan(real, past, own.block_size, simple, packing)
         length = landmarks.position.shape[1]
-        landmarks.rotary = self.rotary_tables(max(own.reach, length) if cache is None else own.reach)
+        # Only a pass that sees all blocks has positions beyond the reach; some tables change with their length.
+        whole = self.training or any(getattr(x.mixer, "observer", None) for x in self.mixer_attentions())
+        landmarks.rotary = self.rotary_tables(max(own.reach, length) if whole else own.reach)
         if self.training:  # here and not in a layer, which would draw again where it is checkpointed
             landmarks.drawn = torch.rand(landmarks.texts, 2, device=real.device)
         return landmarks
@@ -349,6 +353,7 @@ class RotaryModel(ModelBase):
 
     def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
         device = self.embed_tokens.weight.device
+        self.rotary_emb.max_seq_len_cached = 0  # dynamic scaling would go on from the longest text that it has seen
         cos, sin = self.rotary_emb(torch.empty(0, device=device), torch.arange(positions, device=device)[None])
         return cos[0], sin[0]
 

@@ -174,7 +174,7 @@ def published_loss(
     tokens: LandmarkTokens, head: Callable[[Tensor], Tensor], logits: Tensor, labels: Tensor, num_items_in_batch=None
 ) -> Tensor:
     """The published labels: a block's last token predicts the landmark, the landmark predicts the next token, and both
-    choose among the vocabulary and the landmark.
+    choose among the vocabulary and the landmark. No landmark ends a row: what nothing follows is no target.
 
     Args:
         tokens: with the last call of the base model, which this uses up.
@@ -182,7 +182,8 @@ def published_loss(
         num_items_in_batch: labels of the whole global batch; None: those here.
 
     Returns:
-        Nats per target, landmarks among them.
+        Nats per target, landmarks among them. A global batch is counted without its landmarks: they are taken to be as
+        many for a label as in a whole row of T, so that micro-batches add up however they are cut.
     """
     assert tokens.call is not None and tokens.output is not None, "the base model ran, with an output row"
     (landmarks, states), tokens.call = tokens.call, None
@@ -195,12 +196,15 @@ def published_loss(
 
     after = landmarks.extract(states, after=True)
     loss = total(after[:, :-1], logits[:, :-1], labels[:, 1:])
-    last = landmarks.extract(states)[landmarks.ends & (labels != -100)]
+    real = landmarks.position.gather(1, landmarks.slot) >= 0
+    followed = real.flip(1).cumsum(1).flip(1) > 1
+    last = landmarks.extract(states)[landmarks.ends & followed & (labels != -100)]
     landmark = labels.new_full(last.shape[:1], count)
     loss = loss + total(last, head(last), landmark)
-    words = (labels[:, 1:] != -100).sum()
-    share = words / (words + len(landmark)).clamp(min=1)
-    return loss * share / (words.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+    if num_items_in_batch is None:
+        return loss / ((labels[:, 1:] != -100).sum() + len(landmark)).clamp(min=1)
+    words = max(1, labels.shape[1] - 1)
+    return loss / (num_items_in_batch * (1 + words // (tokens.block_size - 1) / words))
 
 
 def through_landmarks(forward: Callable) -> Callable:

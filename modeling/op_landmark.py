@@ -100,8 +100,8 @@ def landmark_retrieval_attention(
     counted in blocks from the start of the query's own block n, with K = min(top_k, candidates), a candidate i is
     scored by its landmark as if it lay at `i - n` when it is one of the last K, else at `-(K + 1)`; the selected ones,
     in their order s = 0..K-1, lie at `s - (K + 1)`, one further if among the last K. No distance exceeds K + 2 blocks,
-    whatever the length of the text; with K = n all positions are the true ones. That score is both what selects and
-    the gate.
+    whatever the length of the text; with K = n all positions are the true ones. That score only selects: a selected
+    block's gate is its landmark's score at the place where the block is read, as published.
 
     Args:
         query: `(B, H, T, D)`, not rotated.
@@ -118,7 +118,7 @@ def landmark_retrieval_attention(
         rotary: cosines and sines `(M, D)` of positions 0 to M - 1, M >= (top_k + 2) P, in halves as transformers has
             them; None, no rotation.
         scaling: of the scores; `D ** -0.5`.
-        block_weight: what a selected block weighs by: `landmark`, its landmark's score, the grouped softmax; `tokens`,
+        block_weight: what a selected block weighs by: `landmark`, its landmark's gate, the grouped softmax; `tokens`,
             its tokens' own scores, which is the ordinary softmax over all tokens that are read: landmarks only select.
         backend: `auto`, `reference` or `chunked`.
 

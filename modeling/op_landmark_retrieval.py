@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .compiled import for_training
 from .op_landmark_chunked import HIDDEN, weighted
 
-CONTRACT = 1  # of both ops
+CONTRACT = 2  # of both ops; 1 weighed a block by the score that selected it
 SELECTIONS = ("token_and_head", "head", "token")
 BLOCK_WEIGHTS = ("landmark", "tokens")
 RECENCY = 1e-5  # what a block's score loses for each block of its age, when blocks are selected
@@ -143,10 +143,11 @@ def _attend(call, query, key, value, own, place):
     if call.max_blocks is not None:
         open_ = open_ & (age <= call.max_blocks)
     found = open_.sum(-1).clamp(max=call.top_k)  # (B, u), the K of each group
-    scores = _landmark_scores(call, turned, age, open_, found)
-    slots = _select(call, scores, age, open_, place)  # (B, H, u, v, K); v = w, or 1 where lanes share
+    with torch.no_grad():
+        scores = _landmark_scores(call, turned, age, open_, found)
+        slots = _select(call, scores, age, open_, place)  # (B, H, u, v, K); v = w, or 1 where lanes share
     read = _read_all if _reads_all(call, query.shape[3], query.device) else _read_few
-    return _combine(logits, local, *read(call, turned, scores, *_lay_out(slots, age, found)))
+    return _combine(logits, local, *read(call, turned, *_lay_out(slots, age, found)))
 
 
 def _rotations(call: _Call, query: Tensor, place: Tensor, size: int) -> Tensor:
@@ -203,15 +204,14 @@ def _select(call: _Call, scores: Tensor, age: Tensor, open_: Tensor, place: Tens
 
     In a first layer all landmarks have the same key, and the newest of equals is taken.
     """
-    with torch.no_grad():
-        if call.selection != "token_and_head":
-            scores = scores.log_softmax(-1)
-            if call.selection == "head":
-                scores = scores.masked_fill((place < 0)[:, None, :, :, None], HIDDEN).amax(3, keepdim=True)
-            else:
-                scores = scores.amax(1, keepdim=True).expand_as(scores)
-        scores = scores - RECENCY * age[:, None, :, None]
-        return scores.masked_fill(~open_[:, None, :, None], HIDDEN).topk(call.top_k, dim=-1).indices
+    if call.selection != "token_and_head":
+        scores = scores.log_softmax(-1)
+        if call.selection == "head":
+            scores = scores.masked_fill((place < 0)[:, None, :, :, None], HIDDEN).amax(3, keepdim=True)
+        else:
+            scores = scores.amax(1, keepdim=True).expand_as(scores)
+    scores = scores - RECENCY * age[:, None, :, None]
+    return scores.masked_fill(~open_[:, None, :, None], HIDDEN).topk(call.top_k, dim=-1).indices
 
 
 def _lay_out(slots: Tensor, age: Tensor, found: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -227,7 +227,14 @@ def _lay_out(slots: Tensor, age: Tensor, found: Tensor) -> tuple[Tensor, Tensor,
     return slots, valid, torch.where(valid, behind, 0)
 
 
-def _read_few(call, turned, scores, slots, valid, behind):
+def _weighed(call: _Call, scores: Tensor) -> Tensor:
+    """Logits `(..., F)` of blocks' tokens from scores `(..., P)` of their keys, where they are read: a gated block's
+    weight is its landmark's score there."""
+    logits = scores[..., :-1]
+    return logits + (scores[..., -1] - logits.logsumexp(-1))[..., None] if call.gated else logits
+
+
+def _read_few(call, turned, slots, valid, behind):
     """Fetch the selected blocks, `(B, H, u, v, K)`, and nothing else.
 
     Returns:
@@ -253,11 +260,7 @@ def _read_few(call, turned, scores, slots, valid, behind):
     key, value = fetch(call.blocks.key), fetch(call.blocks.value)[..., :-1, :].flatten(4, 5)
     wide = behind.repeat_interleave(share, dim=3) if share > 1 else behind
     query = _at(turned, wide).unflatten(3, (v, share)).transpose(4, 5)  # (B, H, u, v, K, w/v, D)
-    logits = _product(query, key.transpose(-1, -2), call.scaling)[..., :-1]
-    if call.gated:
-        wide = slots.repeat_interleave(share, dim=3) if share > 1 else slots
-        gate = scores.gather(-1, wide).unflatten(3, (v, share)).transpose(4, 5)
-        logits = logits + (gate - logits.logsumexp(-1))[..., None]
+    logits = _weighed(call, _product(query, key.transpose(-1, -2), call.scaling))
     logits = (
         logits.masked_fill(~valid[..., None, None], HIDDEN).transpose(4, 5).reshape(batch, heads, u, v * share, -1)
     )
@@ -269,20 +272,18 @@ def _read_few(call, turned, scores, slots, valid, behind):
     return logits, read
 
 
-def _read_all(call, turned, scores, slots, valid, behind):
+def _read_all(call, turned, slots, valid, behind):
     """As `_read_few`, with every stored block multiplied and what a lane did not select hidden: the lanes of a group
     select different blocks, of which each lane's own copy would be far more to move than this is to compute."""
     heads, u, w = turned.shape[1:4]
     key, value = call.blocks.key, call.blocks.value[..., :-1, :].flatten(2, 3)
     each = heads // key.shape[1]
-    empty = torch.zeros(scores.shape, dtype=torch.long, device=slots.device)
+    empty = torch.zeros(*turned.shape[:4], key.shape[2], dtype=torch.long, device=slots.device)
     query = _at(turned, empty.scatter(-1, slots, behind))  # (B, H, u, w, N, D)
     chosen = (empty > 0).scatter(-1, slots, valid)
     query = query.unflatten(1, (-1, each)).flatten(2, 4).transpose(2, 3)  # (B, G, N, H/G * u * w, D)
-    logits = _product(query, key.transpose(-1, -2), call.scaling)[..., :-1]
+    logits = _weighed(call, _product(query, key.transpose(-1, -2), call.scaling))
     logits = logits.transpose(2, 3).unflatten(2, (each, u, w)).flatten(1, 2)  # (B, H, u, w, N, F)
-    if call.gated:
-        logits = logits + (scores - logits.logsumexp(-1))[..., None]
     logits = logits.masked_fill(~chosen[..., None], HIDDEN).flatten(4)
 
     def read(weights: Tensor) -> Tensor:

@@ -207,7 +207,8 @@ def _own_block(query: Tensor, places: list[int], own: _Block, stored: list[_Bloc
                 start = (s + 1 if recent(past[c]) else s) * size
                 tokens = rotary.key(past[c].key[head, :-1], start)
                 logits = tokens @ q
-                gate = scores[head, t, c] if block_weight == "landmark" else logits.logsumexp(-1)
+                landmark = rotary.key(past[c].landmark[head], start)  # read where its tokens are
+                gate = landmark @ q if block_weight == "landmark" else logits.logsumexp(-1)
                 groups.append(_Group(gate, logits, past[c].value[head, :-1]))
             local = key[head, :visible] @ q
             output[head, t] = _grouped_softmax(local, own.value[head, :visible], groups)

@@ -2,7 +2,7 @@
 
 from ..landmark.reference import retrieval_reference as reference
 
-CONTRACT = 1
+CONTRACT = 2
 
 
 def unsupported(*args, **kwargs) -> str | None:

@@ -94,6 +94,15 @@ def measuring(model: Any, arm: str | None) -> Iterator[Any]:
         model.train(was_training)
 
 
+def context_tokens(config: Any, arm: str | None = None) -> int | None:
+    """Tokens of a text that a model was made for; None where its config names no context.
+
+    Where positions are learned, landmarks take some of them (but not in the teacher arm); computed ones go on.
+    """
+    longest = None if arm == "teacher" else getattr(config, "longest_text", None)
+    return getattr(config, "max_position_embeddings", None) if longest is None else longest
+
+
 def input_device(base: Any) -> torch.device:
     """Where the token ids go: the device of the input embeddings, also under a device map."""
     return base.get_input_embeddings().weight.device

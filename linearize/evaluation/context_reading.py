@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from linearize.errors import UserError
-from linearize.evaluation.arms import is_student
+from linearize.evaluation.arms import context_tokens, is_student
 from linearize.evaluation.context_lengths import length_label
 
 PIECE = 2048  # tokens of one forward pass over the cache; more take more memory and hardly less time
@@ -110,7 +110,7 @@ def check_positions(model: Any, flag: str, lengths: Sequence[int], answer: int =
         UserError: the longest does not fit.
     """
     config = model.config.get_text_config()
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = context_tokens(config)
     computed = getattr(config, "rope_parameters", None) or not getattr(config, "learned_positions", True)
     if positions is None or computed:
         return
@@ -119,7 +119,8 @@ def check_positions(model: Any, flag: str, lengths: Sequence[int], answer: int =
         room = f" and an answer of up to {answer} tokens" if answer else ""
         raise UserError(
             f"{flag} asks for {length_label(max(lengths))} tokens{room}, but this {config.model_type} model looks "
-            f"its positions up in a table that ends at {positions:,}: ask for at most {longest:,}."
+            f"its positions up in a table that ends at {config.max_position_embeddings:,}: ask for at most "
+            f"{longest:,}."
         )
 
 

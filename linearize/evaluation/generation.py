@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from linearize.evaluation.arms import adapters_off, input_device, is_student, measuring
+from linearize.evaluation.arms import adapters_off, context_tokens, input_device, is_student, measuring
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ def measure_speed(
     """
     arm = arm if is_student(model) else None
     with measuring(model, arm) as base:
-        context = getattr(base.config, "max_position_embeddings", None) or prompt_tokens + new_tokens
+        context = context_tokens(base.config, arm) or prompt_tokens + new_tokens
         prompt_tokens = max(1, min(prompt_tokens, context - new_tokens))
         generator = torch.Generator().manual_seed(0)
         prompt = torch.randint(base.config.vocab_size, (1, prompt_tokens), generator=generator).to(input_device(base))

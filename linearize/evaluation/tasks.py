@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import UserError
-from linearize.evaluation.arms import measuring, unwrap
+from linearize.evaluation.arms import context_tokens, measuring
 from linearize.evaluation.tables import Table, format_number, markdown_tables, show_tables
 
 CLOSE_NAMES = 5
@@ -96,8 +96,9 @@ def run_tasks(
     with _quiet_harness():
         loaded = _load_tasks(manager, tasks)
         with measuring(model, arm) as base:
+            context = context_tokens(base.config, arm)  # as lm-eval itself would read it from a config that it knows
             harness = lm_eval.models.huggingface.HFLM(
-                pretrained=base, tokenizer=tokenizer, batch_size=batch_size, max_length=_context(base)
+                pretrained=base, tokenizer=tokenizer, batch_size=batch_size, max_length=context
             )
             record = lm_eval.simple_evaluate(
                 model=harness,
@@ -177,11 +178,6 @@ def _load_tasks(manager: Any, tasks: Sequence[str]) -> list[Any]:
             "through include_path."
         ) from error
     return built
-
-
-def _context(base: Any) -> int | None:
-    """The teacher's trained context, as lm-eval itself would read it from a config that it knows."""
-    return getattr(unwrap(base).config, "max_position_embeddings", None)
 
 
 def _scores(record: dict[str, Any]) -> list[TaskScore]:

@@ -136,13 +136,20 @@ def by_tokens(
                     local = {
                         t: exponential(h, p, t, t) for t in range(full, p + 1) if t % block_size != block_size - 1
                     }
-                    total = sum(local.values()) + sum(gates[h, p, i] for i in chosen)
+                    starts = {
+                        i: prefix + s * block_size + (block_size if i >= n - count else 0)
+                        for s, i in enumerate(chosen)
+                    }
+                    # The gate is the landmark's score where the block is read, not the one that selected it.
+                    weighs = {
+                        i: exponential(h, p, (i + 1) * block_size - 1, at + block_size - 1) for i, at in starts.items()
+                    }
+                    total = sum(local.values()) + sum(weighs.values())
                     weights = {t: w / total for t, w in local.items()}
-                    for s, i in enumerate(chosen):
-                        at = prefix + s * block_size + (block_size if i >= n - count else 0)
+                    for i, at in starts.items():
                         inner = [exponential(h, p, i * block_size + f, at + f) for f in range(block_size - 1)]
                         for f, w in enumerate(inner):
-                            weights[i * block_size + f] = gates[h, p, i] / total * w / sum(inner)
+                            weights[i * block_size + f] = weighs[i] / total * w / sum(inner)
                     v = value[b][h * inputs[2].shape[1] // heads]
                     for d in range(dim):
                         result[h, p - start, d] = sum(w * v[t][d] for t, w in weights.items())

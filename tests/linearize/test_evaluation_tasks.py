@@ -6,11 +6,14 @@ import sys
 
 import pytest
 import torch
+from tiny_models import make_gpt2, make_student
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from linearize.errors import UserError
-from linearize.evaluation import run_tasks
+from linearize.evaluation import measure_speed, run_tasks
+from linearize.evaluation.arms import context_tokens
+from linearize.evaluation.context_reading import check_positions
 from linearize.modeling import LinearizedLlamaConfig, LinearizedLlamaForCausalLM
 
 
@@ -130,3 +133,31 @@ def test_without_lm_eval_the_extra_is_named(student, tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(UserError, match=r"pip install 'linearize\[eval\]'"):
         run_tasks(student, tokenizer, ["piqa"])
+
+
+def test_a_context_that_landmarks_take_part_of(tokenizer, tasks, monkeypatch):
+    """Learned positions hold fewer tokens with landmarks: what the harness cuts to, what is timed and asked for."""
+    import lm_eval.models.huggingface
+
+    student = make_student(make_gpt2(n_positions=64), {"mixer": {"type": "landmark", "block_size": 8}})
+    longest = student.config.longest_text
+    assert longest < 64
+    assert context_tokens(student.config) == context_tokens(student.config, "mixed") == longest
+    assert context_tokens(student.config, "teacher") == context_tokens(make_gpt2(n_positions=64).config) == 64
+    measure_speed(student)  # prompt and answer fill the context
+    measure_speed(student, arm="teacher")
+    check_positions(student, "--passkey", [longest])
+    with pytest.raises(UserError, match=f"ask for at most {longest}"):
+        check_positions(student, "--passkey", [longest + 1])
+    cuts = []
+
+    class Harness(lm_eval.models.huggingface.HFLM):
+        def __init__(self, **arguments):
+            cuts.append(arguments["max_length"])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(lm_eval.models.huggingface, "HFLM", Harness)
+    for arm in ("mixed", "teacher"):
+        with pytest.raises(KeyboardInterrupt):
+            run_tasks(student, tokenizer, ["tiny_choice"], include_path=tasks, arm=arm)
+    assert cuts == [longest, 64]

@@ -131,6 +131,14 @@ def test_a_plan_and_what_it_refuses(directory, tmp_path):
         plan(data={"sequence_length": 512}, transfer=stage, finetune=stage)
 
 
+def test_a_plan_counts_the_positions_of_landmarks(directory, tmp_path):
+    config = tiny_config(directory, tmp_path / "text.jsonl", tmp_path / "out", tmp_path / "cache")
+    config |= {"attention": {"type": "landmark", "block_size": 8}, "transfer": None}
+    config["data"]["sequence_length"] = 256
+    with pytest.raises(linearize.UserError, match="context is 224 tokens with its landmarks: set it to 224 or lower"):
+        make_plan(resolve(config))
+
+
 def test_speed_is_measured_within_the_positions():
     for model in (make_gpt2(n_positions=48), make_student(make_gpt2(n_positions=48), MIXERS)):
         speed = measure_speed(model)

@@ -88,23 +88,26 @@ def test_the_ordinary_loss_knows_no_landmark(ids):
     torch.testing.assert_close(output.loss, expected)
 
 
-def test_published_labels(ids):
-    """A block's last token predicts the landmark, the landmark the next token, among the vocabulary and it."""
+@pytest.mark.parametrize("length", [29, 27])
+def test_published_labels(ids, length):
+    """A block's last token predicts the landmark, the landmark the next token, among the vocabulary and it; the
+    landmark that ends a row of whole blocks is no target."""
+    ids = ids[:, :length]
     model = make(include_landmark_in_loss=True, top_k=20)
     labels = ids.clone()
     labels[0, :5] = -100
     caught = []
     model.model.norm.register_forward_hook(lambda module, args, output: caught.append(output))
     found = model(ids, labels=labels)
-    states = caught[0]  # (2, 29 + 9, width)
+    states = caught[0]  # (2, length + 9, width)
     wide = torch.cat([model.lm_head(states), (states @ model.model.mixer.output)[..., None]], dim=-1)
-    places = [i + i // 3 for i in range(29)]
+    places = [i + i // 3 for i in range(length)]
     terms = []
     for row in range(2):
-        for t in range(29):
-            if t % 3 == 2 and labels[row, t] != -100:  # the landmark, entry 97
+        for t in range(length):
+            if t % 3 == 2 and t < length - 1 and labels[row, t] != -100:  # the landmark, entry 97
                 terms.append(functional.cross_entropy(wide[row, places[t]], torch.tensor(97)))
-            if t < 28 and labels[row, t + 1] != -100:
+            if t < length - 1 and labels[row, t + 1] != -100:
                 terms.append(functional.cross_entropy(wide[row, places[t] + (t % 3 == 2)], labels[row, t + 1]))
     torch.testing.assert_close(found.loss, torch.stack(terms).mean())
     after = torch.tensor([place + (t % 3 == 2) for t, place in enumerate(places)])
@@ -119,6 +122,28 @@ def test_published_labels_over_a_global_batch(ids):
     whole = model(ids, labels=ids).loss
     half = [model(row[None], labels=row[None], num_items_in_batch=56).loss for row in ids]
     torch.testing.assert_close(whole, sum(half), rtol=1e-5, atol=0)
+
+
+def test_published_labels_of_padded_rows(ids):
+    """A row's last token is its own, wherever its padding lies."""
+    model = make(include_landmark_in_loss=True, top_k=20)
+    alone = model(ids[:1, :24], labels=ids[:1, :24]).loss
+    for pad in ((0, 5), (5, 0)):
+        padded, mask = (functional.pad(x, pad) for x in (ids[:1, :24], torch.ones(1, 24, dtype=torch.long)))
+        labels = padded.masked_fill(mask == 0, -100)
+        labels[:, pad[0]] = -100  # else padding would predict the first token
+        torch.testing.assert_close(model(padded, attention_mask=mask, labels=labels).loss, alone)
+
+
+def test_published_labels_add_up_however_a_batch_is_cut(ids):
+    """Rows with prompts of different lengths, whose labels and landmarks are not in one proportion."""
+    model = make(include_landmark_in_loss=True)
+    labels = ids.clone()
+    labels[0, :20] = -100
+    count = (labels[:, 1:] != -100).sum()
+    whole = model(ids, labels=labels, num_items_in_batch=count).loss
+    parts = [model(x[None], labels=y[None], num_items_in_batch=count).loss for x, y in zip(ids, labels, strict=True)]
+    torch.testing.assert_close(whole, sum(parts), rtol=1e-5, atol=0)
 
 
 # --- training
@@ -347,11 +372,18 @@ def test_landmarks_go_where_a_layer_lies():
         ({"block_dropout": 1.0}, "below 1"),
         ({"block_dropout_rows": 1.5}, "between 0 and 1"),
         ({"contract": 9}, "contract 9"),
+        ({"contract": 1}, "contract 1 .* set contract to 2"),
     ],
 )
 def test_settings_that_cannot_be(settings, sentence):
     with pytest.raises(Exception, match=sentence):
         LandmarkAttentionConfig(**settings)
+
+
+def test_contract_2_is_contract_1_where_blocks_weigh_by_their_tokens():
+    """Only the gates of read blocks changed, which these do not have."""
+    old = LandmarkAttentionConfig(contract=1, block_weight="tokens")
+    assert old.contract == 1 and LandmarkAttentionConfig().contract == 2
 
 
 def test_no_other_layers_and_one_block_size():
@@ -390,5 +422,5 @@ def test_the_longest_text_fills_the_learned_positions(positions):
     longest = model.config.longest_text
     assert model.config.positions_of(longest) <= positions < model.config.positions_of(longest + 1)
     model(torch.randint(3, 97, (1, longest)))
-    with pytest.raises(ValueError, match="learned positions"):
+    with pytest.raises(ValueError, match=f"landmarks counted \\({longest} are without\\)"):
         model(torch.randint(3, 97, (1, longest + 1)))
