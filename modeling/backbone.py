@@ -145,11 +145,13 @@ class MixerModelMixin(ModelBase):
         layers_path: of the list of layers in the base model. attention_path: of the attention in a layer.
         too_long: what to do about a text past the last learned position.
         optional_weights: prefixes of names that a teacher's checkpoint may lack.
+        auto_classes: name of an Auto class -> of the class that it loads, from the backbone's file.
     """
 
     layers_path, attention_path = "layers", "self_attn"
     too_long = "shorten the text, or generate fewer new tokens"
     optional_weights: tuple[str, ...] = ()
+    auto_classes: dict[str, str]
     _is_stateful = True
     _supports_flash_attn = _supports_flex_attn = False
     _can_compile_fullgraph = False
@@ -160,6 +162,19 @@ class MixerModelMixin(ModelBase):
         super()._init_weights(module)
         if isinstance(module, (CosineScales, FeatureMap, LandmarkKeys, LandmarkTokens, RangeScaler, WindowMix)):
             module.reset_parameters()
+
+    def post_init(self) -> None:
+        super().post_init()
+        tokens: Any = getattr(self.base_model, "mixer", None)
+        if tokens is not None:  # an embedding or another head than the vocabulary's reads the tokens themselves
+            tokens.include_in_loss = tokens.output is not None and self.get_output_embeddings() is not None
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As ever, every class of the backbone's file named in the config: any Auto class finds its own in the saved
+        code."""
+        home = next(kind for kind in type(self).__mro__ if "auto_classes" in vars(kind)).__module__.rpartition(".")[2]
+        self.config.auto_map = {auto: f"{home}.{name}" for auto, name in self.auto_classes.items()}
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def max_positions(self) -> int | None:
@@ -192,7 +207,7 @@ class MixerModelMixin(ModelBase):
 
     def _loss(self) -> Callable[..., Tensor]:
         tokens: Any = self.base_model.landmarks
-        if tokens is None or tokens.output is None:
+        if tokens is None or not tokens.include_in_loss:
             return STOCK_LOSS.fget(self)
 
         def loss(logits, labels, vocab_size, num_items_in_batch=None, **kwargs) -> Tensor:
@@ -302,7 +317,7 @@ class MixerModelMixin(ModelBase):
 
     def mixer_state_dict(self) -> dict[str, Tensor]:
         """The mechanisms' tensors, named as in `state_dict()`."""
-        return {name: tensor for name, tensor in self.state_dict().items() if ".mixer." in name}
+        return {name: tensor for name, tensor in self.state_dict().items() if "mixer." in name}
 
     def load_mixer_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Load what `mixer_state_dict` gave.

@@ -115,6 +115,9 @@ class LandmarkTokens(nn.Module):
     Args:
         config: settings of landmark attention. reach: positions that its retrieval counts with, in any layer.
         width: of the embeddings. deviation: of the first values.
+
+    Attributes:
+        include_in_loss: whether the model around predicts them, which needs its language-modelling head.
     """
 
     def __init__(self, config, reach: int, width: int, deviation: float):

@@ -13,6 +13,8 @@ from transformers.models.gptj.modeling_gptj import (
     GPTJAttention,
     GPTJBlock,
     GPTJForCausalLM,
+    GPTJForQuestionAnswering,
+    GPTJForSequenceClassification,
     GPTJModel,
     GPTJPreTrainedModel,
     apply_rotary_pos_emb,
@@ -138,6 +140,12 @@ class LinearizedGPTJBlock(GPTJBlock):
 class LinearizedGPTJPreTrainedModel(MixerModelMixin, GPTJPreTrainedModel):
     config: LinearizedGPTJConfig
     config_class = LinearizedGPTJConfig
+    auto_classes = {
+        "AutoModel": "LinearizedGPTJModel",
+        "AutoModelForCausalLM": "LinearizedGPTJForCausalLM",
+        "AutoModelForSequenceClassification": "LinearizedGPTJForSequenceClassification",
+        "AutoModelForQuestionAnswering": "LinearizedGPTJForQuestionAnswering",
+    }
     layers_path, attention_path = "h", "attn"
     _no_split_modules = ["LinearizedGPTJBlock"]
     _can_record_outputs = {"hidden_states": LinearizedGPTJBlock, "attentions": GPTJRotatedAttention}
@@ -248,3 +256,17 @@ class LinearizedGPTJForCausalLM(LinearizedGPTJPreTrainedModel, GPTJForCausalLM):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+
+class LinearizedGPTJForSequenceClassification(LinearizedGPTJPreTrainedModel, GPTJForSequenceClassification):
+    def __init__(self, config: LinearizedGPTJConfig):
+        super().__init__(config)
+        self.transformer = LinearizedGPTJModel(config)
+        self.post_init()
+
+
+class LinearizedGPTJForQuestionAnswering(LinearizedGPTJPreTrainedModel, GPTJForQuestionAnswering):
+    def __init__(self, config: LinearizedGPTJConfig):
+        super().__init__(config)
+        self.transformer = LinearizedGPTJModel(config)
+        self.post_init()
