@@ -236,12 +236,13 @@ class MixerModelMixin(ModelBase):
         own: Any = self.landmarks
         landmarks = Landmarks.plan(real, past, own.block_size, simple)
         length = landmarks.position.shape[1]
-        landmarks.rotary = self.rotary_tables(max(own.reach, length) if cache is None else own.reach)
+        positions = max(own.reach, length) if cache is None else own.reach
+        landmarks.rotary = self.rotary_tables(positions, embeddings.device)
         if self.training:  # here and not in a layer, which would draw again where it is checkpointed
             landmarks.drawn = torch.rand(real.shape[0], 2, device=real.device)
         return landmarks
 
-    def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor] | None:
+    def rotary_tables(self, positions: int, device=None) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines `(positions, D)`, float32, of a base model that rotates; None of one that does not."""
         return None
 
@@ -351,8 +352,7 @@ class RotaryModel(ModelBase):
         self.add_landmarks()
         self.post_init()
 
-    def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        device = self.embed_tokens.weight.device
+    def rotary_tables(self, positions: int, device=None) -> tuple[Tensor, Tensor]:
         cos, sin = self.rotary_emb(torch.empty(0, device=device), torch.arange(positions, device=device)[None])
         return cos[0], sin[0]
 

@@ -137,6 +137,10 @@ class LandmarkTokens(nn.Module):
         for row in self.parameters():
             init.normal_(row, std=self.deviation)
 
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The embedding and the output row, `(width,)` each; x as in `FeatureMap`."""
+        return self.embedding, self.output
+
     @torch.no_grad()
     def start_from(self, embeddings: Tensor, outputs: Tensor) -> None:
         """The mean of all rows, as the paper's code starts new entries of a vocabulary."""
@@ -159,9 +163,10 @@ def published_loss(
     Returns:
         Nats per target, landmarks among them.
     """
-    assert tokens.call is not None and tokens.output is not None, "the base model ran, with an output row"
+    _, row = tokens(logits)
+    assert tokens.call is not None and row is not None, "the base model ran, with an output row"
     (landmarks, states), tokens.call = tokens.call, None
-    count, row = logits.shape[-1], tokens.output
+    count = logits.shape[-1]
 
     def total(states: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         extra = states.to(row.dtype) @ row
@@ -204,10 +209,11 @@ def through_landmarks(forward: Callable) -> Callable:
         if given.get("token_type_ids") is not None:
             raise ValueError("a model with landmark attention takes no token_type_ids: leave them out")
         return_dict = given.pop("return_dict", None)
-        if self.training and (given.get("past_key_values") is None or self.is_gradient_checkpointing):
+        checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.decoder_layers())
+        if self.training and (given.get("past_key_values") is None or checkpointed):
             given |= {"use_cache": False, "past_key_values": None}  # what trains sees all blocks, a cache retrieves
         landmarks = self.place_landmarks(embeddings, mask, given.get("past_key_values"))
-        given["inputs_embeds"] = landmarks.insert(embeddings, tokens.embedding)
+        given["inputs_embeds"] = landmarks.insert(embeddings, tokens(embeddings)[0])
         given["attention_mask"] = None if landmarks.position_is_simple else landmarks.position >= 0
         given["position_ids"] = landmarks.position.clamp(min=0)
         output = forward(self, **given, return_dict=True, landmarks=landmarks)

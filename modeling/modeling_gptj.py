@@ -171,8 +171,8 @@ class LinearizedGPTJModel(LinearizedGPTJPreTrainedModel, GPTJModel):
             angles = position_ids[..., None].float() * (1.0 / ROTARY_BASE ** (place / self.config.rotary_dim))
             return angles.sin(), angles.cos()
 
-    def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        sine, cosine = self.rotary(torch.arange(positions, device=self.wte.weight.device))
+    def rotary_tables(self, positions: int, device=None) -> tuple[Tensor, Tensor]:
+        sine, cosine = self.rotary(torch.arange(positions, device=device))
         still = (self.config.hidden_size // self.config.num_attention_heads - self.config.rotary_dim) // 2
         return tuple(  # type: ignore[return-value]
             nn.functional.pad(table, (0, still), value=value).repeat(1, 2)

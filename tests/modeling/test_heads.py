@@ -11,8 +11,8 @@ from tiny_models import make_gpt2, make_gptj, make_mistral, make_student, make_t
 from transformers import AutoModelForSequenceClassification, GPT2Model, GPTJModel, LlamaModel, MistralModel
 
 import linearize
-from linearize.settings import FinetuneConfig
 from linearize.modeling import BACKBONES
+from linearize.settings import FinetuneConfig
 
 MAKERS = {"llama": make_teacher, "mistral": make_mistral, "gpt2": make_gpt2, "gptj": make_gptj}
 LINEAR = {"linear": {"type": "linear", "window": 5, "sinks": 2}}
