@@ -54,6 +54,7 @@ from .op_cosine import CosineState, cosine_attention
 from .op_gain_cell import GainCell, GainCellNoise, GainCellState, gain_cell_attention
 from .op_hybrid_linear import FeatureMapWeights, HybridLinearState, hybrid_linear_attention
 from .op_landmark import LandmarkBlocks, landmark_attention, landmark_retrieval_attention
+from .peft_targets import PREFIX
 from .registry import ATTENTIONS
 
 
@@ -99,10 +100,6 @@ BACKBONES = {
     "gptj": Backbone(LinearizedGPTJConfig, LinearizedGPTJForCausalLM, ("q_proj", "k_proj", "v_proj", "out_proj")),
     "bert": Backbone(LinearizedBertConfig, LinearizedBertModel, ("query", "key", "value"), encoder=True),
 }
-
-
-PREFIX = "linearized_"
-"""Of a student's `model_type`, before its teacher's."""
 
 
 def backbone_of(config: PreTrainedConfig) -> Backbone:

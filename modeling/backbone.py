@@ -1,6 +1,8 @@
 """What every backbone shares: an attention that can be the student's or the teacher's, and its model's switches."""
 
 import contextlib
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from .cache_layers import softmax_layer
 from .decoding import CapturedDecoding, replace_forward
 from .feature_maps import FeatureMap
 from .landmark_keys import LandmarkKeys
-from .landmark_tokens import Landmarks, LandmarkTokens, published_loss, through_landmarks
+from .landmark_tokens import Landmarks, LandmarkTokens, forget_call, published_loss, through_landmarks
 from .op_dispatch import BACKENDS
 from .registry import mechanism
 
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
     ModelBase = PreTrainedModel
 else:
     AttentionBase = ModelBase = object
+
+logger = logging.getLogger(__name__)
 
 STOCK_LOSS: Any = PreTrainedModel.loss_function
 ARMS = ("mixed", "teacher", "softmax", "linear")
@@ -79,6 +83,8 @@ class MixerAttention(AttentionBase):
         """Mix tokens in the current arm: `(B, T, H, D)`. attention_mask is the softmax's, padding_mask the mixer's;
         with landmarks, query and key are not rotated."""
         if self.arm != "teacher":
+            if self.training and self.attention_dropout and not torch.compiler.is_compiling():
+                _say_no_dropout(self.attention_dropout)
             layer = None if past_key_values is None else self._cache_layer(past_key_values)
             extra = {} if landmarks is None else {"landmarks": landmarks}
             return self.mix(query, key, value, padding_mask, layer, self.arm, **extra).transpose(1, 2)
@@ -103,6 +109,15 @@ class MixerAttention(AttentionBase):
                 "build it with DynamicCache(config=model.config), or let generate() do it"
             )
         return layers[self.layer_idx]
+
+
+@functools.cache
+def _say_no_dropout(share: float) -> None:
+    logger.warning(
+        "converted layers train without the attention dropout of %s in config.json, for they have no attention "
+        "weights to leave out; softmax layers and the teacher arm have it (set it to 0 there to train all alike)",
+        share,
+    )
 
 
 class RotaryAttention(MixerAttention):
@@ -168,6 +183,8 @@ class MixerModelMixin(ModelBase):
         tokens: Any = getattr(self.base_model, "mixer", None)
         if tokens is not None:  # an embedding or another head than the vocabulary's reads the tokens themselves
             tokens.include_in_loss = tokens.output is not None and self.get_output_embeddings() is not None
+            if tokens.include_in_loss:
+                self.register_forward_hook(forget_call)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As ever, every class of the backbone's file named in the config: any Auto class finds its own in the saved
@@ -210,7 +227,9 @@ class MixerModelMixin(ModelBase):
         if tokens is None or not tokens.include_in_loss:
             return STOCK_LOSS.fget(self)
 
-        def loss(logits, labels, vocab_size, num_items_in_batch=None, **kwargs) -> Tensor:
+        def loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **kwargs) -> Tensor:
+            if labels is None or shift_labels is not None:
+                raise ValueError("published landmark labels need labels, not shift_labels: a landmark is one of them")
             return published_loss(tokens, self.get_output_embeddings(), logits, labels, num_items_in_batch)
 
         return loss

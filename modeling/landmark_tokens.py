@@ -156,7 +156,7 @@ def published_loss(
     choose among the vocabulary and the landmark.
 
     Args:
-        tokens: with the last call of the base model, which this uses up.
+        tokens: with the call of the base model.
         head: of the model. logits: `(B, T, V)`, a landmark's where one follows. labels: `(B, T)`, -100 = none.
         num_items_in_batch: labels of the whole global batch; None: those here.
 
@@ -164,8 +164,10 @@ def published_loss(
         Nats per target, landmarks among them.
     """
     _, row = tokens(logits)
-    assert tokens.call is not None and row is not None, "the base model ran, with an output row"
-    (landmarks, states), tokens.call = tokens.call, None
+    assert row is not None, "landmarks are predicted"
+    if tokens.call is None:
+        raise ValueError("published landmark labels are counted within the model's call: give it the labels")
+    landmarks, states = tokens.call
     count = logits.shape[-1]
 
     def total(states: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
@@ -181,6 +183,11 @@ def published_loss(
     words = (labels[:, 1:] != -100).sum()
     share = words / (words + len(landmark)).clamp(min=1)
     return loss * share / (words.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+
+
+def forget_call(model, args, output) -> None:
+    """After a language model's forward, whose loss has read the call: it would keep the graph of the whole model."""
+    model.base_model.mixer.call = None
 
 
 def through_landmarks(forward: Callable) -> Callable:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from tiny_models import make_gpt2, make_gptj, make_mistral, make_student, make_teacher, perturb
+from tiny_runs import make_tokenizer
 from transformers import AutoModelForSequenceClassification, GPT2Model, GPTJModel, LlamaModel, MistralModel
 
 import linearize
@@ -175,28 +176,15 @@ def test_heads_train(auto, mixers, tmp_path):
         assert not missed
 
 
-def tokenizer_at(folder):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    words = ["[PAD]", "<s>", "</s>", "[UNK]", "rome", "fell", "the", "history", "of", "began"]
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="[PAD]", bos_token="<s>", eos_token="</s>", unk_token="[UNK]"
-    )
-    tokenizer.save_pretrained(folder)
-    return tokenizer
-
-
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing`:FutureWarning")  # TRL sets it
 def test_a_reward_model_trains(tmp_path):
     from datasets import Dataset
     from trl import RewardConfig, RewardTrainer
 
-    saved(tmp_path)
-    tokenizer = tokenizer_at(tmp_path)
+    tokenizer = make_tokenizer()
+    saved(tmp_path, vocab_size=len(tokenizer))
     model = load(tmp_path, CLASSIFIER, num_labels=1)
-    rows = [{"chosen": "rome began", "rejected": "the history of rome fell"}, {"chosen": "began", "rejected": "fell"}]
+    rows = [{"chosen": "the river ran", "rejected": "two cats slept"}, {"chosen": "river", "rejected": "cats"}]
     arguments = RewardConfig(
         str(tmp_path / "out"), max_steps=8, per_device_train_batch_size=2, learning_rate=1e-2, logging_steps=1,
         report_to=[], disable_tqdm=True, use_cpu=True, bf16=False, save_strategy="no",
@@ -211,9 +199,10 @@ def test_a_reward_model_trains(tmp_path):
 def test_features_and_sentence_embeddings(mixers, tmp_path):
     from sentence_transformers import SentenceTransformer
 
-    student = saved(tmp_path, "llama", mixers)
-    tokenizer = tokenizer_at(tmp_path)
-    texts = ["the history of rome began", "rome fell"]
+    tokenizer = make_tokenizer()
+    student = saved(tmp_path, "llama", mixers, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(tmp_path)
+    texts = ["the river ran past a house", "nobody spoke"]
     features = transformers.pipeline("feature-extraction", str(tmp_path))(texts, return_tensors=True)
     with torch.no_grad():
         expected = [student.model(tokenizer(x, return_tensors="pt").input_ids).last_hidden_state for x in texts]
