@@ -101,6 +101,7 @@ def convert(
     start_landmarks(model)
     model.name_or_path = source
     model.config._commit_hash = loaded_commit(source, revision)  # never saved
+    model.config.architectures = [type(model).__name__]
     if not is_gguf(source) and model.can_generate():
         take_generation_config(model, source, where)
     return model.eval()
@@ -109,7 +110,9 @@ def convert(
 def start_landmarks(model: Any) -> None:
     """A new model's landmarks start from the mean of its vocabulary, and nothing happens without any."""
     if (tokens := model.base_model.landmarks) is not None:
-        tokens.start_from(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+        head = model.get_output_embeddings()
+        embeddings = model.get_input_embeddings().weight
+        tokens.start_from(embeddings, embeddings if head is None else head.weight)
 
 
 def convert_like(model_name_or_path: str | Path, student: PreTrainedConfig, **options: Any) -> PreTrainedModel:
@@ -198,15 +201,21 @@ def load_encoder(
 
 
 def refuse_encoder(source: str, config: PreTrainedConfig) -> None:
-    """Say what trains and measures encoders, where a model that generates text is needed.
+    """Say what trains and measures other models, where one that generates text is needed.
 
     Raises:
-        UserError: the config is an encoder's.
+        UserError: the config is an encoder's, or names a class without the head that predicts tokens.
     """
     if is_encoder(config):
         raise UserError(
             f"{source} is an encoder, which predicts no next token: train it with `linearize encoder`, and measure "
             "its embeddings with `linearize evaluate DIRECTORY --text FILE`"
+        )
+    backbone = BACKBONES.get(config.model_type.removeprefix(PREFIX))
+    if backbone is not None and backbone.auto_class(config.architectures) is not AutoModelForCausalLM:
+        raise UserError(
+            f"{source} is a {config.architectures[0]}, which has no language-modelling head: give the checkpoint of a "
+            "model that generates text, or train this one with transformers' Trainer"
         )
 
 
@@ -313,7 +322,7 @@ def teacher_backbone(source: str, config: PreTrainedConfig) -> Backbone:
 
 def check_loaded(source: str, info: dict, model: Any) -> None:
     """Refuse a checkpoint that lacks weights, or has other ones, by what loading it has reported."""
-    missing = sorted(name for name in info["missing_keys"] if ".mixer." not in name)
+    missing = sorted(name for name in info["missing_keys"] if "mixer." not in name)
     optional = [name for name in missing if name.startswith(model.optional_weights)]
     if optional:
         logger.warning("%s lacks %s: what needs them means nothing until trained", source, ", ".join(optional))

@@ -1,19 +1,11 @@
 """Converted models. Everything here but this file ships inside every converted repository."""
 
+import sys
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+import transformers
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from .attention_cosine import CosineAttention, CosineAttentionConfig
 from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
@@ -27,20 +19,48 @@ from .modeling_bert import (
     LinearizedBertForTokenClassification,
     LinearizedBertModel,
 )
-from .modeling_gpt2 import LinearizedGPT2Config, LinearizedGPT2ForCausalLM, LinearizedGPT2Model
-from .modeling_gptj import LinearizedGPTJConfig, LinearizedGPTJForCausalLM, LinearizedGPTJModel
-from .modeling_llama import LinearizedLlamaConfig, LinearizedLlamaForCausalLM, LinearizedLlamaModel
-from .modeling_mistral import LinearizedMistralConfig, LinearizedMistralForCausalLM, LinearizedMistralModel
+from .modeling_gpt2 import (
+    LinearizedGPT2Config,
+    LinearizedGPT2ForCausalLM,
+    LinearizedGPT2ForQuestionAnswering,
+    LinearizedGPT2ForSequenceClassification,
+    LinearizedGPT2ForTokenClassification,
+    LinearizedGPT2Model,
+)
+from .modeling_gptj import (
+    LinearizedGPTJConfig,
+    LinearizedGPTJForCausalLM,
+    LinearizedGPTJForQuestionAnswering,
+    LinearizedGPTJForSequenceClassification,
+    LinearizedGPTJModel,
+)
+from .modeling_llama import (
+    LinearizedLlamaConfig,
+    LinearizedLlamaForCausalLM,
+    LinearizedLlamaForQuestionAnswering,
+    LinearizedLlamaForSequenceClassification,
+    LinearizedLlamaForTokenClassification,
+    LinearizedLlamaModel,
+)
+from .modeling_mistral import (
+    LinearizedMistralConfig,
+    LinearizedMistralForCausalLM,
+    LinearizedMistralForQuestionAnswering,
+    LinearizedMistralForSequenceClassification,
+    LinearizedMistralForTokenClassification,
+    LinearizedMistralModel,
+)
 from .op_cosine import CosineState, cosine_attention
 from .op_gain_cell import GainCell, GainCellNoise, GainCellState, gain_cell_attention
 from .op_hybrid_linear import FeatureMapWeights, HybridLinearState, hybrid_linear_attention
 from .op_landmark import LandmarkBlocks, landmark_attention, landmark_retrieval_attention
+from .peft_targets import PREFIX
 from .registry import ATTENTIONS
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """The student of a stock `model_type`: its config and the class that each Auto class loads.
+    """The student of a stock `model_type`: its config, and the classes of its file.
 
     default is the student of a checkpoint whose class has none of its own. lora_targets are the names of its
     attention's projections, which stage 2 adapts where nothing else is asked for. encoder: it sees a text both ways,
@@ -48,10 +68,15 @@ class Backbone:
     """
 
     config: type[PreTrainedConfig]
-    models: dict[Any, type[PreTrainedModel]]
-    default: type[PreTrainedModel]
+    default: Any
     lora_targets: tuple[str, ...]
     encoder: bool = False
+
+    @property
+    def models(self) -> dict[Any, type[PreTrainedModel]]:
+        """The class that each Auto class loads."""
+        home, names = sys.modules[self.default.__module__], self.default.auto_classes
+        return {getattr(transformers, auto): getattr(home, name) for auto, name in names.items()}
 
     def auto_class(self, architectures: list[str] | None) -> Any:
         """The Auto class of a checkpoint, stock or converted, from its config's `architectures`."""
@@ -69,48 +94,12 @@ SAME_STUDENT = {"LinearizedBertForPreTraining": "LinearizedBertForMaskedLM"}
 """A stock class with two heads -> the student that has one of them."""
 ROTARY_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 BACKBONES = {
-    "llama": Backbone(
-        LinearizedLlamaConfig,
-        {AutoModelForCausalLM: LinearizedLlamaForCausalLM},
-        LinearizedLlamaForCausalLM,
-        ROTARY_TARGETS,
-    ),
-    "mistral": Backbone(
-        LinearizedMistralConfig,
-        {AutoModelForCausalLM: LinearizedMistralForCausalLM},
-        LinearizedMistralForCausalLM,
-        ROTARY_TARGETS,
-    ),
-    "gpt2": Backbone(
-        LinearizedGPT2Config,
-        {AutoModelForCausalLM: LinearizedGPT2ForCausalLM},
-        LinearizedGPT2ForCausalLM,
-        ("c_attn", "c_proj"),
-    ),
-    "gptj": Backbone(
-        LinearizedGPTJConfig,
-        {AutoModelForCausalLM: LinearizedGPTJForCausalLM},
-        LinearizedGPTJForCausalLM,
-        ("q_proj", "k_proj", "v_proj", "out_proj"),
-    ),
-    "bert": Backbone(
-        LinearizedBertConfig,
-        {
-            AutoModel: LinearizedBertModel,
-            AutoModelForMaskedLM: LinearizedBertForMaskedLM,
-            AutoModelForSequenceClassification: LinearizedBertForSequenceClassification,
-            AutoModelForTokenClassification: LinearizedBertForTokenClassification,
-            AutoModelForQuestionAnswering: LinearizedBertForQuestionAnswering,
-        },
-        LinearizedBertModel,
-        ("query", "key", "value"),
-        encoder=True,
-    ),
+    "llama": Backbone(LinearizedLlamaConfig, LinearizedLlamaForCausalLM, ROTARY_TARGETS),
+    "mistral": Backbone(LinearizedMistralConfig, LinearizedMistralForCausalLM, ROTARY_TARGETS),
+    "gpt2": Backbone(LinearizedGPT2Config, LinearizedGPT2ForCausalLM, ("c_attn", "c_proj")),
+    "gptj": Backbone(LinearizedGPTJConfig, LinearizedGPTJForCausalLM, ("q_proj", "k_proj", "v_proj", "out_proj")),
+    "bert": Backbone(LinearizedBertConfig, LinearizedBertModel, ("query", "key", "value"), encoder=True),
 }
-
-
-PREFIX = "linearized_"
-"""Of a student's `model_type`, before its teacher's."""
 
 
 def backbone_of(config: PreTrainedConfig) -> Backbone:
@@ -167,15 +156,26 @@ __all__ = [
     "LinearizedBertModel",
     "LinearizedGPT2Config",
     "LinearizedGPT2ForCausalLM",
+    "LinearizedGPT2ForQuestionAnswering",
+    "LinearizedGPT2ForSequenceClassification",
+    "LinearizedGPT2ForTokenClassification",
     "LinearizedGPT2Model",
     "LinearizedGPTJConfig",
     "LinearizedGPTJForCausalLM",
+    "LinearizedGPTJForQuestionAnswering",
+    "LinearizedGPTJForSequenceClassification",
     "LinearizedGPTJModel",
     "LinearizedLlamaConfig",
     "LinearizedLlamaForCausalLM",
+    "LinearizedLlamaForQuestionAnswering",
+    "LinearizedLlamaForSequenceClassification",
+    "LinearizedLlamaForTokenClassification",
     "LinearizedLlamaModel",
     "LinearizedMistralConfig",
     "LinearizedMistralForCausalLM",
+    "LinearizedMistralForQuestionAnswering",
+    "LinearizedMistralForSequenceClassification",
+    "LinearizedMistralForTokenClassification",
     "LinearizedMistralModel",
     "backbone_of",
     "cosine_attention",

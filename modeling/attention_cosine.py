@@ -156,6 +156,10 @@ class CosineScales(nn.Module):
         if self.window_weight is not None:
             init.constant_(self.window_weight, weight)
 
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The exponent's logit, the gain and the window's weight, `(H,)` each; x as in `FeatureMap`."""
+        return self.exponent_logit, self.gain, self.window_weight
+
     def exponent(self) -> Tensor:
         """s `(H,)`, between 0 and 1."""
         return self.exponent_logit.sigmoid()
@@ -276,8 +280,8 @@ class CosineAttention(nn.Module):
 
     def _cosine_branch(self, query, key, value, past: CosineState | None, call):
         """Cosine attention over all other keys, with its gain, and its state; inputs as `_features` gives them."""
-        exponent, gain = self.scales.exponent(), self.scales.gain
-        scales: dict[str, Any] = {"exponent": exponent, "gain": gain, "scale_side": self.scale_side}
+        logit, gain, _ = self.scales(query)
+        scales: dict[str, Any] = {"exponent": logit.sigmoid(), "gain": gain, "scale_side": self.scale_side}
         return cosine_attention(query, key, value, **scales, initial_state=past, **call)
 
     def _mixed(self, near: Tensor | None, far: Tensor | None) -> Tensor:
@@ -289,9 +293,10 @@ class CosineAttention(nn.Module):
         return self._weighted(near) + far.to(torch.promote_types(far.dtype, torch.float32))
 
     def _weighted(self, near: Tensor) -> Tensor:
-        assert self.scales.window_weight is not None, "there is a window"
+        _, _, weight = self.scales(near)
+        assert weight is not None, "there is a window"
         dtype = torch.promote_types(near.dtype, torch.float32)
-        return near.to(dtype) * self.scales.window_weight.to(dtype)[:, None, None]
+        return near.to(dtype) * weight.to(dtype)[:, None, None]
 
     def _features(self, query, key, value, padding_mask) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as the cosine takes them: with maps in float32 at least."""
@@ -355,11 +360,12 @@ def map_features(x: Tensor, feature_map: FeatureMap | None) -> Tensor:
     """Features of x, in float32 at least: `(B, heads, T, F)`."""
     assert feature_map is not None
     with torch.autocast(x.device.type, enabled=False):
-        if feature_map.activation != "projection":
-            return apply_feature_map(x, feature_map.as_weights(), floor=0.0)  # a dead vector has no direction
+        maps = feature_map(x)
+        if maps.activation != "projection":
+            return apply_feature_map(x, maps, floor=0.0)  # a dead vector has no direction
         dtype = torch.promote_types(x.dtype, torch.float32)
-        features = torch.einsum("bhtd,hdf->bhtf", x.to(dtype), feature_map.weight.to(dtype))
-        return features if feature_map.bias is None else features + feature_map.bias.to(dtype)[:, None]
+        features = torch.einsum("bhtd,hdf->bhtf", x.to(dtype), maps.weight.to(dtype))
+        return features if maps.bias is None else features + maps.bias.to(dtype)[:, None]
 
 
 def _as_softmax(state: CosineState, heads: int) -> HybridLinearState:

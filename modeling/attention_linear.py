@@ -105,6 +105,10 @@ class WindowMix(nn.Module):
         if self.shift is not None and self.shift_start is not None:
             init.constant_(self.shift, self.shift_start)
 
+    def forward(self, x: Tensor, log_weight: bool = False) -> tuple[Tensor, Tensor | None]:
+        """The weight `(H,)`, or its logarithm, and the shift `(H,)` or None; x as in `FeatureMap`."""
+        return self.log_window_weight() if log_weight else self.window_weight(), self.shift
+
     def window_weight(self) -> Tensor:
         return self.weight.exp() if self.form == "log" else self.weight.sigmoid()
 
@@ -126,6 +130,7 @@ class LinearAttention(nn.Module):
         super().__init__()
         self.window, self.sinks, self.reference = config.window, config.sinks, config.window_reference
         self.scaling, self.op_backend = scaling, "auto"
+        self.num_heads, self.head_dim = num_heads, head_dim
         shape = (
             head_dim,
             config.feature_dim,
@@ -168,7 +173,7 @@ class LinearAttention(nn.Module):
         """
         if cache_layer is not None and cache_layer.buffers is not None:
             return self._step(query, key, value, padding_mask, cache_layer, arm)
-        features, options = self._call_options(arm)
+        features, options = self._call_options(arm, query)
         output, state = hybrid_linear_attention(
             query,
             key,
@@ -187,7 +192,7 @@ class LinearAttention(nn.Module):
         return output
 
     def _step(self, query, key, value, padding_mask, cache_layer, arm):
-        features, options = self._call_options(arm, log_weight=True)
+        features, options = self._call_options(arm, query, log_weight=True)
         return hybrid_linear_step_(
             query,
             key,
@@ -203,12 +208,11 @@ class LinearAttention(nn.Module):
 
     def empty_state(self, num_key_value_heads: int, arm: str, dtype: torch.dtype, device) -> HybridLinearState:
         """The state of one row before its first token; dtype is that of keys and values."""
-        heads, head_dim = self.feature_map_q.weight.shape[:2]
         query, key, value = (
-            torch.zeros(1, count, 0, head_dim, dtype=dtype, device=device)
-            for count in (heads, num_key_value_heads, num_key_value_heads)
+            torch.zeros(1, count, 0, self.head_dim, dtype=dtype, device=device)
+            for count in (self.num_heads, num_key_value_heads, num_key_value_heads)
         )
-        features, options = self._call_options(arm)
+        features, options = self._call_options(arm, query)
         call = {**options, "return_state": True, "backend": "chunked"}
         state = hybrid_linear_attention(query, key, value, *features, **call)[1]
         assert state is not None
@@ -218,21 +222,21 @@ class LinearAttention(nn.Module):
         self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None = None, causal: bool = True
     ) -> Tensor:
         """The linear branch's share of the denominator, `(B, H, T)` in [0, 1]."""
-        features, options = self._call_options("mixed")
+        features, options = self._call_options("mixed", query)
         return linear_share(query, key, value, *features, **options, attention_mask=padding_mask, causal=causal)
 
-    def _call_options(self, arm: str, log_weight: bool = False):
+    def _call_options(self, arm: str, query: Tensor, log_weight: bool = False):
         if arm not in ARMS:
             raise ValueError(f"unknown arm {arm!r}: use one of {', '.join(ARMS)}")
         features: tuple[FeatureMapWeights | None, FeatureMapWeights | None] = (None, None)
         if arm != "softmax":
-            features = (self.feature_map_q.as_weights(), self.feature_map_k.as_weights())
+            features = (self.feature_map_q(query), self.feature_map_k(query))
         whole = arm != "linear"
         mix = self.window_mix if whole else None
-        weight = None if mix is None else mix.log_window_weight() if log_weight else mix.window_weight()
+        weight, shift = (None, None) if mix is None else mix(query, log_weight)
         return features, {
             "window_weight": weight,
-            "window_shift": None if mix is None else mix.shift,
+            "window_shift": shift,
             "window_reference": self.reference,
             "window": self.window if whole else 0,
             "sinks": self.sinks if whole else 0,

@@ -1,6 +1,8 @@
 """What every backbone shares: an attention that can be the student's or the teacher's, and its model's switches."""
 
 import contextlib
+import functools
+import logging
 from collections.abc import Callable, Iterator
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
@@ -22,7 +24,7 @@ from .cache_layers import softmax_layer
 from .decoding import CapturedDecoding, replace_forward
 from .feature_maps import FeatureMap
 from .landmark_keys import LandmarkKeys
-from .landmark_tokens import Landmarks, LandmarkTokens, published_loss, through_landmarks
+from .landmark_tokens import Landmarks, LandmarkTokens, forget_call, published_loss, through_landmarks
 from .op_dispatch import BACKENDS
 from .packing import Packing, check_mask, real_positions, through_packing
 from .registry import mechanism
@@ -33,6 +35,8 @@ if TYPE_CHECKING:
     ModelBase = PreTrainedModel
 else:
     AttentionBase = ModelBase = object
+
+logger = logging.getLogger(__name__)
 
 STOCK_LOSS: Any = PreTrainedModel.loss_function
 ARMS = ("mixed", "teacher", "softmax", "linear")
@@ -87,6 +91,8 @@ class MixerAttention(AttentionBase):
         """Mix tokens in the current arm: `(B, T, H, D)`. attention_mask is the softmax's, padding_mask the mixer's;
         with landmarks, query and key are not rotated."""
         if self.arm != "teacher":
+            if self.training and self.attention_dropout and not torch.compiler.is_compiling():
+                _say_no_dropout(self.attention_dropout)
             layer = None if past_key_values is None else self._cache_layer(past_key_values)
             extra = {"packing": packing} if landmarks is None else {"landmarks": landmarks}
             return self.mix(query, key, value, padding_mask, layer, self.arm, **extra).transpose(1, 2)
@@ -112,6 +118,15 @@ class MixerAttention(AttentionBase):
                 "build it with DynamicCache(config=model.config), or let generate() do it"
             )
         return layers[self.layer_idx]
+
+
+@functools.cache
+def _say_no_dropout(share: float) -> None:
+    logger.warning(
+        "converted layers train without the attention dropout of %s in config.json, for they have no attention "
+        "weights to leave out; softmax layers and the teacher arm have it (set it to 0 there to train all alike)",
+        share,
+    )
 
 
 class RotaryAttention(MixerAttention):
@@ -154,11 +169,13 @@ class MixerModelMixin(ModelBase):
         layers_path: of the list of layers in the base model. attention_path: of the attention in a layer.
         too_long: what to do about a text past the last learned position.
         optional_weights: prefixes of names that a teacher's checkpoint may lack.
+        auto_classes: name of an Auto class -> of the class that it loads, from the backbone's file.
     """
 
     layers_path, attention_path = "layers", "self_attn"
     too_long = "shorten the text, or generate fewer new tokens"
     optional_weights: tuple[str, ...] = ()
+    auto_classes: dict[str, str]
     _is_stateful = True
     _supports_flash_attn = _supports_flex_attn = False
     _can_compile_fullgraph = False
@@ -169,6 +186,21 @@ class MixerModelMixin(ModelBase):
         super()._init_weights(module)
         if isinstance(module, (CosineScales, FeatureMap, LandmarkKeys, LandmarkTokens, RangeScaler, WindowMix)):
             module.reset_parameters()
+
+    def post_init(self) -> None:
+        super().post_init()
+        tokens: Any = getattr(self.base_model, "mixer", None)
+        if tokens is not None:  # an embedding or another head than the vocabulary's reads the tokens themselves
+            tokens.include_in_loss = tokens.output is not None and self.get_output_embeddings() is not None
+            if tokens.include_in_loss:
+                self.register_forward_hook(forget_call)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As ever, every class of the backbone's file named in the config: any Auto class finds its own in the saved
+        code."""
+        home = next(kind for kind in type(self).__mro__ if "auto_classes" in vars(kind)).__module__.rpartition(".")[2]
+        self.config.auto_map = {auto: f"{home}.{name}" for auto, name in self.auto_classes.items()}
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @property
     def max_positions(self) -> int | None:
@@ -203,10 +235,12 @@ class MixerModelMixin(ModelBase):
 
     def _loss(self) -> Callable[..., Tensor]:
         tokens: Any = self.base_model.landmarks
-        if tokens is None or tokens.output is None:
+        if tokens is None or not tokens.include_in_loss:
             return STOCK_LOSS.fget(self)
 
-        def loss(logits, labels, vocab_size, num_items_in_batch=None, **kwargs) -> Tensor:
+        def loss(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **kwargs) -> Tensor:
+            if labels is None or shift_labels is not None:
+                raise ValueError("published landmark labels need labels, not shift_labels: a landmark is one of them")
             return published_loss(tokens, self.get_output_embeddings(), logits, labels, num_items_in_batch)
 
         return loss
@@ -236,12 +270,12 @@ class MixerModelMixin(ModelBase):
         length = landmarks.position.shape[1]
         # Only a pass that sees all blocks has positions beyond the reach; some tables change with their length.
         whole = self.training or any(getattr(x.mixer, "observer", None) for x in self.mixer_attentions())
-        landmarks.rotary = self.rotary_tables(max(own.reach, length) if whole else own.reach)
+        landmarks.rotary = self.rotary_tables(max(own.reach, length) if whole else own.reach, embeddings.device)
         if self.training:  # here and not in a layer, which would draw again where it is checkpointed
             landmarks.drawn = torch.rand(landmarks.texts, 2, device=real.device)
         return landmarks
 
-    def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor] | None:
+    def rotary_tables(self, positions: int, device=None) -> tuple[Tensor, Tensor] | None:
         """Cosines and sines `(positions, D)`, float32, of a base model that rotates; None of one that does not."""
         return None
 
@@ -317,7 +351,7 @@ class MixerModelMixin(ModelBase):
 
     def mixer_state_dict(self) -> dict[str, Tensor]:
         """The mechanisms' tensors, named as in `state_dict()`."""
-        return {name: tensor for name, tensor in self.state_dict().items() if ".mixer." in name}
+        return {name: tensor for name, tensor in self.state_dict().items() if "mixer." in name}
 
     def load_mixer_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """Load what `mixer_state_dict` gave.
@@ -351,8 +385,7 @@ class RotaryModel(ModelBase):
         self.add_landmarks()
         self.post_init()
 
-    def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        device = self.embed_tokens.weight.device
+    def rotary_tables(self, positions: int, device=None) -> tuple[Tensor, Tensor]:
         self.rotary_emb.max_seq_len_cached = 0  # dynamic scaling would go on from the longest text that it has seen
         cos, sin = self.rotary_emb(torch.empty(0, device=device), torch.arange(positions, device=device)[None])
         return cos[0], sin[0]

@@ -4,6 +4,7 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from .cache_layers import softmax_layer
+from .peft_targets import tell_peft
 from .registry import ATTENTIONS, mechanism
 
 SOFTMAX = "softmax"
@@ -17,6 +18,7 @@ class MixerConfigMixin:
     """
 
     if TYPE_CHECKING:
+        model_type: str
         mixer_types: list[str] | None
         mixers: dict[str, Any] | None
         num_hidden_layers: int
@@ -42,6 +44,11 @@ class MixerConfigMixin:
         first = self.mixer(0)
         marked = getattr(first, "type", "") == "landmark"
         return tokens + tokens // (first.block_size - 1) if marked else tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        """As ever. This is where peft reads a model's type, to look up what its adapters take."""
+        tell_peft(self.model_type)
+        return super().to_dict()  # type: ignore[misc] # of the stock config beside
 
     def prepare_mixers(self) -> None:
         """Check both fields and write every setting back, so that a later default never changes an old checkpoint.

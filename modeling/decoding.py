@@ -326,6 +326,11 @@ def _check(model, capture: bool) -> None:
         )
     if any(attention.arm == "teacher" for attention in model.mixer_attentions()):
         raise ValueError("captured decoding is not for the teacher arm, whose cache grows with every token")
+    if any(parameter.device.type == "meta" for parameter in model.parameters()):
+        raise ValueError(
+            "captured decoding needs the whole model in memory, and this one's device map has offloaded weights: "
+            "load it onto one device, or generate without it"
+        )
     if not capture:
         return
     if len({parameter.device for parameter in model.parameters()}) > 1:

@@ -90,7 +90,12 @@ class FeatureMap(nn.Module):
         self.bias = nn.Parameter(torch.empty(heads, feature_dim, dtype=torch.float32)) if bias else None
         self.magnitude = nn.Parameter(torch.empty(heads, head_dim, dtype=torch.float32)) if magnitude else None
 
-    def as_weights(self) -> FeatureMapWeights:
+    def forward(self, x: Tensor) -> FeatureMapWeights:
+        """The map as data, from which an op computes features of x.
+
+        Parameters are read inside a forward of their own module, where weights that are offloaded, partitioned or
+        adapted are there; x itself is not read, but the modules that adapters put around this one pass one on.
+        """
         return FeatureMapWeights(self.weight, self.bias, self.magnitude, self.activation)
 
     @torch.no_grad()

@@ -143,6 +143,9 @@ class LandmarkTokens(nn.Module):
     Args:
         config: settings of landmark attention. reach: positions that its retrieval counts with, in any layer.
         width: of the embeddings. deviation: of the first values.
+
+    Attributes:
+        include_in_loss: whether the model around predicts them, which needs its language-modelling head.
     """
 
     def __init__(self, config, reach: int, width: int, deviation: float):
@@ -162,6 +165,10 @@ class LandmarkTokens(nn.Module):
         for row in self.parameters():
             init.normal_(row, std=self.deviation)
 
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The embedding and the output row, `(width,)` each; x as in `FeatureMap`."""
+        return self.embedding, self.output
+
     @torch.no_grad()
     def start_from(self, embeddings: Tensor, outputs: Tensor) -> None:
         """The mean of all rows, as the paper's code starts new entries of a vocabulary."""
@@ -177,7 +184,7 @@ def published_loss(
     choose among the vocabulary and the landmark. No landmark ends a row: what nothing follows is no target.
 
     Args:
-        tokens: with the last call of the base model, which this uses up.
+        tokens: with the call of the base model.
         head: of the model. logits: `(B, T, V)`, a landmark's where one follows. labels: `(B, T)`, -100 = none.
         num_items_in_batch: labels of the whole global batch; None: those here.
 
@@ -185,9 +192,12 @@ def published_loss(
         Nats per target, landmarks among them. A global batch is counted without its landmarks: they are taken to be as
         many for a label as in a whole row of T, so that micro-batches add up however they are cut.
     """
-    assert tokens.call is not None and tokens.output is not None, "the base model ran, with an output row"
-    (landmarks, states), tokens.call = tokens.call, None
-    count, row = logits.shape[-1], tokens.output
+    _, row = tokens(logits)
+    assert row is not None, "landmarks are predicted"
+    if tokens.call is None:
+        raise ValueError("published landmark labels are counted within the model's call: give it the labels")
+    landmarks, states = tokens.call
+    count = logits.shape[-1]
 
     def total(states: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
         extra = states.to(row.dtype) @ row
@@ -205,6 +215,11 @@ def published_loss(
         return loss / ((labels[:, 1:] != -100).sum() + len(landmark)).clamp(min=1)
     words = max(1, labels.shape[1] - 1)
     return loss / (num_items_in_batch * (1 + words // (tokens.block_size - 1) / words))
+
+
+def forget_call(model, args, output) -> None:
+    """After a language model's forward, whose loss has read the call: it would keep the graph of the whole model."""
+    model.base_model.mixer.call = None
 
 
 def through_landmarks(forward: Callable) -> Callable:
@@ -231,10 +246,11 @@ def through_landmarks(forward: Callable) -> Callable:
         if given.get("token_type_ids") is not None:
             raise ValueError("a model with landmark attention takes no token_type_ids: leave them out")
         return_dict = given.pop("return_dict", None)
-        if self.training and (given.get("past_key_values") is None or self.is_gradient_checkpointing):
+        checkpointed = any(getattr(layer, "gradient_checkpointing", False) for layer in self.decoder_layers())
+        if self.training and (given.get("past_key_values") is None or checkpointed):
             given |= {"use_cache": False, "past_key_values": None}  # what trains sees all blocks, a cache retrieves
         landmarks = self.place_landmarks(embeddings, mask, given.get("past_key_values"), given.pop("packing", None))
-        given["inputs_embeds"] = landmarks.insert(embeddings, tokens.embedding)
+        given["inputs_embeds"] = landmarks.insert(embeddings, tokens(embeddings)[0])
         given["attention_mask"] = None if landmarks.position_is_simple else landmarks.position >= 0
         given["position_ids"] = landmarks.position.clamp(min=0)
         output = forward(self, **given, return_dict=True, landmarks=landmarks)

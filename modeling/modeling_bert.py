@@ -79,6 +79,13 @@ class LinearizedBertLayer(BertLayer):
 class LinearizedBertPreTrainedModel(MixerModelMixin, BertPreTrainedModel):
     config: LinearizedBertConfig
     config_class = LinearizedBertConfig
+    auto_classes = {
+        "AutoModel": "LinearizedBertModel",
+        "AutoModelForMaskedLM": "LinearizedBertForMaskedLM",
+        "AutoModelForSequenceClassification": "LinearizedBertForSequenceClassification",
+        "AutoModelForTokenClassification": "LinearizedBertForTokenClassification",
+        "AutoModelForQuestionAnswering": "LinearizedBertForQuestionAnswering",
+    }
     layers_path, attention_path = "encoder.layer", "attention.self"
     too_long = "shorten the text, or truncate it in the tokenizer"
     _is_stateful = False
@@ -87,12 +94,6 @@ class LinearizedBertPreTrainedModel(MixerModelMixin, BertPreTrainedModel):
 
     def captured_decoding(self, compile: bool = False):
         raise ValueError(NO_CACHE)
-
-    def save_pretrained(self, save_directory, *args, **kwargs):
-        """As ever, every class of this file named in the config: any Auto class finds its own in the saved code."""
-        module = type(self).__module__.rpartition(".")[2]
-        self.config.auto_map = {auto: f"{module}.{name}" for auto, name in AUTO_CLASSES.items()}
-        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class LinearizedBertModel(LinearizedBertPreTrainedModel, BertModel):
@@ -190,13 +191,3 @@ class LinearizedBertForQuestionAnswering(LinearizedBertPreTrainedModel, BertForQ
         super().__init__(config)
         self.bert = LinearizedBertModel(config, add_pooling_layer=False)
         self.post_init()
-
-
-AUTO_CLASSES = {
-    "AutoModel": "LinearizedBertModel",
-    "AutoModelForMaskedLM": "LinearizedBertForMaskedLM",
-    "AutoModelForSequenceClassification": "LinearizedBertForSequenceClassification",
-    "AutoModelForTokenClassification": "LinearizedBertForTokenClassification",
-    "AutoModelForQuestionAnswering": "LinearizedBertForQuestionAnswering",
-}
-"""The class of this file that each Auto class loads."""

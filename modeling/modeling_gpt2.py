@@ -7,6 +7,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.models.gpt2.modeling_gpt2 import (
     GPT2Attention,
     GPT2Block,
+    GPT2ForQuestionAnswering,
+    GPT2ForSequenceClassification,
+    GPT2ForTokenClassification,
     GPT2LMHeadModel,
     GPT2Model,
     GPT2PreTrainedModel,
@@ -76,6 +79,13 @@ class LinearizedGPT2Block(GPT2Block):
 class LinearizedGPT2PreTrainedModel(MixerModelMixin, GPT2PreTrainedModel):
     config: LinearizedGPT2Config
     config_class = LinearizedGPT2Config
+    auto_classes = {
+        "AutoModel": "LinearizedGPT2Model",
+        "AutoModelForCausalLM": "LinearizedGPT2ForCausalLM",
+        "AutoModelForSequenceClassification": "LinearizedGPT2ForSequenceClassification",
+        "AutoModelForTokenClassification": "LinearizedGPT2ForTokenClassification",
+        "AutoModelForQuestionAnswering": "LinearizedGPT2ForQuestionAnswering",
+    }
     layers_path, attention_path = "h", "attn"
     _no_split_modules = ["LinearizedGPT2Block"]
     _can_record_outputs = {
@@ -141,6 +151,27 @@ class LinearizedGPT2Model(LinearizedGPT2PreTrainedModel, GPT2Model):
 
 
 class LinearizedGPT2ForCausalLM(LinearizedGPT2PreTrainedModel, GPT2LMHeadModel):
+    def __init__(self, config: LinearizedGPT2Config):
+        super().__init__(config)
+        self.transformer = LinearizedGPT2Model(config)
+        self.post_init()
+
+
+class LinearizedGPT2ForSequenceClassification(LinearizedGPT2PreTrainedModel, GPT2ForSequenceClassification):
+    def __init__(self, config: LinearizedGPT2Config):
+        super().__init__(config)
+        self.transformer = LinearizedGPT2Model(config)
+        self.post_init()
+
+
+class LinearizedGPT2ForTokenClassification(LinearizedGPT2PreTrainedModel, GPT2ForTokenClassification):
+    def __init__(self, config: LinearizedGPT2Config):
+        super().__init__(config)
+        self.transformer = LinearizedGPT2Model(config)
+        self.post_init()
+
+
+class LinearizedGPT2ForQuestionAnswering(LinearizedGPT2PreTrainedModel, GPT2ForQuestionAnswering):
     def __init__(self, config: LinearizedGPT2Config):
         super().__init__(config)
         self.transformer = LinearizedGPT2Model(config)

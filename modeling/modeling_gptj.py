@@ -13,6 +13,8 @@ from transformers.models.gptj.modeling_gptj import (
     GPTJAttention,
     GPTJBlock,
     GPTJForCausalLM,
+    GPTJForQuestionAnswering,
+    GPTJForSequenceClassification,
     GPTJModel,
     GPTJPreTrainedModel,
     apply_rotary_pos_emb,
@@ -139,6 +141,12 @@ class LinearizedGPTJBlock(GPTJBlock):
 class LinearizedGPTJPreTrainedModel(MixerModelMixin, GPTJPreTrainedModel):
     config: LinearizedGPTJConfig
     config_class = LinearizedGPTJConfig
+    auto_classes = {
+        "AutoModel": "LinearizedGPTJModel",
+        "AutoModelForCausalLM": "LinearizedGPTJForCausalLM",
+        "AutoModelForSequenceClassification": "LinearizedGPTJForSequenceClassification",
+        "AutoModelForQuestionAnswering": "LinearizedGPTJForQuestionAnswering",
+    }
     layers_path, attention_path = "h", "attn"
     _no_split_modules = ["LinearizedGPTJBlock"]
     _can_record_outputs = {"hidden_states": LinearizedGPTJBlock, "attentions": GPTJRotatedAttention}
@@ -164,8 +172,8 @@ class LinearizedGPTJModel(LinearizedGPTJPreTrainedModel, GPTJModel):
             angles = position_ids[..., None].float() * (1.0 / ROTARY_BASE ** (place / self.config.rotary_dim))
             return angles.sin(), angles.cos()
 
-    def rotary_tables(self, positions: int) -> tuple[Tensor, Tensor]:
-        sine, cosine = self.rotary(torch.arange(positions, device=self.wte.weight.device))
+    def rotary_tables(self, positions: int, device=None) -> tuple[Tensor, Tensor]:
+        sine, cosine = self.rotary(torch.arange(positions, device=device))
         still = (self.config.hidden_size // self.config.num_attention_heads - self.config.rotary_dim) // 2
         return tuple(  # type: ignore[return-value]
             nn.functional.pad(table, (0, still), value=value).repeat(1, 2)
@@ -252,3 +260,17 @@ class LinearizedGPTJForCausalLM(LinearizedGPTJPreTrainedModel, GPTJForCausalLM):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
         )
+
+
+class LinearizedGPTJForSequenceClassification(LinearizedGPTJPreTrainedModel, GPTJForSequenceClassification):
+    def __init__(self, config: LinearizedGPTJConfig):
+        super().__init__(config)
+        self.transformer = LinearizedGPTJModel(config)
+        self.post_init()
+
+
+class LinearizedGPTJForQuestionAnswering(LinearizedGPTJPreTrainedModel, GPTJForQuestionAnswering):
+    def __init__(self, config: LinearizedGPTJConfig):
+        super().__init__(config)
+        self.transformer = LinearizedGPTJModel(config)
+        self.post_init()

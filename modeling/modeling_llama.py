@@ -1,11 +1,14 @@
 """Llama whose attention layers may be any mechanism of the registry; stock checkpoints load by name."""
 
 from huggingface_hub.dataclasses import strict
-from transformers import LlamaConfig
+from transformers import AutoModel, LlamaConfig
 from transformers.models.llama.modeling_llama import (
     LlamaAttention,
     LlamaDecoderLayer,
     LlamaForCausalLM,
+    LlamaForQuestionAnswering,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
     LlamaModel,
     LlamaPreTrainedModel,
 )
@@ -41,6 +44,13 @@ class LinearizedLlamaDecoderLayer(LlamaDecoderLayer):
 class LinearizedLlamaPreTrainedModel(MixerModelMixin, LlamaPreTrainedModel):
     config: LinearizedLlamaConfig
     config_class = LinearizedLlamaConfig
+    auto_classes = {
+        "AutoModel": "LinearizedLlamaModel",
+        "AutoModelForCausalLM": "LinearizedLlamaForCausalLM",
+        "AutoModelForSequenceClassification": "LinearizedLlamaForSequenceClassification",
+        "AutoModelForTokenClassification": "LinearizedLlamaForTokenClassification",
+        "AutoModelForQuestionAnswering": "LinearizedLlamaForQuestionAnswering",
+    }
     _no_split_modules = ["LinearizedLlamaDecoderLayer"]
     _can_record_outputs = {"hidden_states": LinearizedLlamaDecoderLayer, "attentions": LlamaAttention}
 
@@ -54,3 +64,19 @@ class LinearizedLlamaForCausalLM(LinearizedLlamaPreTrainedModel, LlamaForCausalL
         super().__init__(config)
         self.model = LinearizedLlamaModel(config)
         self.post_init()
+
+
+# The stock heads take their base model from AutoModel.
+AutoModel.register(LinearizedLlamaConfig, LinearizedLlamaModel, exist_ok=True)
+
+
+class LinearizedLlamaForSequenceClassification(LinearizedLlamaPreTrainedModel, LlamaForSequenceClassification):
+    pass
+
+
+class LinearizedLlamaForTokenClassification(LinearizedLlamaPreTrainedModel, LlamaForTokenClassification):
+    pass
+
+
+class LinearizedLlamaForQuestionAnswering(LinearizedLlamaPreTrainedModel, LlamaForQuestionAnswering):
+    base_model_prefix = "model"  # that of every other head, whose checkpoints load here

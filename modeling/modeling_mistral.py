@@ -4,11 +4,14 @@ A Llama but for its sliding window, which softmax layers and the teacher arm hav
 """
 
 from huggingface_hub.dataclasses import strict
-from transformers import MistralConfig
+from transformers import AutoModel, MistralConfig
 from transformers.models.mistral.modeling_mistral import (
     MistralAttention,
     MistralDecoderLayer,
     MistralForCausalLM,
+    MistralForQuestionAnswering,
+    MistralForSequenceClassification,
+    MistralForTokenClassification,
     MistralModel,
     MistralPreTrainedModel,
 )
@@ -52,6 +55,13 @@ class LinearizedMistralDecoderLayer(MistralDecoderLayer):
 class LinearizedMistralPreTrainedModel(MixerModelMixin, MistralPreTrainedModel):
     config: LinearizedMistralConfig
     config_class = LinearizedMistralConfig
+    auto_classes = {
+        "AutoModel": "LinearizedMistralModel",
+        "AutoModelForCausalLM": "LinearizedMistralForCausalLM",
+        "AutoModelForSequenceClassification": "LinearizedMistralForSequenceClassification",
+        "AutoModelForTokenClassification": "LinearizedMistralForTokenClassification",
+        "AutoModelForQuestionAnswering": "LinearizedMistralForQuestionAnswering",
+    }
     _no_split_modules = ["LinearizedMistralDecoderLayer"]
     _can_record_outputs = {"hidden_states": LinearizedMistralDecoderLayer, "attentions": MistralAttention}
 
@@ -65,3 +75,19 @@ class LinearizedMistralForCausalLM(LinearizedMistralPreTrainedModel, MistralForC
         super().__init__(config)
         self.model = LinearizedMistralModel(config)
         self.post_init()
+
+
+# The stock heads take their base model from AutoModel.
+AutoModel.register(LinearizedMistralConfig, LinearizedMistralModel, exist_ok=True)
+
+
+class LinearizedMistralForSequenceClassification(LinearizedMistralPreTrainedModel, MistralForSequenceClassification):
+    pass
+
+
+class LinearizedMistralForTokenClassification(LinearizedMistralPreTrainedModel, MistralForTokenClassification):
+    pass
+
+
+class LinearizedMistralForQuestionAnswering(LinearizedMistralPreTrainedModel, MistralForQuestionAnswering):
+    pass

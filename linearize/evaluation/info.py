@@ -13,7 +13,7 @@ from linearize.evaluation.memory import LENGTHS, StateBytes, layer_bytes, state_
 from linearize.evaluation.tables import Table, format_bytes, markdown_tables, show_tables
 from linearize.hub import find_converted, read_record
 
-MIXER_PART = ".mixer."
+MIXER_PART = "mixer."
 
 
 @dataclasses.dataclass

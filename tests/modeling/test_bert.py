@@ -21,7 +21,6 @@ from linearize.finetuning import gradient_checkpointing
 from linearize.kernels.cosine import reference as cosine_reference
 from linearize.kernels.hybrid_linear import reference
 from linearize.modeling import ATTENTIONS, BACKBONES, LinearizedBertConfig, LinearizedBertModel
-from linearize.modeling import modeling_bert as bert
 
 MIXERS = {"linear": {"type": "linear", "window": 4, "sinks": 2}}
 LAYOUTS = {
@@ -291,8 +290,7 @@ def test_every_head_has_its_auto_class(head):
     backbone, name = BACKBONES["bert"], HEADS[head].__name__
     model = backbone.model([name])
     assert model.__name__ == f"Linearized{name}" and backbone.model([model.__name__]) is model
-    assert bert.AUTO_CLASSES[backbone.auto_class([name]).__name__] == model.__name__
-    assert set(bert.AUTO_CLASSES) == {auto.__name__ for auto in backbone.models}
+    assert LinearizedBertModel.auto_classes[backbone.auto_class([name]).__name__] == model.__name__
     assert backbone.model(None) is backbone.model(["BertForNextSentencePrediction"]) is LinearizedBertModel
     assert backbone.model(["BertForPreTraining"]).__name__ == "LinearizedBertForMaskedLM"
 
@@ -336,11 +334,11 @@ def test_every_head_loads_without_the_package(tmp_path):
     student = make_student(make_bert(kind=BertForMaskedLM), mixers, ["linear", "softmax", "cosine"])
     perturb(student)
     student.save_pretrained(tmp_path)
-    command = [sys.executable, "-c", LOAD, str(tmp_path), *bert.AUTO_CLASSES]
+    command = [sys.executable, "-c", LOAD, str(tmp_path), *LinearizedBertModel.auto_classes]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == bert.AUTO_CLASSES
+    assert json.loads(done.stdout) == LinearizedBertModel.auto_classes
     expected = student.bert(torch.arange(3, 23)[None]).last_hidden_state
-    for name in bert.AUTO_CLASSES:
+    for name in LinearizedBertModel.auto_classes:
         assert close(torch.load(tmp_path / f"{name}.pt", weights_only=True), expected)
     assert (tmp_path / "again" / "modeling_bert.py").is_file()

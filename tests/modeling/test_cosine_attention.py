@@ -37,7 +37,7 @@ def features(x, feature_map):
     if feature_map is None:
         return x
     if feature_map.activation != "projection":
-        return apply_feature_map(x[None, :, None], feature_map.as_weights(), floor=0.0)[0, :, 0]
+        return apply_feature_map(x[None, :, None], feature_map(x), floor=0.0)[0, :, 0]
     u = torch.stack([feature_map.weight[h].double().T @ x[h] for h in range(len(x))])
     return u if feature_map.bias is None else u + feature_map.bias
 

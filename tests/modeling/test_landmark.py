@@ -165,6 +165,18 @@ def test_gradient_checkpointing_changes_nothing(ids):
         torch.testing.assert_close(gradients[1][name], gradient)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # the name that 5.17 knows
+def test_a_cache_in_training_is_left_where_layers_are_checkpointed(ids):
+    model = make().train()
+    calls = []
+    for _ in range(2):
+        cache = DynamicCache(config=model.config)
+        model(ids, past_key_values=cache)
+        calls.append(cache.get_seq_length())
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert calls[0] > 0 and calls[1] == 0
+
+
 def test_all_blocks_are_open_in_training_and_some_with_dropout(ids):
     model = make(top_k=2)
     everything = make(top_k=20)
