@@ -4,6 +4,7 @@
         --validation validation.jsonl.gz --foreign a.txt,b.txt --data out/arms
     python scripts/measure_state_arms.py survey --model MODEL --data out/arms    # windows, kept tokens; untrained
     python scripts/measure_state_arms.py train --model MODEL --data out/arms --arms teacher,uniform,placed
+    python scripts/measure_state_arms.py report --data docs/results/state_arms
 
 `survey` chooses on the validation text alone: how kept tokens are ranked, then the KL divergence to the teacher when
 one layer alone sees less, for every layer and size; `placed` arms read it and spend the budget by the largest fall in
@@ -38,8 +39,8 @@ MAPS = 32
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("action", choices=["prepare", "survey", "train"])
-    parser.add_argument("--model", required=True, help="a directory, or a .gguf file")
+    parser.add_argument("action", choices=["prepare", "survey", "train", "report"])
+    parser.add_argument("--model", help="a directory, or a .gguf file")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--train")
     parser.add_argument("--validation")
@@ -58,7 +59,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     args = parser.parse_args()
     args.lengths = [int(length) for length in args.lengths.split(",")]
-    {"prepare": prepare, "survey": survey, "train": train}[args.action](args)
+    {"prepare": prepare, "survey": survey, "train": train, "report": report}[args.action](args)
 
 
 def prepare(args) -> None:
@@ -430,6 +431,42 @@ def finetune(args, bench: Bench) -> list[float]:
             losses.append(float(loss.detach()))
     print(f"  LoRA: {losses[0]:.4f} to {losses[-1]:.4f} in {time.time() - start:.0f} s", flush=True)
     return losses
+
+
+def report(args) -> None:
+    """A Markdown table: perplexity over the teacher's by text and length; the last column is 8k against `uniform`, the
+    difference in nats a token over the pieces of all foreign texts with its paired 95% interval."""
+    arms = {path.stem[4:]: json.loads(path.read_text()) for path in sorted(args.data.glob("arm_*.json"))}
+    teacher, control = arms["teacher_0"]["full"], arms["uniform_0"]["full"]
+    print("| arm | bytes a layer | " + " | ".join(teacher) + " | 8k, nats less than uniform |")
+    for name, arm in arms.items():
+        for part in ("full", "window"):
+            if part not in arm:
+                continue
+            cells = [
+                " / ".join(
+                    f"{math.exp(mean(values) - mean(teacher[text][length])):.3f}" for length, values in by.items()
+                )
+                for text, by in arm[part].items()
+            ]
+            difference, half = paired(control, arm[part])
+            size = sum(arm["bytes"]) / len(arm["bytes"]) / 1000
+            print(f"| {name}, {part} | {size:.0f} kB | {' | '.join(cells)} | {difference:.4f} +- {half:.4f} |")
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def paired(control: dict, arm: dict) -> tuple[float, float]:
+    """Mean gain over the control at the longest length on the foreign texts, and half its 95% interval."""
+    foreign = [text for text in control if text != "validation"]
+    gains = [
+        old - new
+        for text in foreign
+        for old, new in zip(list(control[text].values())[-1], list(arm[text].values())[-1], strict=True)
+    ]
+    return float(np.mean(gains)), 1.96 * float(np.std(gains, ddof=1)) / math.sqrt(len(gains))
 
 
 if __name__ == "__main__":
