@@ -57,9 +57,9 @@ SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with
 class FinetuneResult:
     """What stage 2 leaves."""
 
-    model: AdaptedModel = field(repr=False)
-    """Adapters on the converted model (the same object that came in); `merge` makes it plain, `.unload()` gives the
-    base back untouched."""
+    model: Any = field(repr=False)
+    """An `AdaptedModel`: adapters on the converted model (the same object that came in); `merge` makes it plain,
+    `.unload()` gives the base back untouched. None once a whole run has merged it into full weights."""
     losses: list[float]
     """Loss of each step that this call ran."""
     steps: int

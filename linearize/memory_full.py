@@ -83,6 +83,11 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available + psutil.Process().memory_info().rss)
 
 
+def fits(model: Any, device: torch.device) -> bool:
+    """Whether a model that lies on the CPU can be moved to a device and run there, with a tenth of it to spare."""
+    return device.type == "cpu" or 1.1 * model.get_memory_footprint() <= free_memory(device)
+
+
 def check_full_training(name: str, config: Any, state: Any, *, teacher: Any = None, trains_all: bool = True) -> None:
     """Refuse a training whose weights, gradients and optimiser alone are more than there is memory.
 

@@ -128,12 +128,13 @@ class _Run:
         if config.finetune is not None:
             self._finetune(config.finetune, model, train)
         if self.state.is_main_process:
-            self._finish(model, report)
+            final = self._merged(model)
+            del model  # a quantised base goes, before the full weights need its place
+            self._finish(final, report)
         return self.result
 
-    def _finish(self, model: Any, report: Any) -> None:
-        """Merge, save, measure and push: the main process, while the others are done."""
-        final = self._merged(model)
+    def _finish(self, final: Any, report: Any) -> None:
+        """Save, measure and push the merged model: the main process, while the others are done."""
         self._save(final, self.directory.final)
         self._evaluate(final, report)
         self._push()
@@ -188,18 +189,8 @@ class _Run:
         import torch
 
         from linearize.conversion import convert, load_student
-        from linearize.quantization import quantization_config
 
-        config = self.config
-        dtype = getattr(torch, config.dtype)
-        bits = quantization_config(
-            load_in_4bit=config.load_in_4bit and quantized,
-            load_in_8bit=config.load_in_8bit and quantized,
-            compute_dtype=dtype,
-        )
-        options: dict[str, Any] = {"dtype": dtype}
-        if bits is not None:
-            options |= {"quantization_config": bits, "device_map": {"": self.state.device}}
+        config, options = self.config, self._load_options(quantized=quantized)
         torch.manual_seed(config.seed)
         model: Any
         if self.plan.converted:
@@ -207,10 +198,25 @@ class _Run:
         else:
             where = {name: getattr(config, name) for name in ("softmax_layers", "sliding_window", "revision")}
             model = convert(config.model_name_or_path, config.attention, **where, **options)
-        if bits is None and quantized:
+        if "quantization_config" not in options and quantized:
             model.to(self.state.device)
         model.set_op_backend(config.op_backend)
         return model
+
+    def _load_options(self, *, quantized: bool) -> dict[str, Any]:
+        """How weights are loaded; arguments as in `_load_model`."""
+        import torch
+
+        from linearize.quantization import quantization_config
+
+        dtype = getattr(torch, self.config.dtype)
+        bits = quantization_config(
+            load_in_4bit=self.config.load_in_4bit and quantized,
+            load_in_8bit=self.config.load_in_8bit and quantized,
+            compute_dtype=dtype,
+        )
+        placed = {} if bits is None else {"quantization_config": bits, "device_map": {"": self.state.device}}
+        return {"dtype": dtype, **placed}
 
     def _start_report(self, blocks: Any) -> Any:
         """The measurements of this run; None on the other processes or when there are none."""
@@ -300,6 +306,7 @@ class _Run:
         adapted = self.result.finetune.model
         if not quantized:
             return merge(adapted)
+        self.result.finetune.model = None
         return merge_into_unquantized(
             adapted,
             self.config.model_name_or_path,
@@ -353,7 +360,7 @@ class _Run:
             f"lower evaluation.batch_size (now {settings.batch_size}); the model is saved in {self.directory.final}"
         )
         with stage("evaluation", lower):
-            model.to(self.state.device)
+            model = self._placed(model)
             self.result.report = report.finish(model)
             self.record["evaluation"] = self.result.report.to_dict()
             self._draw(self.result.report)
@@ -363,6 +370,24 @@ class _Run:
                 self.result.tasks = self._run_tasks(model)
                 self.record["tasks"] = self.result.tasks.to_dict()
                 write_record(self.directory.final, self.record, model.config)
+
+    def _placed(self, model: Any) -> Any:
+        """The finished model on its device, where nothing else of the run is left; where full weights do not fit, the
+        saved ones in the bits that the run trained on."""
+        import gc
+
+        import torch
+
+        from linearize.conversion import load_student
+        from linearize.memory_full import fits
+
+        gc.collect()
+        if self.state.device.type == "cuda":
+            torch.cuda.empty_cache()
+        options = self._load_options(quantized=True)
+        if "quantization_config" not in options or fits(model, self.state.device):
+            return model.to(self.state.device)
+        return load_student(self.directory.final, **options)
 
     def _draw(self, report: Any) -> None:
         from linearize.evaluation.plots import plot_arms, plot_linear_share

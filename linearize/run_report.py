@@ -33,6 +33,7 @@ TRANSFERRED = "student after attention transfer"
 QUANTIZED = (
     "All rows above the student's were measured on the quantised base, the student and its arms on full weights."
 )
+ALL_QUANTIZED = "All rows were measured on quantised weights: the full ones do not fit on this device."
 
 
 class RunReport:
@@ -99,6 +100,8 @@ class RunReport:
         from linearize.evaluation import linear_share, state_bytes
 
         report = self.report
+        if is_quantized(model):
+            report.notes = [ALL_QUANTIZED if note == QUANTIZED else note for note in report.notes]
         self.measure(STUDENT, model, "mixed")
         if self.config.controls and has_branches(model):
             self.measure(SOFTMAX_ARM, model, "softmax")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -10,8 +11,12 @@ import yaml
 from tiny_runs import make_teacher_directory, tiny_config, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import linearize
+from linearize import pipeline
 from linearize.cli import main
 from linearize.hub import read_record
+from linearize.quantization import is_quantized
+from linearize.run_report import ALL_QUANTIZED, QUANTIZED, RunReport
 from linearize.settings_io import resolve
 
 COMMANDS = (
@@ -228,9 +233,36 @@ def test_a_quantised_run_ends_in_full_weights(inputs, tmp_path):
     assert len(greedy(tmp_path / "out" / "final")) > 8
 
 
-def test_run_is_a_function_too(inputs, tmp_path):
-    import linearize
+@pytest.mark.parametrize("room", [True, False])
+def test_after_a_quantised_run_its_base_is_gone_before_the_full_weights_move(inputs, tmp_path, monkeypatch, room):
+    """Where they do not fit all the same, what was saved is measured in the run's bits."""
+    make_teacher_directory(tmp_path / "teacher", hidden_size=64)
+    config = tiny_config(tmp_path / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
+    bases, measured = [], []
+    load, finish = pipeline._Run._load_model, RunReport.finish
 
+    def loaded(self, *, quantized):
+        model = load(self, quantized=quantized)
+        if quantized:
+            bases.append(weakref.ref(model))
+        return model
+
+    def finished(self, model):
+        assert [base() for base in bases] == [None]
+        measured.append(is_quantized(model))
+        return finish(self, model)
+
+    monkeypatch.setattr(pipeline._Run, "_load_model", loaded)
+    monkeypatch.setattr(RunReport, "finish", finished)
+    monkeypatch.setattr("linearize.memory_full.fits", lambda model, device: room)
+    result = linearize.run({**config, "load_in_4bit": True})
+    assert measured == [not room] and len(bases) == 1
+    assert result.report.notes.count(QUANTIZED if room else ALL_QUANTIZED) == 1
+    saved = json.loads((tmp_path / "out" / "final" / "config.json").read_text())
+    assert "quantization_config" not in saved
+
+
+def test_run_is_a_function_too(inputs, tmp_path):
     config = tiny_config(inputs / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
     config["data"]["completion_only"] = False
     result = linearize.run({**config, "finetune": None, "softmax_layers": [-1]})
