@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
 from linearize.errors import UserError
+from linearize.paths import user_path
 
 STEP_DIRECTORY = re.compile(r"^step-(\d+)$")
 OPTIMIZER_FILE = "optimizer.pt"
@@ -231,7 +232,7 @@ def checkpoint_to_resume(root: str | os.PathLike[str], resume: bool | str | os.P
             raise UserError(f"{root} already holds checkpoints (up to {latest.name}): resume, or delete them")
         return None
     if resume is not True:
-        path = Path(resume)
+        path = Path(user_path(resume))
         return load_checkpoint(path if (path / STATE_FILE).is_file() else latest_checkpoint(path) or path)
     return None if latest is None else load_checkpoint(latest)
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from linearize.checkpointing import Checkpoint, checkpoint_to_resume, require_same_run, save_checkpoint
 from linearize.errors import UserError
+from linearize.paths import user_path
 from linearize.settings import TransferConfig
 from linearize.training_log import (
     TrainingLog,
@@ -171,7 +172,7 @@ def transfer_attention(
         check_transfers(settings["type"])
     config = with_branch(config, model.config.mixers.values())
     check_branch(config, model.arms())
-    run = _Transfer(model, train, config, Path(output_dir), seed, report_to, validation, on_log, device)
+    run = _Transfer(model, train, config, Path(user_path(output_dir)), seed, report_to, validation, on_log, device)
     with readable_memory_errors(STAGE, config.batch_size, run.sequence_length):
         return run.train(checkpoint_to_resume(run.checkpoint_dir, resume))
 
