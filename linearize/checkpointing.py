@@ -27,6 +27,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
 from linearize.errors import UserError
+from linearize.paths import user_path
 from linearize.processes import from_main_process, refuse_together
 
 logger = logging.getLogger(__name__)
@@ -350,7 +351,7 @@ def _choose(root: Path, resume: bool | str | os.PathLike[str]) -> Checkpoint | N
             raise UserError(f"{root} already holds checkpoints (up to {latest.name}): resume, or delete them")
         return None
     if resume is not True:
-        path = Path(resume)
+        path = Path(user_path(resume))
         named = STEP_DIRECTORY.match(path.name) or (path / STATE_FILE).is_file()
         return load_checkpoint(path if named else latest_checkpoint(path) or path)
     return None if latest is None else _newest_whole(root)

@@ -29,6 +29,7 @@ from linearize.context_flags import (
 )
 from linearize.errors import UserError
 from linearize.failures import command, stage
+from linearize.paths import expand_words
 from linearize.settings import RunConfig
 from linearize.settings_flags import normalise, with_settings
 from linearize.settings_io import resolve
@@ -354,7 +355,7 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
         default_config: What a command of `cli_runs.py` takes when neither a config nor a run to
             resume is named.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
+    words = expand_words(list(sys.argv[1:] if argv is None else argv))
     arguments = normalise(words, KINDS.get(words[0] if words else "", RunConfig))
     try:
         app(arguments, prog_name="linearize", obj=default_config)

@@ -17,6 +17,7 @@ from linearize.gguf_files import gguf_config, gguf_file, gguf_weights, is_gguf
 from linearize.hub import loaded_commit
 from linearize.load_errors import explained
 from linearize.modeling import BACKBONES, PREFIX, Backbone, is_encoder
+from linearize.paths import user_path
 from linearize.quantization import keep_differentiable, refuse_quantized
 from linearize.vocabulary import check_vocabulary
 
@@ -75,7 +76,7 @@ def convert(
     Raises:
         UserError: the checkpoint cannot be read, its architecture is not supported, or settings are wrong.
     """
-    source = str(model_name_or_path)
+    source = user_path(model_name_or_path)
     where = {"revision": revision, "token": token}
     teacher_config = load_config(source, **where)
     backbone = teacher_backbone(source, teacher_config)
@@ -144,7 +145,7 @@ def load_student(
     Raises:
         UserError: it cannot be read, or is no converted repository.
     """
-    source = str(path)
+    source = user_path(path)
     where = {"revision": revision, "token": token}
     config = load_config(source, **where)
     if not config.model_type.startswith(PREFIX):
@@ -168,7 +169,7 @@ def load_model(path: str | Path, *, dtype: str | torch.dtype = torch.float32) ->
     Raises:
         UserError: it cannot be read, or is an encoder.
     """
-    source = str(path)
+    source = user_path(path)
     config = load_config(source)
     refuse_encoder(source, config)
     if config.model_type.startswith(PREFIX):
@@ -188,7 +189,7 @@ def load_encoder(
     Raises:
         UserError: it cannot be read, or is no encoder.
     """
-    source = str(path)
+    source = user_path(path)
     config = load_config(source, revision=revision)
     if not is_encoder(config):
         known = ", ".join(name for name, backbone in BACKBONES.items() if backbone.encoder)
@@ -225,6 +226,7 @@ def load_config(source: str, *, revision: str | None = None, token: str | None =
     Raises:
         UserError: it cannot be read.
     """
+    source = user_path(source)
     where = {"revision": revision, "token": token, "trust_remote_code": False}
     with quiet_transformers(), explained(source):
         if is_gguf(source):
@@ -240,7 +242,7 @@ def load_tokenizer(source: str | Path, *, revision: str | None = None, token: st
     Raises:
         UserError: there is none, or it cannot be read.
     """
-    source = str(source)
+    source = user_path(source)
     with quiet_transformers(), explained(source, what="tokenizer"):
         if is_gguf(source):
             file = gguf_file(source)

@@ -29,6 +29,7 @@ from linearize.data_packing import Documents
 from linearize.data_sources import Source, expand, is_local, open_files, open_source
 from linearize.data_texts import FittedRows
 from linearize.errors import UserError
+from linearize.paths import user_path
 from linearize.vocabulary import vocabulary_size
 
 if TYPE_CHECKING:
@@ -216,7 +217,7 @@ def _prepare(config: "DataConfig", tokenizer: Any) -> tuple[TokenBlocks, TokenBl
 def cache_root(cache_dir: str | None) -> Path:
     """Folder of the cache's entries."""
     if cache_dir is not None:
-        return Path(cache_dir).expanduser()
+        return Path(user_path(cache_dir))
     from huggingface_hub.constants import HF_HOME
 
     return Path(HF_HOME) / "linearize" / "data"

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import UserError
+from linearize.paths import user_path
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +121,7 @@ def open_source(
 
 def is_local(name: str | Path) -> bool:
     """Whether a name means files rather than a dataset on the Hub or a split of one."""
-    text = str(name)
+    text = user_path(name)
     return (
         isinstance(name, Path)
         or text.startswith(("/", "./", "../", "~"))
@@ -154,7 +155,7 @@ def open_files(paths: Sequence[str | Path], text_field: str = "text") -> Source:
 
 def expand(path: str | Path) -> list[Path]:
     """The data files that a path, a folder or a pattern names."""
-    expanded = Path(path).expanduser()
+    expanded = Path(user_path(path))
     if expanded.is_dir():
         files = sorted(file for file in expanded.iterdir() if file.is_file() and _kind(file) in FILE_KINDS)
         if not files:

@@ -31,6 +31,7 @@ from linearize.checkpointing import Checkpoint, checkpoint_to_resume
 from linearize.conversion import refuse_encoder
 from linearize.errors import UserError
 from linearize.finetuning_trainer import FinetuningTrainer
+from linearize.paths import user_path
 from linearize.run_identity import base_identity, data_identity, require_same_run
 from linearize.stage_trainer import stage_arguments
 from linearize.training_log import TrainingLog, has_matplotlib, read_log, write_figure
@@ -121,7 +122,7 @@ def finetune(
         raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
     if model.dtype == torch.float16:
         raise UserError("finetuning in float16 would lose small gradients: set dtype to bfloat16 or float32.")
-    output = Path(output_dir)
+    output = Path(user_path(output_dir))
     # Mixed precision stays off: the base computes in the dtype that it was loaded in, what trains in float32.
     arguments, plan = stage_arguments(
         config,

@@ -23,13 +23,18 @@ from linearize.modeling import GainCell, LinearizedGPT2Config, LinearizedGPT2For
 
 PREFIXES = ("_orig_mod.", "module.")  # of torch.compile and DDP
 OFF = 2**32  # levels that mean none
-LINEAR_KINDS = ("LinearDRAMAttention", "LinearDRAMFlashAttention")
-NONLINEAR_KINDS = ("DRAMAttention", "DRAMFlashAttention")
+KINDS = {"LinearDRAMAttention": "linear", "DRAMAttention": "nonlinear"}
+FLASH_KINDS = {"LinearDRAMFlashAttention": "linear", "DRAMFlashAttention": "nonlinear"}
+"""They saturate and round the mean over all tiles of a text, so that what a token gets depends on what follows it;
+with a single tile they are the kinds above."""
+FIXED_SCALER = re.compile(r"transformer\.h\.\d+\.attn\.(?!(q|k|v|output)_scaler\.)\w+\.a")
+"""The converters' scalers: one over the saturation of the scores, and of the outputs."""
 FLIPPED = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # nn.Linear there, Conv1D in transformers
 SCALER = re.compile(r"transformer\.h\.(\d+)\.attn\.(q|k|v|output)_scaler\.(a|b|target_std|target_mean)")
 NAMES = {"q": "query_scaler", "k": "key_scaler", "v": "value_scaler", "output": "output_scaler"}
 NOT_WEIGHTS = re.compile(r"transformer\.h\.\d+\.attn\.(?!c_|(q|k|v|output)_scaler\.)\w+(\.\w+)*")
-"""Masks, decays and the fixed scalers of the converters, which the cell's settings replace."""
+"""Masks, decays and the fixed scalers of the converters, which the cell's settings replace (checked by
+`_check_converters`)."""
 
 
 def import_gain_cell(path: str | Path) -> tuple[LinearizedGPT2ForCausalLM, Statistics, dict[str, Any]]:
@@ -48,6 +53,7 @@ def import_gain_cell(path: str | Path) -> tuple[LinearizedGPT2ForCausalLM, Stati
     weights, settings = _read(Path(path))
     sizes = _sizes(weights, settings)
     read = _cell_settings(settings, sizes["n_positions"])
+    _check_converters(weights, GainCell(**read["cell"]))
     attention = {"type": "gain_cell", **read}
     config = LinearizedGPT2Config(
         **sizes, activation_function="gelu", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -109,9 +115,9 @@ def _sizes(weights: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[s
 
 def _cell_settings(settings: Mapping[str, Any], positions: int) -> dict[str, Any]:
     """Window, kind and device of the run; what it does not say is the published default."""
-    kind = settings.get("attention", LINEAR_KINDS[0])
-    if kind not in LINEAR_KINDS + NONLINEAR_KINDS:
-        known = ", ".join(LINEAR_KINDS + NONLINEAR_KINDS)
+    kind = settings.get("attention", next(iter(KINDS)))
+    if kind not in KINDS | FLASH_KINDS:
+        known = ", ".join(KINDS | FLASH_KINDS)
         raise UserError(f"The checkpoint's attention is {kind!r}: only {known} run on gain cells.")
     for name in ("rope", "qkv_out_norm", "LayerScale"):
         if settings.get(name):
@@ -128,16 +134,35 @@ def _cell_settings(settings: Mapping[str, Any], positions: int) -> dict[str, Any
         output_grid="published",
         leak=float(settings.get("decay_factor") or 0.0),
     )
+    if kind in FLASH_KINDS and positions > cell.tile:
+        raise UserError(
+            f"The checkpoint's attention is {kind}, which saturates and rounds the mean of all tiles of {cell.tile} "
+            "tokens at once, so that no cache can hold it: finetune it as "
+            f"{kind.replace('Flash', '')} with the published code first."
+        )
     window = int(settings.get("sliding_window_size") or positions)
-    if window >= positions:  # never full: the next whole tile is the same
-        window = -(-window // cell.tile) * cell.tile
-    elif window % cell.tile:
-        raise UserError(f"The checkpoint's window is {window} tokens: here it must be a multiple of {cell.tile}.")
+    if window < positions:
+        raise UserError(
+            f"The checkpoint's window is {window} tokens and its texts have up to {positions}: a token's first and "
+            "last tile are apart there and share their cells here, so only windows as long as the texts are carried."
+        )
     return {
-        "window": window,
+        "window": -(-window // cell.tile) * cell.tile,  # never full: the next whole tile is the same
         "cell": cell.to_dict(),
-        "cell_kind": "linear" if kind in LINEAR_KINDS else "nonlinear",
+        "cell_kind": (KINDS | FLASH_KINDS)[kind],
     }
+
+
+def _check_converters(weights: Mapping[str, Tensor], cell: GainCell) -> None:
+    """Refuse converters that saturate elsewhere than the cell's: those of the code's first version do."""
+    known = torch.tensor([1 / cell.score_saturation, 1 / cell.output_saturation])
+    for name, tensor in weights.items():
+        if FIXED_SCALER.fullmatch(name) and not torch.isclose(tensor.flatten()[:1].float(), known, rtol=1e-3).any():
+            raise UserError(
+                f"{name} of the checkpoint is {float(tensor.flatten()[0]):.4g}, but only converters that saturate at "
+                f"{cell.score_saturation:g} and {cell.output_saturation:g} are carried: it is of another version of "
+                "the published code."
+            )
 
 
 def _translate(

@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from linearize.errors import UserError
 from linearize.modeling import BACKBONES
+from linearize.paths import user_path
 
 
 class Read(NamedTuple):
@@ -113,7 +114,7 @@ def gguf_file(source: str) -> Path:
     Raises:
         UserError: missing, or not GGUF.
     """
-    file = Path(source).expanduser()
+    file = Path(user_path(source))
     if not file.is_file():
         raise UserError(f"there is no file {source}: check the path")
     with file.open("rb") as stream:

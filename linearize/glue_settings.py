@@ -39,7 +39,7 @@ class GlueDataConfig:
     @property
     def folder(self) -> Path | None:
         """The local folder; None of a Hub dataset."""
-        path = Path(self.dataset).expanduser()
+        path = Path(self.dataset)
         return path if path.is_dir() else None
 
     def __post_init__(self) -> None:

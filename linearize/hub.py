@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.errors import UserError
+from linearize.paths import user_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -265,7 +266,7 @@ def find_converted(directory: str | os.PathLike[str]) -> Path:
     Raises:
         UserError: The directory is missing or holds no converted model.
     """
-    path = Path(directory)
+    path = Path(user_path(directory))
     if not path.is_dir():
         raise UserError(f"There is no directory {path}: give the directory of a converted model, e.g. out/final.")
     if not (path / "config.json").is_file() and (path / FINAL).is_dir():

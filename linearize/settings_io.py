@@ -11,6 +11,7 @@ from typing import Any, TypeVar, overload
 import yaml
 
 from linearize.errors import UserError
+from linearize.paths import user_path
 from linearize.settings import RunConfig, RunSettings
 from linearize.settings_values import NOTHING, build, field_types, section_type
 
@@ -27,7 +28,7 @@ def preset_names(settings: type[RunSettings] = RunConfig) -> list[str]:
 
 def find_config(path_or_preset: str | PathLike[str], settings: type[RunSettings] = RunConfig) -> Path:
     """The YAML file that a path or the bare name of a shipped preset stands for."""
-    path = Path(path_or_preset)
+    path = Path(user_path(path_or_preset))
     if path.is_file():
         return path
     preset = PRESETS / settings.preset_folder / f"{path_or_preset}.yaml"

@@ -17,6 +17,7 @@ from typing import Any, Literal, Union
 import yaml
 
 from linearize.errors import UserError
+from linearize.paths import user_path
 
 NOTHING = ("none", "null", "")
 TRUE = ("true", "yes", "on", "1")
@@ -118,7 +119,7 @@ def _convert(choice: Any, value: Any, name: str) -> Any:
             raise ValueError
         return number
     if isinstance(value, (str, PathLike)):
-        return str(value)
+        return user_path(value)
     raise TypeError
 
 

@@ -23,6 +23,7 @@ from torch import nn
 
 from linearize.checkpointing import Checkpoint, checkpoint_to_resume, save_checkpoint
 from linearize.errors import UserError
+from linearize.paths import user_path
 from linearize.run_identity import base_identity, data_identity, require_same_run
 from linearize.settings import TransferConfig
 from linearize.training_log import (
@@ -173,7 +174,7 @@ def transfer_attention(
         check_transfers(settings["type"])
     config = with_branch(config, model.config.mixers.values())
     check_branch(config, model.arms())
-    run = _Transfer(model, train, config, Path(output_dir), seed, report_to, validation, on_log, device)
+    run = _Transfer(model, train, config, Path(user_path(output_dir)), seed, report_to, validation, on_log, device)
     with readable_memory_errors(STAGE, "transfer", config, run.sequence_length, "set load_in_4bit"):
         return run.train(checkpoint_to_resume(run.checkpoint_dir, resume))
 

@@ -29,6 +29,7 @@ from linearize.checkpointing import atomic_directory, write_bytes
 from linearize.errors import UserError
 from linearize.hub import CARD_FILE, MAX_SHARD_SIZE
 from linearize.load_errors import explained
+from linearize.paths import user_path
 from linearize.tensor_files import (
     INDEX,
     SAFETENSORS,
@@ -122,6 +123,7 @@ def make_diff(
         UserError: A repository cannot be read or has no safetensors weights, or `out` exists or cannot be written.
     """
     limit = _bytes(max_shard_size)
+    base, converted, out = map(user_path, (base, converted, out))
     check_output(out, overwrite)
     first = find_source(base, revision, token, weights_only=True)
     second = find_source(converted, converted_revision, token)
@@ -177,6 +179,7 @@ def recover(
         UserError: The base is not the one of the diff, the diff is damaged, a repository cannot be read, or `out`
             exists or cannot be written.
     """
+    base, diff, out = map(user_path, (base, diff, out))
     check_output(out, overwrite)
     second = find_source(diff, diff_revision, token)
     record = read_record(second.path, second.name)

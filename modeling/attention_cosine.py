@@ -15,7 +15,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .feature_maps import WIDTH, FeatureMap, apply_feature_map
+from .feature_maps import INITIALIZATIONS, WIDTH, FeatureMap, apply_feature_map
 from .op_cosine import CONTRACT, CosineState, cosine_attention
 from .op_cosine_chunked import far_keys, power
 from .op_dispatch import check_contract
@@ -47,7 +47,7 @@ class CosineAttentionConfig:
     bias: bool = False
     """Learn a bias per head and feature inside the map."""
     initialization: str = "identity"
-    """Of the maps: `identity` or `kaiming`."""
+    """Of the maps: `identity`, `identity_first` or `kaiming`, as in `LinearAttentionConfig`."""
     exponent: float | int | list[float] = 0.6225
     """Starting exponent s of the length scale c^-s, between 0 and 1: one for all heads, or a list with one for each
     query head. What lies outside 0.018 to 0.982 starts from there, for nearer to the ends it could hardly learn. The
@@ -65,7 +65,7 @@ class CosineAttentionConfig:
         choices = {
             "type": ("cosine",),
             "feature_map": FEATURE_MAPS,
-            "initialization": ("identity", "kaiming"),
+            "initialization": INITIALIZATIONS,
             "scale_side": SCALE_SIDES,
         }
         for name, allowed in choices.items():
@@ -97,7 +97,7 @@ class CosineAttentionConfig:
             return
         if self.feature_dim is None:
             self.feature_dim = min(head_dim, 64)
-        if self.initialization == "identity" and self.feature_dim > head_dim:
+        if self.initialization != "kaiming" and self.feature_dim > head_dim:
             raise ValueError(
                 f"feature_dim {self.feature_dim} is wider than the head dimension {head_dim}: "
                 "lower it, or use initialization 'kaiming'"

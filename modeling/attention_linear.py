@@ -13,7 +13,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .feature_maps import WIDTH, FeatureMap, FeatureMapWeights
+from .feature_maps import INITIALIZATIONS, WIDTH, FeatureMap, FeatureMapWeights
 from .op_dispatch import check_contract
 from .op_hybrid_linear import CONTRACT, HybridLinearState, hybrid_linear_attention, linear_share
 from .op_hybrid_linear_decode import hybrid_linear_step_
@@ -40,7 +40,8 @@ class LinearAttentionConfig:
     bias: bool = False
     """Learn a bias per head and feature inside the map."""
     initialization: str = "identity"
-    """`identity` or `kaiming`."""
+    """`identity` (a narrow map keeps whole RoPE pairs), the published `identity_first` (the first dimensions), or
+    `kaiming`."""
     share_key_map: bool = False
     """One key map per key/value head: a state H / G times smaller."""
     window_reference: str = "logsumexp"
@@ -58,7 +59,7 @@ class LinearAttentionConfig:
         choices = {
             "type": ("linear",),
             "feature_map": tuple(WIDTH),
-            "initialization": ("identity", "kaiming"),
+            "initialization": INITIALIZATIONS,
             "window_reference": ("logsumexp", "max"),
             "window_weight_form": ("log", "sigmoid"),
         }
@@ -82,7 +83,7 @@ class LinearAttentionConfig:
         """Fill in what depends on the model."""
         if self.feature_dim is None:
             self.feature_dim = min(head_dim, 64)
-        if self.initialization == "identity" and self.feature_dim > head_dim:
+        if self.initialization != "kaiming" and self.feature_dim > head_dim:
             raise ValueError(
                 f"feature_dim {self.feature_dim} is wider than the head dimension {head_dim}: "
                 "lower it, or use initialization 'kaiming'"

@@ -16,6 +16,8 @@ FEATURE_FLOOR = 1e-12
 MAGNITUDE_LIMIT = 10.0
 WIDTH = {"softmax": 2, "exp": 2, "relu": 1, "elu": 1}  # features per unit of the map's width f
 
+INITIALIZATIONS = ("identity", "identity_first", "kaiming")
+
 
 class FeatureMapWeights(NamedTuple):
     """A feature map as data, from which the op computes features.
@@ -80,7 +82,7 @@ class FeatureMap(nn.Module):
         feature_dim: f, the map's width, at most D for the identity.
         activation: `softmax`, `exp`, `relu` or `elu`.
         bias, magnitude: whether to learn a bias per feature, and a direction that scales a token's features.
-        initialization: `identity` or `kaiming`.
+        initialization: `identity`, `identity_first` or `kaiming`.
     """
 
     def __init__(self, heads, head_dim, feature_dim, activation, bias, magnitude, initialization):
@@ -100,11 +102,14 @@ class FeatureMap(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Identity: feature i is the dimension that `identity_dimensions` gives; Kaiming: uniform, fan-in D f."""
+        """Identity: feature i is the dimension that `identity_dimensions` gives, or dimension i; Kaiming: uniform,
+        fan-in D f."""
         head_dim, feature_dim = self.weight.shape[1:]
-        if self.initialization == "identity":
+        if self.initialization != "kaiming":
             eye = torch.zeros(head_dim, feature_dim, dtype=self.weight.dtype, device=self.weight.device)
-            rows = identity_dimensions(head_dim, feature_dim).to(self.weight.device)
+            first = self.initialization == "identity_first"
+            rows = torch.arange(feature_dim) if first else identity_dimensions(head_dim, feature_dim)
+            rows = rows.to(self.weight.device)
             eye[rows, torch.arange(feature_dim, device=self.weight.device)] = 1.0
             init.copy_(self.weight, eye.expand_as(self.weight))
         else:

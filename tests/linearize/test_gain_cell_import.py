@@ -107,6 +107,18 @@ def test_the_import_computes_what_the_original_does(tmp_path):
     )
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["LinearDRAMFlashAttention", "LinearDRAMAttention"])
+def test_texts_of_a_single_tile_are_the_same_in_both_forms(tmp_path, kind):
+    weights = published_weights()
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"][:60]
+    model, _, read = import_gain_cell(write(tmp_path / "ckpt.pt", weights, attention=kind, sliding_window_size=60))
+    ids = torch.randint(0, VOCABULARY, (2, 60), generator=torch.Generator().manual_seed(1))
+    weights = {name: tensor.double() for name, tensor in weights.items()}
+    assert read["window"] == 64 and read["cell_kind"] == "linear"
+    assert (model.double()(ids).logits - published_forward(weights, ids)).abs().max() < 1e-6
+
+
 def test_the_command_writes_a_repository(tmp_path, capsys):
     source = write(tmp_path / "ckpt.pt", attention="DRAMAttention", quantization_levels_output=2**32)
     assert main(["import", "gain-cell", str(source), str(tmp_path / "out")]) == 0
@@ -133,7 +145,11 @@ def without(weights, *names):
         (None, {"attention": "SlidingWindowAttention"}, "SlidingWindowAttention"),
         (None, {"rope": True}, "rope"),
         (None, {"n_head": 4}, "inconsistent"),
-        (None, {"sliding_window_size": 100}, "multiple of 64"),
+        (None, {"sliding_window_size": 100}, "window is 100 tokens and its texts have up to 128"),
+        (None, {"sliding_window_size": 64}, "window is 64 tokens and its texts have up to 128"),
+        (None, {"attention": "LinearDRAMFlashAttention"}, "finetune it as LinearDRAMAttention"),
+        (None, {"attention": "DRAMFlashAttention"}, "finetune it as DRAMAttention"),
+        (published_weights() | {"transformer.h.0.attn.NL_scaler.a": torch.ones(1)}, {}, "NL_scaler.a .* is 1, but"),
         (without(published_weights(), "transformer.h.0.attn.q_scaler.a"), {}, "not a gain-cell GPT-2"),
         (without(published_weights(), "transformer.h.1.mlp.c_fc.weight"), {}, "incomplete"),
         (published_weights() | {"transformer.h.0.scale.weight": torch.ones(1)}, {}, "another layout"),

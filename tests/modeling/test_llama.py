@@ -163,3 +163,12 @@ def test_narrow_identity_keeps_whole_rotary_pairs():
 
     assert identity_dimensions(16, 16).tolist() == list(range(16))
     assert identity_dimensions(16, 6).tolist() == [5, 6, 7, 13, 14, 15]
+
+
+def test_the_published_narrow_identity_keeps_the_first_dimensions():
+    mixers = {"linear": {"type": "linear", "initialization": "identity_first", "feature_dim": 6}}
+    student = make_student(make_teacher(), mixers)
+    for maps in (student.mixer_attentions()[0].mixer.feature_map_q, student.mixer_attentions()[0].mixer.feature_map_k):
+        assert torch.equal(maps.weight, torch.eye(16, 6).expand_as(maps.weight))
+    with pytest.raises(ValueError, match="wider than the head dimension"):
+        make_student(make_teacher(), {"linear": {**mixers["linear"], "feature_dim": 32}})
