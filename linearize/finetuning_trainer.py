@@ -45,9 +45,8 @@ class Objective:
                 divided by the denominator.
         """
         base: Any = model.get_base_model()
-        given = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        teacher = teacher_hidden_states(model, given) if self.weights.kl_weight else None
-        hidden = base.base_model(**given).last_hidden_state
+        teacher = teacher_hidden_states(model, input_ids, position_ids) if self.weights.kl_weight else None
+        hidden = base.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
         sums = language_model_loss(
             hidden,
             labels,
@@ -60,15 +59,16 @@ class Objective:
         return sums.total, sums.cross_entropy, sums.divergence
 
 
-def teacher_hidden_states(model: AdaptedModel, given: dict[str, Any]) -> Tensor:
+def teacher_hidden_states(model: AdaptedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
     """The teacher's last hidden states `[B, T, E]` from the same weights: adapters and mechanism off, no dropout, no
-    gradient. given: arguments of the base model."""
+    gradient."""
     base: Any = model.get_base_model()
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), model.disable_adapter(), base.use_arm("teacher"):
-            return base.base_model(**given).last_hidden_state
+            given = {"input_ids": input_ids, "position_ids": position_ids}
+            return base.base_model(**given, use_cache=False).last_hidden_state
     finally:
         model.train(training)
 

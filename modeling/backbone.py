@@ -455,7 +455,7 @@ def mixer_padding(attention_mask: Tensor | None, inputs_embeds: Tensor, cache=No
     """
     if attention_mask is None:
         return None
-    padding_mask = check_mask(attention_mask, *inputs_embeds.shape[:2], cache)
+    padding_mask = check_mask(attention_mask, inputs_embeds.shape[0], inputs_embeds.shape[1], cache)
     return None if padding_mask.device.type == "cpu" and bool(padding_mask.all()) else padding_mask
 
 

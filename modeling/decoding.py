@@ -254,7 +254,7 @@ class CapturedDecoding:
         if session is None or session.setting != setting or any(layer.holder is not session for layer in layers):
             session = self._session(layers, setting)
             session.attach(layers)
-        real = None if mask is None else check_mask(mask, *token_ids.shape, kwargs["past_key_values"])
+        real = None if mask is None else check_mask(mask, len(token_ids), 1, kwargs["past_key_values"])
         logits = session.step(token_ids, real, kwargs.get("position_ids"))
         for layer in layers:
             layer.seen += 1

@@ -174,14 +174,18 @@ def _by_number(number: Tensor, real: Tensor | None) -> Packing | None:
 @torch.compiler.disable
 def _by_position(position: Tensor, real: Tensor | None, cached: bool) -> Packing | None:
     """By each token's position, `(B, T)`. Without a mask it is transformers' own test, which sees a new text wherever
-    a position is not one more than the last; with one, or with a cache, where positions may leave out padding or
-    tokens that were dropped, a new text is where they do not rise."""
+    a position is not one more than the last. With one, or with a cache, where positions may leave out padding or
+    tokens that were dropped, a new text is where they do not rise from one real token to the next, or are 0: behind
+    padding on the right `generate` counts on from 0, within a text."""
     if is_tracing(position):
         return None
     if real is None and not cached:
         number = find_packed_sequence_indices(position)
         return None if number is None else _by_number(number, None)
-    return _from(real, lambda last: position <= position.gather(1, last), position)
+    token = torch.arange(position.shape[1], device=position.device)
+    return _from(
+        real, lambda last: (position <= position.gather(1, last)) & ((last == token - 1) | (position == 0)), position
+    )
 
 
 def _from(real: Tensor | None, differs: Callable[[Tensor], Tensor], like: Tensor) -> Packing | None:
@@ -200,7 +204,7 @@ def _from(real: Tensor | None, differs: Callable[[Tensor], Tensor], like: Tensor
 
 
 def check_mask(mask: Tensor, batch: int, tokens: int, cache: Any = None) -> Tensor:
-    """The columns of a call's tokens of an attention mask, bool.
+    """The columns of a call's tokens of an attention mask, bool; batch and tokens of the call.
 
     Raises:
         ValueError: it is not a mask of the call's tokens, or with a cache of those in it and the call's.

@@ -80,7 +80,7 @@ def _ordered(x: Tensor, order: Tensor) -> Tensor:
     return x.transpose(1, 2)[batch, order].transpose(1, 2)
 
 
-def compacted(attention_mask: Tensor | None, *tensors: Any) -> tuple[Tensor | None, list[Any], Callable]:
+def compacted(attention_mask: Tensor | None, *tensors: Any) -> tuple[Tensor | None, tuple, Callable]:
     """Real tokens in front of the padding, in their order: what a stable sort of the mask gives.
 
     Whether a mask has gaps is not asked, for that would stop the host: every masked call of several tokens is copied.
@@ -92,12 +92,12 @@ def compacted(attention_mask: Tensor | None, *tensors: Any) -> tuple[Tensor | No
         The mask and the tensors in that order, and the function that brings an output back.
     """
     if attention_mask is None or attention_mask.shape[1] == 1:
-        return attention_mask, list(tensors), lambda x: x
+        return attention_mask, tensors, lambda x: x
     mask = attention_mask.bool()
     token, before = torch.arange(mask.shape[1], device=mask.device), mask.cumsum(1)
     place = torch.where(mask, before - 1, before[:, -1:] + token - before)
     source = torch.empty_like(place).scatter_(1, place, token.expand_as(place))
-    moved = [_Reorder.apply(x, source, place) if isinstance(x, Tensor) else x for x in tensors]
+    moved = tuple(_Reorder.apply(x, source, place) if isinstance(x, Tensor) else x for x in tensors)
     return token < before[:, -1:], moved, lambda x: _Reorder.apply(x, place, source)
 
 

@@ -73,7 +73,8 @@ def test_packing_matches_a_plain_version_for_any_ranges(tmp_path):
     picked = np.concatenate([np.arange(*r) for r in ranges])
     rows = picked[: len(picked) // 3 * 3].reshape(-1, 3)  # more rows than one chunk holds
     rows = rows[mask[rows][:, 1:].any(axis=1)]
-    facts = data_packing.write_blocks(tmp_path, "train", documents, ranges, 3)
+    layout = data_packing.StreamRows(documents.ends, ranges, 3)
+    facts = data_packing.write_blocks(tmp_path, "train", documents, layout)
     np.testing.assert_array_equal(np.load(tmp_path / "train_ids.npy"), ids[rows])
     np.testing.assert_array_equal(
         np.load(tmp_path / "train_labels.npy"), np.where(mask[rows], ids[rows].astype(int), -100)
