@@ -9,7 +9,7 @@ kernel directly, past Triton's hooks for profilers (those of CUDA see it all the
 import functools
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -37,6 +37,20 @@ def tile_side(size: int) -> int:
 def triton_type(dtype: torch.dtype) -> Any:
     """Triton's name of a dtype, as a compile-time argument."""
     return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+Operand = TypeVar("Operand", Tensor, Tensor | None)
+
+
+def dense(x: Operand) -> Operand:
+    """An operand that kernels read as dense memory: what is small (weights of heads, states and their gradients, maps,
+    counts), and comes expanded, sliced or transposed as callers please."""
+    return None if x is None else x.contiguous()
+
+
+def dense_rows(x: Operand) -> Operand:
+    """An operand of which kernels know the strides, but for the last dimension's, which is 1."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 AMPLE_SHARED_MEMORY = 160 * 1024  # bytes; what the tiles of cosine and landmark attention need at most (A100, H100)

@@ -15,14 +15,15 @@ def interpreting() -> bool:
     return INTERPRETING
 
 
-def unavailable(tensor: Tensor) -> str | None:
-    """Say why no Triton kernel can run on this tensor, or None when one can."""
+def unavailable(tensor: Tensor, *others: Tensor) -> str | None:
+    """Say why no Triton kernel can run on these tensors, or None when one can."""
     if not _installed():
         return "triton is not installed"
-    if tensor.dtype == torch.float64:
+    dtype = common_dtype(tensor, *others)
+    if dtype == torch.float64:
         return "the Triton kernels compute in float32 and this call is in float64"
     if interpreting():
-        return None if tensor.dtype == torch.float32 else f"Triton's interpreter is wrong in {tensor.dtype}"
+        return None if dtype == torch.float32 else f"Triton's interpreter is wrong in {dtype}"
     if not tensor.is_cuda:
         return f"Triton needs a GPU and the tensors are on {tensor.device.type}"
     if torch.version.hip is None and _capability(tensor.device.index) < (8, 0):
@@ -38,6 +39,25 @@ def _installed() -> bool:
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
+
+
+def common_dtype(*tensors: Tensor) -> torch.dtype:
+    """The one dtype that a call's queries, keys and values enter the kernels in.
+
+    They differ under autocast: values come out of a projection in its dtype, queries and keys out of the rotation of
+    such projections by float32 tables. Then it is autocast's dtype, in which it would run softmax attention itself:
+    float32 keeps nothing there but the rounding of a rotation, and multiplies in three products for one. Outside
+    autocast, and in the interpreter, nothing that was given is rounded.
+    """
+    dtypes = {x.dtype for x in tensors}
+    if len(dtypes) == 1:
+        return dtypes.pop()
+    device = tensors[0].device.type
+    if not interpreting() and torch.is_autocast_enabled(device):
+        narrow = torch.get_autocast_dtype(device)
+        if dtypes == {torch.float32, narrow}:
+            return narrow
+    return functools.reduce(torch.promote_types, dtypes)
 
 
 def product_precision(dtype: torch.dtype) -> tuple[torch.dtype, str]:

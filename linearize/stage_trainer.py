@@ -26,9 +26,18 @@ from linearize.checkpointing import (
 from linearize.launcher import check_launcher, check_precision, settings_decide_precision
 from linearize.losses import supervised_tokens
 from linearize.mixed_precision import leave_mixed_precision
+from linearize.modeling.counter_draws import draw_words
+from linearize.modeling.landmark_tokens import LandmarkTokens
 from linearize.settings import StageSettings, StepPlan
 from linearize.training_log import TrainingLog, check_finite, tracker_names
 from linearize.training_loop import Interrupt, exact_plan, stop_of
+
+
+def row_numbers(args: TrainingArguments, step: int, micro_batch: int, rows: int) -> Tensor:
+    """Places `(rows,)` in the order of `RunSampler` of the sequences that this process has in a micro-batch of a
+    step."""
+    batch = (step * args.gradient_accumulation_steps + micro_batch) * args.world_size + args.process_index
+    return batch * args.per_device_train_batch_size + torch.arange(rows)
 
 
 class RunSampler(Sampler[int]):
@@ -164,6 +173,8 @@ class StageTrainer(Trainer):
         self.step_losses: list[float] = []
         self._sums: Tensor | None = None
         self._norm, self._rate = 0.0, 0.0
+        self._micro_batch = 0
+        self._landmarks = [module for module in model.modules() if isinstance(module, LandmarkTokens)]
         self.stopped: type[KeyboardInterrupt] | None = None
         use_cache = self.plain_model().config.use_cache
         super().__init__(
@@ -297,10 +308,20 @@ class StageTrainer(Trainer):
     ) -> Tensor:
         """A micro-batch; after a step's last one its losses and gradients are checked before the optimiser sees
         them."""
+        self._seed_rows(len(inputs["input_ids"]))
         loss = super().training_step(model, inputs, num_items_in_batch)
+        self._micro_batch += 1
         if self.accelerator.sync_gradients:
+            self._micro_batch = 0
             self._check_step(inputs["input_ids"])
         return loss
+
+    def _seed_rows(self, rows: int) -> None:
+        """What landmark attention draws for a row follows from the run's seed and the row's number alone, so that it
+        is the same on any number of processes and in micro-batches of any size."""
+        for tokens in self._landmarks:
+            numbers = row_numbers(self.args, self.state.global_step, self._micro_batch, rows)
+            tokens.row_seeds = draw_words(torch.tensor(self.args.seed), numbers)
 
     def _check_step(self, input_ids: Tensor) -> None:
         """Gathers the step's losses and Ctrl-C over the processes, so that all of them decide alike; aborts on what is

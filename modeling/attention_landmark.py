@@ -14,6 +14,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .counter_draws import draw_words, uniform
 from .landmark_keys import LandmarkKeys
 from .op_dispatch import check_contract
 from .op_landmark import (
@@ -27,6 +28,7 @@ from .op_landmark import (
 )
 from .op_landmark_chunked import Grid, TextGrid
 
+LAYERS = 2  # counters of a row's draws before those of its layers
 LANDMARK_KEYS = ("pooled", "token")
 
 
@@ -123,6 +125,7 @@ class LandmarkAttention(nn.Module):
     """
 
     arms = ("mixed",)
+    layer_idx = 0
 
     def __init__(self, config, num_heads: int, num_key_value_heads: int, head_dim: int, scaling: float):
         super().__init__()
@@ -244,10 +247,11 @@ class LandmarkAttention(nn.Module):
         """`(texts, blocks)`, those that training does not leave out; None outside training, for all."""
         if landmarks.drawn is None or not self.training or not self.config.block_dropout:
             return None
-        rows, length, device = landmarks.texts, landmarks.position.shape[1], landmarks.position.device
+        length, device = landmarks.position.shape[1], landmarks.position.device
         share, chance = landmarks.drawn.split(1, dim=1)
         share = self.config.block_dropout * share * (chance < self.config.block_dropout_rows)
-        return torch.rand(rows, -(-length // self.config.block_size), device=device) >= share
+        block = torch.arange(-(-length // self.config.block_size), device=device)
+        return uniform(draw_words(landmarks.seeds[:, None], LAYERS + self.layer_idx, block)) >= share
 
     def _grid(self, key: Tensor, landmarks) -> Grid:
         mask = None if landmarks.position_is_simple else landmarks.position >= 0

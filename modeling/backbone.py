@@ -21,6 +21,7 @@ from .attention_cosine import CosineScales
 from .attention_gain_cell import RangeScaler
 from .attention_linear import WindowMix
 from .cache_layers import softmax_layer
+from .counter_draws import draw_words, uniform
 from .decoding import CapturedDecoding, replace_forward
 from .feature_maps import FeatureMap
 from .landmark_keys import LandmarkKeys
@@ -69,6 +70,7 @@ class MixerAttention(AttentionBase):
         settings = config.mixer(self.layer_idx)
         attention = mechanism(settings.type).attention
         self.mixer = attention(settings, num_heads, num_key_value_heads, self.head_dim, self.scaling)
+        self.mixer.layer_idx = self.layer_idx  # type: ignore[assignment]
         self.cache_layer_type = mechanism(settings.type).cache_layer_type
         self.arm, self.observer = "mixed", None
 
@@ -272,7 +274,9 @@ class MixerModelMixin(ModelBase):
         whole = self.training or any(getattr(x.mixer, "observer", None) for x in self.mixer_attentions())
         landmarks.rotary = self.rotary_tables(max(own.reach, length) if whole else own.reach, embeddings.device)
         if self.training:  # here and not in a layer, which would draw again where it is checkpointed
-            landmarks.drawn = torch.rand(landmarks.texts, 2, device=real.device)
+            seeds = own.take_row_seeds(batch, real.device)
+            landmarks.seeds = seeds if packing is None else draw_words(*packing.rows_and_numbers(seeds))
+            landmarks.drawn = uniform(draw_words(landmarks.seeds[:, None], torch.arange(2, device=real.device)))
         return landmarks
 
     def rotary_tables(self, positions: int, device=None) -> tuple[Tensor, Tensor] | None:

@@ -12,13 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .counter_draws import draw_words, shift
+
 PUBLISHED_SLOPE = 19.3
 OUTPUT_GRIDS = ("symmetric", "published")
 DRAWS = ("key mismatch", "value mismatch", "key leak", "value leak", "key write", "value write", "read")
-
-# SplitMix64 (Steele, Lea and Flood 2014), in signed 64-bit arithmetic.
-GOLDEN = -7046029254386353131
-MULTIPLIERS = (-4658895280553007687, -7723592293110705685)
 
 
 @dataclass(frozen=True)
@@ -175,20 +173,6 @@ class GainCellNoise:
         same whatever the batch, the call, or the device.
         """
         first = torch.as_tensor(self.seed, dtype=torch.int64, device=counters[0].device)
-        word = _hash(_hash(first + GOLDEN) + DRAWS.index(kind) + GOLDEN)
-        for counter in counters:
-            word = _hash(word + GOLDEN + counter)
-        radius = (-2 * ((_shift(word, 32).double() + 1) / 2**32).log()).sqrt()
+        word = draw_words(first, DRAWS.index(kind), *counters)
+        radius = (-2 * ((shift(word, 32).double() + 1) / 2**32).log()).sqrt()
         return radius * (2 * math.pi * (word & 0xFFFFFFFF).double() / 2**32).cos()
-
-
-def _shift(x: Tensor, bits: int) -> Tensor:
-    """Logical right shift of 64-bit words."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _hash(x: Tensor) -> Tensor:
-    """SplitMix64's finaliser."""
-    x = (x ^ _shift(x, 30)) * MULTIPLIERS[0]
-    x = (x ^ _shift(x, 27)) * MULTIPLIERS[1]
-    return x ^ _shift(x, 31)

@@ -41,6 +41,10 @@ class LandmarkKeys(nn.Module):
 
     def forward(self, blocks: Tensor) -> Tensor:
         """Landmarks' keys `(B, G, U, D)` of complete blocks `(B, G, U, P, D)`, rotated by their place in the block."""
+        with torch.autocast(blocks.device.type, enabled=False):
+            return self._pooled(blocks)
+
+    def _pooled(self, blocks: Tensor) -> Tensor:
         keys, own = blocks[..., :-1, :], blocks[..., -1, :]
         keys = keys.to(torch.promote_types(keys.dtype, torch.float32))
         weights = (keys @ self.content.to(keys.dtype)[:, None, :, None])[..., 0] + self.place.to(keys.dtype)[:, None]

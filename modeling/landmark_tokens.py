@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import initialization as init
 
+from .counter_draws import draw_words
 from .packing import Packing
 
 
@@ -41,6 +42,7 @@ class Landmarks:
     rotary: tuple[Tensor, Tensor] | None = None
     packing: Packing | None = None
     seen: Tensor | None = None  # what `visible` gave, for the other layers
+    seeds: Tensor | None = None  # in training `(texts,)`, int64: what a text's draws are made from
     drawn: Tensor | None = None  # in training `(texts, 2)`, random in [0, 1): one draw for all layers
 
     @classmethod
@@ -156,10 +158,20 @@ class LandmarkTokens(nn.Module):
         self.embedding = nn.Parameter(torch.empty(width, dtype=torch.float32))
         self.output = nn.Parameter(torch.empty(width, dtype=torch.float32)) if self.include_in_loss else None
         self.call: tuple[Landmarks, Tensor] | None = None  # the last one, for the loss of published labels
+        self.row_seeds: Tensor | None = None  # `(B,)`, int64: of the next call in training
 
     def __getstate__(self) -> dict:
-        """For copies and pickles, which leave the last call behind."""
-        return {**self.__dict__, "call": None}
+        """For copies and pickles, which leave the last call and the next one's seeds behind."""
+        return {**self.__dict__, "call": None, "row_seeds": None}
+
+    def take_row_seeds(self, rows: int, device: torch.device) -> Tensor:
+        """Seeds `(B,)` of a call's draws in training: those that `row_seeds` names, used up by this, so that draws are
+        a row's own however a batch is cut; else random ones, and other ones on each process."""
+        seeds, self.row_seeds = self.row_seeds, None
+        if seeds is not None:
+            return seeds.to(device)
+        rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        return draw_words(torch.randint(2**62, (rows,), device=device), rank)
 
     def reset_parameters(self) -> None:
         for row in self.parameters():

@@ -75,7 +75,10 @@ def landmark_attention(
         check_open_blocks(open_blocks, query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1)
         options["open_blocks"] = open_blocks
     run = choose_backend("landmark", CONTRACT, backend, query.is_cuda, args, options)
-    return (run or run_landmark)(*args, **options)
+    if run:
+        return run(*args, **options)
+    with torch.autocast(query.device.type, enabled=False):
+        return run_landmark(*args, **options)
 
 
 def landmark_retrieval_attention(
@@ -142,7 +145,10 @@ def landmark_retrieval_attention(
         "block_weight": block_weight,
     }
     run = choose_backend("landmark_retrieval", CONTRACT, backend, query.is_cuda, args, options)
-    return (run or run_retrieval)(*args, **options)
+    if run:
+        return run(*args, **options)
+    with torch.autocast(query.device.type, enabled=False):
+        return run_retrieval(*args, **options)
 
 
 def check_block_size(block_size: int) -> None:

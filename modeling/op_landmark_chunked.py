@@ -166,8 +166,7 @@ def _attend(query, key, value, real, is_open, scaling):
     """
     u, size = query.shape[3:5]
     blocks = key.shape[2]
-    scores = query.flatten(3, 4) @ key.flatten(2, 3)[:, :, None].transpose(-1, -2)
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scaling
+    scores = product(query.flatten(3, 4), key.flatten(2, 3)[:, :, None].transpose(-1, -2)) * scaling
     scores = scores.unflatten(-1, (blocks, size)).unflatten(3, (u, size))  # (B, G, H/G, u, P, N, P)
     own = torch.arange(blocks - u, blocks, device=query.device)[:, None]
     number = torch.arange(blocks, device=query.device)
@@ -184,8 +183,14 @@ def _attend(query, key, value, real, is_open, scaling):
     return weighted(logits, value[:, :, None, :, :-1].flatten(3, 4)[:, :, :, None])
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """`left @ right`, in float32 at least: a product of bfloat16 tensors would round its result to bfloat16."""
+    wide = torch.promote_types(torch.promote_types(left.dtype, right.dtype), torch.float32)
+    return left.to(wide) @ right.to(wide)
+
+
 def weighted(logits: Tensor, value: Tensor) -> Tensor:
     """`softmax(logits) @ value`, in which hidden logits have no weight; 0 where all are hidden."""
     weights = (logits - logits.amax(-1, keepdim=True)).exp() * (logits > HIDDEN / 2)
     total = weights.sum(-1, keepdim=True)
-    return (weights.to(value.dtype) @ value).to(weights.dtype) / total.clamp(min=1e-20)
+    return product(weights, value) / total.clamp(min=1e-20)

@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from .compiled import for_training
-from .op_landmark_chunked import HIDDEN, weighted
+from .op_landmark_chunked import HIDDEN, product, weighted
 
 CONTRACT = 2  # of both ops; 1 weighed a block by the score that selected it
 SELECTIONS = ("token_and_head", "head", "token")
@@ -132,7 +132,7 @@ def _attend(call, query, key, value, own, place):
     heads, size = query.shape[1], key.shape[3]
     turned = _rotations(call, query, place, size)  # (B, H, u, w, K + 2, D)
     key, value = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (key, value))
-    logits = _product(turned[..., 0, :], key.transpose(-1, -2), call.scaling)[..., :-1]
+    logits = product(turned[..., 0, :], key.transpose(-1, -2))[..., :-1] * call.scaling
     visible = torch.arange(size - 1, device=place.device) <= place[..., None]
     logits = logits.masked_fill(~visible[:, None], HIDDEN)
     local = value[..., :-1, :]
@@ -162,12 +162,6 @@ def _rotations(call: _Call, query: Tensor, place: Tensor, size: int) -> Tensor:
     return query * cos + torch.cat([-back, front], dim=-1) * sin
 
 
-def _product(query: Tensor, key: Tensor, scaling: float) -> Tensor:
-    """Scores, multiplied in the keys' type, float32 at least."""
-    scores = query.to(key.dtype) @ key
-    return scores.to(torch.promote_types(scores.dtype, torch.float32)) * scaling
-
-
 def _landmark_scores(call, turned, age, open_, found):
     """Of every candidate, as if its block lay where it is among the last K, else K + 1 back: `(B, H, u, w, N)`."""
     batch, heads, u, w, _, dim = turned.shape
@@ -175,7 +169,7 @@ def _landmark_scores(call, turned, age, open_, found):
     each = heads // landmark.shape[1]
     far = _at(turned, (found + 1)[:, None, :, None, None].expand(-1, heads, -1, w, 1))[..., 0, :]
     grouped = far.unflatten(1, (-1, each)).flatten(2, 4)  # (B, G, H/G * u * w, D)
-    scores = _product(grouped, landmark.transpose(-1, -2), call.scaling)
+    scores = product(grouped, landmark.transpose(-1, -2)) * call.scaling
     scores = scores.unflatten(2, (each, u, w)).flatten(1, 2)
     # The last K: the slot of each age, 1 to K; ages that are not there go to a place that is cut off.
     recent = open_ & (age <= found[..., None])
@@ -186,8 +180,7 @@ def _landmark_scores(call, turned, age, open_, found):
     slot, there = slot[..., :-1], there[..., :-1]
     near = landmark.gather(2, slot.flatten(1)[:, None, :, None].expand(-1, landmark.shape[1], -1, dim))
     near = near.unflatten(2, (u, call.top_k)).repeat_interleave(each, dim=1)[:, :, :, None]  # (B, H, u, 1, K, D)
-    exact = turned[..., 1:-1, :].to(near.dtype) * near
-    exact = exact.to(scores.dtype).sum(-1) * call.scaling
+    exact = (turned[..., 1:-1, :].to(scores.dtype) * near.to(scores.dtype)).sum(-1) * call.scaling
     # Where an age is missing its entry points at slot 0: add nothing there.
     index = slot[:, None, :, None].expand_as(exact)
     change = (exact - scores.gather(-1, index)) * there[:, None, :, None]
@@ -260,14 +253,13 @@ def _read_few(call, turned, slots, valid, behind):
     key, value = fetch(call.blocks.key), fetch(call.blocks.value)[..., :-1, :].flatten(4, 5)
     wide = behind.repeat_interleave(share, dim=3) if share > 1 else behind
     query = _at(turned, wide).unflatten(3, (v, share)).transpose(4, 5)  # (B, H, u, v, K, w/v, D)
-    logits = _weighed(call, _product(query, key.transpose(-1, -2), call.scaling))
+    logits = _weighed(call, product(query, key.transpose(-1, -2)) * call.scaling)
     logits = (
         logits.masked_fill(~valid[..., None, None], HIDDEN).transpose(4, 5).reshape(batch, heads, u, v * share, -1)
     )
 
     def read(weights: Tensor) -> Tensor:
-        weights = weights.unflatten(3, (v, share)).to(value.dtype)
-        return (weights @ value).flatten(3, 4)
+        return product(weights.unflatten(3, (v, share)), value).flatten(3, 4)
 
     return logits, read
 
@@ -282,13 +274,13 @@ def _read_all(call, turned, slots, valid, behind):
     query = _at(turned, empty.scatter(-1, slots, behind))  # (B, H, u, w, N, D)
     chosen = (empty > 0).scatter(-1, slots, valid)
     query = query.unflatten(1, (-1, each)).flatten(2, 4).transpose(2, 3)  # (B, G, N, H/G * u * w, D)
-    logits = _weighed(call, _product(query, key.transpose(-1, -2), call.scaling))
+    logits = _weighed(call, product(query, key.transpose(-1, -2)) * call.scaling)
     logits = logits.transpose(2, 3).unflatten(2, (each, u, w)).flatten(1, 2)  # (B, H, u, w, N, F)
     logits = logits.masked_fill(~chosen[..., None], HIDDEN).flatten(4)
 
     def read(weights: Tensor) -> Tensor:
-        rows = weights.unflatten(1, (-1, each)).flatten(2, 4).to(value.dtype)
-        return (rows @ value).unflatten(2, (each, u, w)).flatten(1, 2)
+        rows = weights.unflatten(1, (-1, each)).flatten(2, 4)
+        return product(rows, value).unflatten(2, (each, u, w)).flatten(1, 2)
 
     return logits, read
 
@@ -298,4 +290,4 @@ def _combine(near: Tensor, local: Tensor, far: Tensor, read) -> Tensor:
     highest = torch.maximum(near.amax(-1, keepdim=True), far.amax(-1, keepdim=True))
     near, far = ((x - highest).exp() * (x > HIDDEN / 2) for x in (near, far))
     total = (near.sum(-1, keepdim=True) + far.sum(-1, keepdim=True)).clamp(min=1e-20)
-    return ((near.to(local.dtype) @ local).to(near.dtype) + read(far).to(near.dtype)) / total
+    return (product(near, local) + read(far)) / total

@@ -82,6 +82,12 @@ class Packing:
         rows = rows.index_copy(0, self.source, x[0].transpose(0, 1))
         return rows.unflatten(0, self.text.shape).transpose(1, 2)
 
+    def rows_and_numbers(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Of each text, its row's entry of `values` `(B,)` and its number in the row: `(N,)` each."""
+        start = self.cu_seqlens[:-1].long()
+        row = (start if self.source is None else self.source[start]) // self.text.shape[1]
+        return values[row], torch.arange(len(row), device=row.device) - torch.searchsorted(row, row)
+
     def same_text(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         """Whether two tokens are of one text, as transformers' mask functions are called."""
         return self.text[batch, query] == self.text[batch, key]

@@ -64,14 +64,14 @@ def decode_step(query, key, value, *, exponent, gain, key_side, attention_mask, 
     """A causal call of one token with a state; arguments as in `cosine_attention`, key_side for its scale_side."""
     batch, heads, _, dim = query.shape
     groups, value_dim = key.shape[1], value.shape[3]
-    old = state.kv.contiguous()
-    new, count = torch.empty_like(old), torch.empty_like(state.count)
+    old, past = state.kv.contiguous(), state.count.contiguous()
+    new, count = torch.empty_like(old), torch.empty_like(past)
     output = query.new_empty(batch, heads, 1, value_dim)
     columns = min(COLUMNS, max(16, next_power_of_2(value_dim)))
     launch(
         cosine_decode_kernel,
         (cdiv(value_dim, columns), groups, batch),
-        (query, key, value, exponent, gain, old, attention_mask, state.count, new, count, output),
+        (query, key, value, exponent, gain, old, attention_mask, past, new, count, output),
         (*query.stride()[:2], *key.stride()[:2], *value.stride()[:2],
          0 if attention_mask is None else attention_mask.stride(0)),
         {

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..launching import dense, dense_rows
 from .launch import Pass, Sharing, Side, apply_sums, project_sums, sum_side
 
 
@@ -106,10 +107,7 @@ def backward(call: Call, operands: Operands, gradient, total_gradient, needed: N
     query, key, value, exponent, gain, initial = operands
     if gradient is None:
         gradient = query.new_zeros(*query.shape[:3], value.shape[3])
-    elif gradient.stride(-1) != 1:
-        gradient = gradient.contiguous()
-    if total_gradient is not None:
-        total_gradient = total_gradient.contiguous()
+    gradient, total_gradient = dense_rows(gradient), dense(total_gradient)
     keys, queries = _sides(call, operands, gradient)
     heads, sum_heads = query.shape[1], _sum_heads(call, operands)
     grad_query = grad_key = grad_value = grad_exponent = grad_gain = query_sums = key_sums = None

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from ..hybrid_linear.rows import compacted, make_rows
-from ..triton_support import unavailable
+from ..launching import dense, dense_rows
+from ..triton_support import common_dtype, unavailable
 from .decode import decode_step
 from .function import Call, Cosine, Operands, run
 from .launch import make_pass
@@ -15,7 +16,7 @@ WIDEST = 256
 
 def unsupported(query, key, value, *, window=0, sinks=0, **options) -> str | None:
     """Say why `fused` cannot do this call (arguments of the public function), or None when it can."""
-    reason = unavailable(query)
+    reason = unavailable(query, key, value)
     if reason is not None:
         return reason
     if window or sinks:
@@ -23,8 +24,6 @@ def unsupported(query, key, value, *, window=0, sinks=0, **options) -> str | Non
     for name, width in (("query and key width", query.shape[-1]), ("value width", value.shape[-1])):
         if width > WIDEST:
             return f"the Triton kernels hold a {name} of at most {WIDEST}, this call has {width}"
-    if not query.dtype == key.dtype == value.dtype:
-        return f"query, key and value come in different dtypes: {query.dtype}, {key.dtype}, {value.dtype}"
     return None
 
 
@@ -56,20 +55,22 @@ def fused(
     initial = None if initial_state is None else initial_state.kv
     tensors = (query, key, value, exponent, gain, initial)
     train = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    exponent, gain = dense(exponent), dense(gain)
     if query.shape[2] == 1 and initial_state is not None and return_state and not train:
         return decode_step(
-            query, key, value, exponent=exponent, gain=gain, key_side=key_side, attention_mask=attention_mask,
-            state=initial_state,
+            *map(dense_rows, (query, key, value)), exponent=exponent, gain=gain, key_side=key_side,
+            attention_mask=attention_mask, state=initial_state,
         )  # fmt: skip
     attention_mask, (query, key, value), restore = compacted(attention_mask, query, key, value)
     past = None if initial_state is None else initial_state.count
     rows = make_rows(query, attention_mask, cu_seqlens, past)
-    this = make_pass(rows, query, value, causal)
+    dtype = common_dtype(query, key, value)
+    q, k, v = (dense_rows(x.to(dtype)) for x in (query, key, value))
+    this = make_pass(rows, q, v, causal)
     call = Call(this, query.shape[1] // key.shape[1], key_side, return_state)
-    operands = Operands(query, key, value, exponent, gain, None if initial is None else initial.float().contiguous())
+    operands = Operands(q, k, v, exponent, gain, None if initial is None else dense(initial.float()))
     output, total = Cosine.apply(call, *operands) if train else run(call, operands)
-    output = restore(output)
+    output = restore(output).to(query.dtype)
     if not return_state:
         return output, None
     assert total is not None

@@ -12,7 +12,7 @@ def unsupported(*args, **kwargs) -> str | None:
     """Say why `fused` cannot do this call (arguments of the public function), or None when it can."""
     from ..triton_support import unavailable
 
-    return unavailable(args[0]) or _load().unsupported(*args, **kwargs)
+    return unavailable(*args[:3]) or _load().unsupported(*args, **kwargs)
 
 
 def fused(*args, **kwargs):

@@ -14,7 +14,7 @@ dim, Dv value dim, F features, f width of a map, W window, S sinks.
 import torch
 from torch import Tensor
 
-from ..launching import cdiv, launch, next_power_of_2
+from ..launching import cdiv, dense, dense_rows, launch, next_power_of_2
 from ..triton_support import unavailable
 from .decode_kernel import hybrid_linear_decode_kernel
 from .reference import State
@@ -70,7 +70,7 @@ def decode_step(
     Returns:
         Output `(B, H, 1, Dv)` in the query's dtype, and the new state's fields.
     """
-    old = State._make(None if x is None else x.contiguous() for x in state)
+    old = State._make(map(dense, state))
     new = State._make(None if x is None else torch.empty_like(x) for x in old)
     output = _launch(
         (query, key, value, query_features, key_features),
@@ -134,7 +134,7 @@ def feature_count(features) -> int:
 def _launch(inputs, options, old: State, new: State, *, in_place: bool, log_weight: bool) -> Tensor:
     query, key, value, query_features, key_features = inputs
     window_weight, window_shift, window_reference, window, sinks, scaling, mask = options
-    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    query, key, value = map(dense_rows, (query, key, value))
     batch, heads, _, dim = query.shape
     groups, value_dim, state_heads = key.shape[1], value.shape[-1], old.kv.shape[1]
     query_given, query_map, query_activation = _split_features(query_features)
@@ -148,7 +148,8 @@ def _launch(inputs, options, old: State, new: State, *, in_place: bool, log_weig
         batch * state_heads, heads // state_heads, dim, value_dim, halves, count // halves, window, sinks
     )
     grid = (batch * state_heads * cdiv(value_dim, blocks["BLOCK_DV"]),)
-    tensors = (query, key, value, query_given, key_given, *query_map, *key_map, window_weight, window_shift, mask)
+    weights = (dense(x) for x in (*query_map, *key_map, window_weight, window_shift))
+    tensors = (query, key, value, query_given, key_given, *weights, mask)
     launch(
         hybrid_linear_decode_kernel,
         grid,
@@ -195,11 +196,8 @@ def _launch(inputs, options, old: State, new: State, *, in_place: bool, log_weig
 def _split_features(features):
     """Given features, the map's three tensors, and the activation's number; what is absent is None."""
     if features is None or isinstance(features, Tensor):
-        if features is not None and features.stride(-1) != 1:
-            features = features.contiguous()
-        return features, (None, None, None), 0
-    tensors = (features.weight, features.bias, features.magnitude)
-    return None, tuple(None if x is None else x.contiguous() for x in tensors), ACTIVATIONS[features.activation]
+        return dense_rows(features), (None, None, None), 0
+    return None, (features.weight, features.bias, features.magnitude), ACTIVATIONS[features.activation]
 
 
 def _strides(x: Tensor | None) -> tuple[int, int]:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from ..triton_support import unavailable
+from ..launching import dense, dense_rows
+from ..triton_support import common_dtype, unavailable
 from .decode import decode_step, feature_count
 from .function import Call, HybridLinear, Operands, run
 from .rows import compacted, make_rows
@@ -18,7 +19,7 @@ MOST_ROWS = 65535  # programs along the second side of a CUDA grid
 
 def unsupported(query, key, value, query_features, key_features, **options) -> str | None:
     """Say why `fused` cannot do this call (arguments of the public function), or None when it can."""
-    reason = unavailable(query)
+    reason = unavailable(query, key, value)
     if reason is not None:
         return reason
     if not options.get("causal", True):
@@ -26,10 +27,11 @@ def unsupported(query, key, value, query_features, key_features, **options) -> s
     widths = {"head dimension": query.shape[-1], "value dimension": value.shape[-1]}
     if query_features is not None:
         widths["feature count"] = max(feature_count(query_features), feature_count(key_features))
-    widest = WIDEST[query.dtype]
+    dtype = common_dtype(query, key, value)
+    widest = WIDEST[dtype]
     for name, width in widths.items():
         if width > widest:
-            return f"in {query.dtype} the Triton kernels hold a {name} of at most {widest}, this call has {width}"
+            return f"in {dtype} the Triton kernels hold a {name} of at most {widest}, this call has {width}"
     cu_seqlens = options.get("cu_seqlens")
     rows = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if rows * query.shape[1] > MOST_ROWS:
@@ -86,15 +88,17 @@ def fused(
         output, last_kv, last_z = HybridLinear.apply(call, *operands)
     else:
         output, last_kv, last_z, _ = run(call, operands, save=False)
-    output = restore(output)
+    output = restore(output).to(query.dtype)
     if not return_state:
         return output, None
     return output, next_state(rows, window, sinks, initial_state, (query, key, value, key_features), last_kv, last_z)
 
 
 def _operands(call: Call, inputs, weight, shift, state) -> Operands:
-    """The tensors of a call as the kernels read them: dense, the state's ring before the keys."""
+    """The tensors of a call as the kernels read them: dense, in one dtype, the state's ring before the keys."""
     query, key, value, query_features, key_features = inputs
+    dtype = common_dtype(query, key, value)
+    query, key, value = (x.to(dtype) for x in (query, key, value))
     (feature_q, query_map), (feature_k, key_map) = _split(query_features), _split(key_features)
     sink_key = sink_value = first_kv = first_z = None
     if state is not None:
@@ -106,9 +110,14 @@ def _operands(call: Call, inputs, weight, shift, state) -> Operands:
     if not linear or call.window + call.sinks == 0:
         weight = shift = None
     return Operands(
-        _dense(query), _dense(key), _dense(value), feature_q, feature_k, *query_map, *key_map, weight, shift,
-        sink_key, sink_value, first_kv, first_z,
-    )  # fmt: skip
+        dense_rows(query),
+        dense_rows(key),
+        dense_rows(value),
+        *(dense_rows(x) for x in (feature_q, feature_k)),
+        *(dense(x) for x in (*query_map, *key_map, weight, shift)),
+        *(dense_rows(x) for x in (sink_key, sink_value)),
+        *(dense(x) for x in (first_kv, first_z)),
+    )
 
 
 def _split(features) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None, Tensor | None]]:
@@ -116,7 +125,7 @@ def _split(features) -> tuple[Tensor | None, tuple[Tensor | None, Tensor | None,
     if features is None:
         return None, (None, None, None)
     if isinstance(features, Tensor):
-        return _dense(features), (None, None, None)
+        return features, (None, None, None)
     return None, (features.weight, features.bias, features.magnitude)
 
 
@@ -128,8 +137,3 @@ def _needs_gradient(*values) -> bool:
         elif isinstance(value, tuple) and _needs_gradient(*value):
             return True
     return False
-
-
-def _dense(x: Tensor) -> Tensor:
-    """A tensor whose last dimension is contiguous, as the kernels read it."""
-    return x if x.stride(-1) == 1 else x.contiguous()

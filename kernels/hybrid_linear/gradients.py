@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..launching import cdiv, launch
+from ..launching import cdiv, dense, dense_rows, launch
 from ..triton_support import product_precision
 from .backward import hybrid_linear_bwd_key_kernel, hybrid_linear_bwd_query_kernel, hybrid_linear_bwd_reverse_kernel
 from .function import (
@@ -60,8 +60,7 @@ def run_backward(
         needs: which operands need a gradient. sums, sums_z: the forward's, before each chunk.
         grad `(B, H, T, V)`; grad_kv, grad_z: gradients of the last sums, or None.
     """
-    if grad.stride(3) != 1:
-        grad = grad.contiguous()
+    grad, grad_kv, grad_z = dense_rows(grad), dense(grad_kv), dense(grad_z)
     linear = plan.settings.values["LINEAR"]
     inputs = any((needs.query, needs.key, needs.value, needs.sink_key, needs.sink_value))
     maps_need = any((needs.q_weight, needs.q_bias, needs.q_magnitude, needs.k_weight, needs.k_bias, needs.k_magnitude))

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..launching import cdiv, launch, next_power_of_2, tile_side, triton_type
+from ..launching import cdiv, dense_rows, launch, next_power_of_2, tile_side, triton_type
 from ..triton_support import product_precision
 from .map_tiles import (
     feature_tile,
@@ -249,10 +249,6 @@ def _tiling(x: Tensor, heads: int, sizes: Sizes, parts: int = 1) -> tuple[int, i
     return row_tiles, tiles, run, cdiv(tiles, run)
 
 
-def _with_unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 def _pointers(maps, span) -> list[Tensor]:
     """Weight, bias, magnitude, start and length; the weight stands in for what is absent."""
     weight = maps.weight.contiguous()
@@ -276,7 +272,7 @@ def map_features(x: Tensor, maps, dtype: torch.dtype, span=None, sizes: Sizes | 
     Returns:
         `(B, HM, T, F)`, contiguous.
     """
-    x = _with_unit_stride(x)
+    x = dense_rows(x)
     heads = maps.weight.shape[0]
     shape = _shape(x, maps)
     features = shape["WIDTH"] * (2 if maps.activation in PAIRED else 1)
@@ -316,7 +312,7 @@ def map_backward(
         dL/dweight `(HM, D, f)`, dL/dbias `(HM, f)` or None, dL/dmagnitude `(HM, D)` or None, in float32, summed in a
         fixed order; three times None without need_weights.
     """
-    x, grad_features = _with_unit_stride(x), _with_unit_stride(grad_features)
+    x, grad_features = dense_rows(x), dense_rows(grad_features)
     heads, dim, width = maps.weight.shape
     shape = _shape(x, maps)
     sizes = sizes or _choose_sizes(shape, x.dtype, stages=2 if grad_x is None else 1)  # 2 spill beside grad_x

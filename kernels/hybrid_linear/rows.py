@@ -51,8 +51,9 @@ class Blocks(NamedTuple):
 def make_rows(query: Tensor, attention_mask: Tensor | None, cu_seqlens: Tensor | None, past: Tensor | None) -> Rows:
     """Describe the rows of a call (arguments of the public function, compacted; past is the state's count)."""
     batch, _, length, _ = query.shape
+    past = None if past is None else past.contiguous()
     if cu_seqlens is not None:
-        bounds = cu_seqlens.to(device=query.device, dtype=torch.int32)
+        bounds = cu_seqlens.to(device=query.device, dtype=torch.int32).contiguous()
         return Rows(PACKED, 1, bounds.shape[0] - 1, length, bounds, None, None)
     if attention_mask is None:
         return Rows(PLAIN, batch, batch, length, None, None, past)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..hybrid_linear.rows import PLAIN, Rows, make_blocks
-from ..launching import launch, tile_side, triton_type
+from ..launching import dense_rows, launch, tile_side, triton_type
 from ..triton_support import product_precision
 from .backward import landmark_bwd_key_kernel, landmark_bwd_query_kernel
 from .forward import landmark_fwd_kernel
@@ -136,7 +136,7 @@ def run_backward(call: Call, query, key, value, output, level, grad) -> tuple[Te
     """Gradients of query, key and value from that of the output."""
     plan = make_plan(call, query, key)
     batch, heads = query.shape[:2]
-    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    grad = dense_rows(grad)
     delta = torch.empty_like(level)
     grad_query, grad_key, grad_value = (like(x, call) for x in (query, key, value))
     sizes = plan.tiles.query

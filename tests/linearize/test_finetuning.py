@@ -1,6 +1,7 @@
 """Stage 2 on tiny models: what trains, what it computes, and what it leaves."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,13 +9,13 @@ from finetuning_toys import LENGTH, settings, stock_llama, student, token_blocks
 from peft import PeftModel
 from transformers import LlamaForCausalLM
 
-from linearize import UserError
+from linearize import UserError, convert
 from linearize.adapters import adaptable_layers, add_adapters, merge, save_adapter
 from linearize.conversion import load_student
 from linearize.finetuning import finetune, gradient_checkpointing
 from linearize.finetuning_trainer import Objective, parameter_groups, teacher_hidden_states
 from linearize.losses import LossWeights, supervised_tokens
-from linearize.stage_trainer import RunSampler
+from linearize.stage_trainer import RunSampler, row_numbers
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +240,44 @@ def test_accumulation_weighs_every_token_alike(stock, tmp_path):
     for name in first:
         if "lora" in name:
             torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-6)
+
+
+def test_micro_batches_leave_the_same_blocks_out(stock, tmp_path):
+    """Landmark attention's draws belong to a row of the global batch."""
+    attention = {"type": "landmark", "block_size": 8, "top_k": 8, "block_dropout": 0.9}
+    losses = [
+        finetune(
+            convert(stock, attention, dtype=torch.float64),
+            token_blocks(),
+            settings(batch_size=size, max_steps=2),
+            output_dir=tmp_path / str(size),
+        ).losses
+        for size in (1, 4)
+    ]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-7)
+
+
+def test_rows_are_numbered_alike_by_any_number_of_processes():
+    def numbers(size, accumulation, world):
+        return {
+            int(number)
+            for rank in range(world)
+            for micro in range(accumulation)
+            for number in row_numbers(
+                SimpleNamespace(
+                    per_device_train_batch_size=size,
+                    gradient_accumulation_steps=accumulation,
+                    world_size=world,
+                    process_index=rank,
+                ),
+                3,
+                micro,
+                size,
+            )
+        }
+
+    cuts = [numbers(8, 1, 1), numbers(2, 4, 1), numbers(2, 2, 2), numbers(1, 1, 8)]
+    assert all(cut == set(range(24, 32)) for cut in cuts)
 
 
 def test_tokens_per_step_must_be_exact(stock, tmp_path):

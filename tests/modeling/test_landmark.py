@@ -219,6 +219,41 @@ def test_a_row_draws_once_for_all_layers(ids):
     assert seen[0].shape == (len(ids), 2) and seen[0].unique().numel() == 2 * len(ids)
 
 
+@torch.no_grad()
+def test_a_rows_draws_are_its_own_however_a_batch_is_cut(ids):
+    """Two ranks, or two micro-batches, of one row each give what one of two rows gives; layers draw for themselves."""
+    model = make(block_dropout=0.9, top_k=20).train()
+    tokens, seeds = model.model.mixer, torch.tensor([5, 11])
+
+    def logits(rows):
+        torch.manual_seed(0)  # as every rank is
+        tokens.row_seeds = seeds[rows]
+        return model(ids[rows]).logits
+
+    together = logits(slice(None))
+    parts = [logits(slice(i, i + 1)) for i in range(2)]
+    torch.testing.assert_close(torch.cat(parts), together, rtol=0, atol=1e-5)
+    assert tokens.row_seeds is None, "used up: another loop's rows draw at random"
+    same = ids[:1].expand(2, -1)
+    tokens.row_seeds = seeds
+    first, second = model(same).logits
+    assert (first - second).abs().max() > 1e-3
+    landmarks = model.model.place_landmarks(torch.zeros(2, 200, 32), None, None)
+    opened = [layer.self_attn.mixer._open_blocks(landmarks) for layer in model.model.layers]
+    assert not torch.equal(opened[0], opened[1])
+
+
+@torch.no_grad()
+def test_ranks_that_share_a_seed_leave_out_other_blocks(ids, monkeypatch):
+    model, found = make(block_dropout=0.9).train(), []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        torch.manual_seed(0)
+        found.append(model.model.place_landmarks(torch.zeros(2, 29, 32), None, None).drawn)
+    assert not torch.equal(*found)
+
+
 @pytest.mark.parametrize("share", [0.0, 0.6])
 def test_compiled_training_changes_nothing(share, ids, monkeypatch):
     compile = torch.compile
