@@ -215,8 +215,8 @@ def refuse_encoder(source: str, config: PreTrainedConfig) -> None:
     backbone = BACKBONES.get(config.model_type.removeprefix(PREFIX))
     if backbone is not None and backbone.auto_class(config.architectures) is not AutoModelForCausalLM:
         raise UserError(
-            f"{source} is a {config.architectures[0]}, which has no language-modelling head: give the checkpoint of a "
-            "model that generates text, or train this one with transformers' Trainer"
+            f"{source} has no language-modelling head (its class is {backbone.model(config.architectures).__name__}): "
+            "give the checkpoint of a model that generates text, or train this one with transformers' Trainer"
         )
 
 

@@ -1,7 +1,7 @@
 """What every converted config has: which layer uses which mechanism, and with which settings."""
 
 from dataclasses import asdict, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from .cache_layers import softmax_layer
 from .peft_targets import tell_peft
@@ -18,7 +18,7 @@ class MixerConfigMixin:
     """
 
     if TYPE_CHECKING:
-        model_type: str
+        model_type: ClassVar[str]
         mixer_types: list[str] | None
         mixers: dict[str, Any] | None
         num_hidden_layers: int
