@@ -12,17 +12,17 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
 
 from .attention_cosine import CosineScales
 from .attention_gain_cell import RangeScaler
 from .attention_linear import WindowMix
-from .cache_layers import softmax_layer
+from .base_forward import base_forward, is_tracing
+from .cache_layers import NO_STATIC_CACHE, softmax_layer
+from .cache_names import EitherCacheName, named
 from .decoding import CapturedDecoding, replace_forward
 from .feature_maps import FeatureMap
 from .landmark_keys import LandmarkKeys
-from .landmark_tokens import Landmarks, LandmarkTokens, published_loss, through_landmarks
+from .landmark_tokens import Landmarks, LandmarkTokens, published_loss
 from .op_dispatch import BACKENDS
 from .registry import mechanism
 
@@ -37,7 +37,7 @@ STOCK_LOSS: Any = PreTrainedModel.loss_function
 ARMS = ("mixed", "teacher", "softmax", "linear")
 
 
-class MixerAttention(AttentionBase):
+class MixerAttention(EitherCacheName, AttentionBase):
     """Goes before a stock attention class: keeps its projections and adds the mechanism.
 
     Attributes:
@@ -98,9 +98,11 @@ class MixerAttention(AttentionBase):
         layers = cache.layers
         found = getattr(layers[self.layer_idx], "_layer_type", None) if self.layer_idx < len(layers) else None
         if found != self.cache_layer_type:
+            full = self.layer_idx < len(layers) and found is None and layers[self.layer_idx].get_seq_length() > 0
+            advice = "; what starts a text with keys and values, as prefix tuning does, goes with softmax layers alone"
             raise ValueError(
                 f"layer {self.layer_idx} needs a cache layer {self.cache_layer_type}, the cache has {found}: "
-                "build it with DynamicCache(config=model.config), or let generate() do it"
+                "build it with DynamicCache(config=model.config), or let generate() do it" + advice * full
             )
         return layers[self.layer_idx]
 
@@ -138,7 +140,7 @@ class RotaryAttention(MixerAttention):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), None
 
 
-class MixerModelMixin(ModelBase):
+class MixerModelMixin(EitherCacheName, ModelBase):
     """Goes before a stock PreTrainedModel class: initialisation, arms and backend of the mechanisms.
 
     Attributes:
@@ -151,8 +153,9 @@ class MixerModelMixin(ModelBase):
     too_long = "shorten the text, or generate fewer new tokens"
     optional_weights: tuple[str, ...] = ()
     _is_stateful = True
-    _supports_flash_attn = _supports_flex_attn = False
+    _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
     _can_compile_fullgraph = False
+    _tp_plan = _pp_plan = _ep_plan = None
     _keep_in_fp32_modules_strict: set[str] | list[str] | None = {"mixer"}
 
     @torch.no_grad()
@@ -217,7 +220,7 @@ class MixerModelMixin(ModelBase):
             real = torch.ones(batch, tokens, dtype=torch.bool, device=embeddings.device)
         else:
             real = attention_mask[:, -tokens:].bool().to(embeddings.device)
-            simple = real.device.type == "cpu" and bool(real.all())
+            simple = not is_tracing() and real.device.type == "cpu" and bool(real.all())
         own: Any = self.landmarks
         landmarks = Landmarks.plan(real, past, own.block_size, simple)
         length = landmarks.position.shape[1]
@@ -295,10 +298,7 @@ class MixerModelMixin(ModelBase):
             decoding.close()
 
     def _prepare_static_cache(self, *args, **kwargs):
-        raise ValueError(
-            "a converted model has no static cache, for its state never grows: leave cache_implementation out, and "
-            "generate within `with model.captured_decoding():` to replay CUDA graphs"
-        )
+        raise ValueError(NO_STATIC_CACHE)
 
     def mixer_state_dict(self) -> dict[str, Tensor]:
         """The mechanisms' tensors, named as in `state_dict()`."""
@@ -341,9 +341,7 @@ class RotaryModel(ModelBase):
         cos, sin = self.rotary_emb(torch.empty(0, device=device), torch.arange(positions, device=device)[None])
         return cos[0], sin[0]
 
-    @through_landmarks
-    @merge_with_config_defaults
-    @capture_outputs
+    @base_forward
     def forward(
         self,
         input_ids=None,
@@ -366,11 +364,11 @@ class RotaryModel(ModelBase):
                 padding_mask=padding_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **named(past_key_values),
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(past_key_values))
 
 
 def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_values) -> tuple[Any, Tensor | None]:
@@ -385,9 +383,9 @@ def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_val
         config=model.config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
         position_ids=position_ids,
         layer_idx=softmax[0],
+        **named(past_key_values),
     )
     return causal_mask, padding_mask
 
@@ -395,15 +393,17 @@ def layer_masks(model, inputs_embeds, attention_mask, position_ids, past_key_val
 def mixer_padding(attention_mask: Tensor | None, length: int) -> Tensor | None:
     """The mixers' mask: `(B, T)` of this call's tokens, or None when nothing is padded.
 
-    It is ours because transformers' recurrent mask is dropped on calls of one token. On a GPU a mask without padding
-    is passed on, since to ask would stop the host until the GPU is idle.
+    It is ours because transformers' recurrent mask is dropped on calls of one token. On a GPU, and in a call that is
+    traced, a mask without padding is passed on: to ask would stop the host until the GPU is idle, or end the trace.
     """
     if attention_mask is None:
         return None
     if attention_mask.dim() != 2:
         raise ValueError("a converted model takes a 2-dimensional attention_mask (batch, tokens), 1 = real token")
     padding_mask = attention_mask[:, -length:].bool()
-    return None if padding_mask.device.type == "cpu" and bool(padding_mask.all()) else padding_mask
+    if padding_mask.device.type != "cpu" or is_tracing():
+        return padding_mask
+    return None if bool(padding_mask.all()) else padding_mask
 
 
 def softmax_layers(model) -> list[int]:

@@ -55,7 +55,9 @@ class Landmarks:
         inserted = order // size - before[:, None] // size
         total = (before + real.sum(1)) // size - before // size
         simple = simple and past is None
-        most = tokens // size if simple else int(total.max())
+        most = tokens // size  # of a row without padding that starts here: one more at most if it goes on
+        if not simple:
+            most = most + (past is not None) if torch.compiler.is_compiling() else int(total.max())
         length = tokens + most
         slot = torch.arange(tokens, device=device) + inserted + (most - total)[:, None]
         place = torch.where(real, order + order // size, -1)
@@ -201,7 +203,7 @@ def through_landmarks(forward: Callable) -> Callable:
         if given.get("token_type_ids") is not None:
             raise ValueError("a model with landmark attention takes no token_type_ids: leave them out")
         return_dict = given.pop("return_dict", None)
-        if self.training and (given.get("past_key_values") is None or self.is_gradient_checkpointing):
+        if self.training and (given.get("past_key_values") is None or self.gradient_checkpointing):
             given |= {"use_cache": False, "past_key_values": None}  # what trains sees all blocks, a cache retrieves
         landmarks = self.place_landmarks(embeddings, mask, given.get("past_key_values"))
         given["inputs_embeds"] = landmarks.insert(embeddings, tokens.embedding)
