@@ -3,6 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LATEST := .venv-latest
+LATEST_TESTS := tests/modeling $(addprefix tests/linearize/test_, checkpointing.py evaluation.py evaluation_context.py \
+	finetuning.py finetuning_stops.py generation_settings.py glue_resume.py hub.py transfer.py)
 SMOLLM2 := .cache/smollm2-135m-instruct
 
 PYTEST_ARGS ?=
@@ -12,7 +15,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
 
-.PHONY: demo test install checkpoint minilm style quality tests test-gpu build clean
+.PHONY: demo test test-latest install checkpoint minilm style quality tests test-gpu build clean
 
 demo: install checkpoint ## convert, train and measure SmolLM2-135M on the CPU
 	@echo "== Demo: SmolLM2-135M to hybrid linear attention, on this machine"
@@ -21,12 +24,26 @@ demo: install checkpoint ## convert, train and measure SmolLM2-135M on the CPU
 test: install quality checkpoint minilm tests ## what CI runs
 	@echo "== All checks and tests passed"
 
+test-latest: checkpoint minilm $(LATEST)/installed ## the tests that depend on transformers, with its newest release
+	@echo "== Tests on the CPU with constraints-latest.txt ($(WORKERS) processes)"
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not multi_gpu" --durations=15 $(PYTEST_ARGS) $(LATEST_TESTS)
+
 install: $(VENV)/installed ## set up .venv
 
 $(VENV)/installed: pyproject.toml constraints.txt
 	@echo "== Set-up: a virtual environment in $(VENV), with the tested versions of constraints.txt"
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check --progress-bar off --constraint constraints.txt --editable ".[dev,eval,quant]"
+	@touch $@
+
+# Its own packages come first, and then those of .venv: only what differs is installed.
+$(LATEST)/installed: $(VENV)/installed constraints-latest.txt
+	@echo "== Set-up: $(LATEST), with what constraints-latest.txt has in other versions than $(VENV)"
+	$(BIN)/python -m venv --clear $(LATEST)
+	shared=$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+		own=$$($(LATEST)/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") && \
+		echo "import site; site.addsitedir('$$shared')" > $$own/shared.pth
+	$(LATEST)/bin/python -m pip install --disable-pip-version-check --progress-bar off --requirement constraints-latest.txt
 	@touch $@
 
 checkpoint: install ## fetch SmolLM2-135M-Instruct for the demo and the tests

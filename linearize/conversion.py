@@ -36,7 +36,10 @@ NOT_CARRIED = (
     "auto_map",
     "layer_types",
     "dtype",
+    "use_cache",  # false is a trace of training: a student would read the whole text again for every token
 )
+NOT_GENERATED_WITH = ("use_cache", "cache_implementation", "cache_config", "prompt_lookup_num_tokens")
+"""Settings of a teacher's generation that a student has no use for: its state is its cache, and is never cut back."""
 
 
 def convert(
@@ -342,6 +345,8 @@ def take_generation_config(model: PreTrainedModel, source: str, where: dict) -> 
 
     with contextlib.suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(source, **where)
+    for name in NOT_GENERATED_WITH:
+        setattr(model.generation_config, name, None)
     mend_generation_config(model, source)
 
 

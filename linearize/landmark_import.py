@@ -43,7 +43,6 @@ KEPT = (
     "max_position_embeddings",
     "initializer_range",
     "rms_norm_eps",
-    "use_cache",
     "bos_token_id",
     "eos_token_id",
     "pad_token_id",

@@ -194,6 +194,7 @@ class LinearAttention(nn.Module):
 
     def _step(self, query, key, value, padding_mask, cache_layer, arm):
         features, options = self._call_options(arm, query, log_weight=True)
+        cache_layer.seen += query.shape[2]
         return hybrid_linear_step_(
             query,
             key,

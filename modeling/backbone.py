@@ -14,20 +14,21 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb, eager_attention_forward
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils import is_tracing
 
 from .attention_cosine import CosineScales
 from .attention_gain_cell import RangeScaler
 from .attention_linear import WindowMix
-from .cache_layers import softmax_layer
+from .base_forward import base_forward
+from .cache_layers import NO_STATIC_CACHE, softmax_layer
+from .cache_names import EitherCacheName, named
 from .counter_draws import draw_words, uniform
 from .decoding import CapturedDecoding, replace_forward
 from .feature_maps import FeatureMap
 from .landmark_keys import LandmarkKeys
-from .landmark_tokens import Landmarks, LandmarkTokens, forget_call, published_loss, through_landmarks
+from .landmark_tokens import Landmarks, LandmarkTokens, forget_call, published_loss
 from .op_dispatch import BACKENDS
-from .packing import Packing, check_mask, real_positions, through_packing
+from .packing import Packing, check_mask, real_positions
 from .registry import mechanism
 
 # Mixins that go before a stock class: for a type checker they are of its kind.
@@ -43,7 +44,7 @@ STOCK_LOSS: Any = PreTrainedModel.loss_function
 ARMS = ("mixed", "teacher", "softmax", "linear")
 
 
-class MixerAttention(AttentionBase):
+class MixerAttention(EitherCacheName, AttentionBase):
     """Goes before a stock attention class: keeps its projections and adds the mechanism.
 
     Attributes:
@@ -115,9 +116,11 @@ class MixerAttention(AttentionBase):
         layers = cache.layers
         found = getattr(layers[self.layer_idx], "_layer_type", None) if self.layer_idx < len(layers) else None
         if found != self.cache_layer_type:
+            full = self.layer_idx < len(layers) and found is None and layers[self.layer_idx].get_seq_length() > 0
+            advice = "; what starts a text with keys and values, as prefix tuning does, goes with softmax layers alone"
             raise ValueError(
                 f"layer {self.layer_idx} needs a cache layer {self.cache_layer_type}, the cache has {found}: "
-                "build it with DynamicCache(config=model.config), or let generate() do it"
+                "build it with DynamicCache(config=model.config), or let generate() do it" + advice * full
             )
         return layers[self.layer_idx]
 
@@ -164,7 +167,7 @@ class RotaryAttention(MixerAttention):
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), None
 
 
-class MixerModelMixin(ModelBase):
+class MixerModelMixin(EitherCacheName, ModelBase):
     """Goes before a stock PreTrainedModel class: initialisation, arms and backend of the mechanisms.
 
     Attributes:
@@ -179,8 +182,9 @@ class MixerModelMixin(ModelBase):
     optional_weights: tuple[str, ...] = ()
     auto_classes: dict[str, str]
     _is_stateful = True
-    _supports_flash_attn = _supports_flex_attn = False
+    _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
     _can_compile_fullgraph = False
+    _tp_plan = _pp_plan = _ep_plan = None
     _keep_in_fp32_modules_strict: set[str] | list[str] | None = {"mixer"}
 
     @torch.no_grad()
@@ -266,7 +270,7 @@ class MixerModelMixin(ModelBase):
             real = torch.ones(batch, tokens, dtype=torch.bool, device=embeddings.device)
         else:
             real = check_mask(attention_mask, batch, tokens, cache).to(embeddings.device)
-            simple = packing is None and real.device.type == "cpu" and bool(real.all())
+            simple = packing is None and not is_tracing() and real.device.type == "cpu" and bool(real.all())
         own: Any = self.landmarks
         landmarks = Landmarks.plan(real, past, own.block_size, simple, packing)
         length = landmarks.position.shape[1]
@@ -348,10 +352,7 @@ class MixerModelMixin(ModelBase):
             decoding.close()
 
     def _prepare_static_cache(self, *args, **kwargs):
-        raise ValueError(
-            "a converted model has no static cache, for its state never grows: leave cache_implementation out, and "
-            "generate within `with model.captured_decoding():` to replay CUDA graphs"
-        )
+        raise ValueError(NO_STATIC_CACHE)
 
     def mixer_state_dict(self) -> dict[str, Tensor]:
         """The mechanisms' tensors, named as in `state_dict()`."""
@@ -394,10 +395,7 @@ class RotaryModel(ModelBase):
         cos, sin = self.rotary_emb(torch.empty(0, device=device), torch.arange(positions, device=device)[None])
         return cos[0], sin[0]
 
-    @through_packing
-    @through_landmarks
-    @merge_with_config_defaults
-    @capture_outputs
+    @base_forward
     def forward(
         self,
         input_ids=None,
@@ -422,11 +420,11 @@ class RotaryModel(ModelBase):
                 padding_mask=padding_mask,
                 position_embeddings=position_embeddings,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 use_cache=use_cache,
+                **named(past_key_values),
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(hidden_states), **named(past_key_values))
 
 
 def layer_masks(
@@ -443,10 +441,10 @@ def layer_masks(
         config=model.config,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
         position_ids=position_ids if packing is None else None,  # which it would take for texts where they jump
         layer_idx=softmax[0],
         and_mask_function=None if packing is None else packing.same_text,
+        **named(past_key_values),
     )
     return causal_mask, padding_mask
 
@@ -454,13 +452,15 @@ def layer_masks(
 def mixer_padding(attention_mask: Tensor | None, inputs_embeds: Tensor, cache=None) -> Tensor | None:
     """The mixers' mask: `(B, T)` of this call's tokens, or None when nothing is padded.
 
-    It is ours because transformers' recurrent mask is dropped on calls of one token. On a GPU a mask without padding
-    is passed on, since to ask would stop the host until the GPU is idle.
+    It is ours because transformers' recurrent mask is dropped on calls of one token. On a GPU, and in a call that is
+    traced, a mask without padding is passed on: to ask would stop the host until the GPU is idle, or end the trace.
     """
     if attention_mask is None:
         return None
     padding_mask = check_mask(attention_mask, inputs_embeds.shape[0], inputs_embeds.shape[1], cache)
-    return None if padding_mask.device.type == "cpu" and bool(padding_mask.all()) else padding_mask
+    if padding_mask.device.type != "cpu" or is_tracing():
+        return padding_mask
+    return None if bool(padding_mask.all()) else padding_mask
 
 
 def softmax_layers(model) -> list[int]:

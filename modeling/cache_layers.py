@@ -9,10 +9,38 @@ import functools
 from typing import Any
 
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    STATIC_LAYER_TYPE_MAPPING,
+    CacheLayerMixin,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+)
+
+from .cache_names import CACHE
+
+NO_STATIC_CACHE = (
+    "a converted model has no static cache, for its state never grows: leave cache_implementation or StaticCache out, "
+    "and generate within `with model.captured_decoding():` to replay CUDA graphs"
+)
 
 
-class StateLayer(CacheLayerMixin):
+def no_static_layer(**kwargs):
+    """What a StaticCache of a converted model's config is made of."""
+    raise ValueError(NO_STATIC_CACHE)
+
+
+class Growing:
+    """Goes before every layer here: transformers knows their names for no static cache."""
+
+    _layer_type: str | None = None
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        if cls._layer_type is not None:
+            STATIC_LAYER_TYPE_MAPPING[cls._layer_type] = no_static_layer  # type: ignore[assignment]
+
+
+class StateLayer(Growing, CacheLayerMixin):
     """A state of constant size: a NamedTuple of tensors (or None), batch first in each.
 
     Attributes:
@@ -75,7 +103,7 @@ class StateLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):
         raise ValueError(
             "a softmax layer was given the cache of a converted layer: to generate in the teacher arm, pass "
-            "past_key_values=DynamicCache()"
+            f"{CACHE}=DynamicCache()"
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -130,7 +158,7 @@ class CosineStateLayer(StateLayer):
     _layer_type = "linearize_cosine_1"
 
 
-class SoftmaxLayer(DynamicLayer):
+class SoftmaxLayer(Growing, DynamicLayer):
     """The growing cache of a layer that stays softmax, with a `reset` that drops it.
 
     transformers 5.17 resets such a layer to zeros of the old length, which a second prompt then attends to.
@@ -143,7 +171,7 @@ class SoftmaxLayer(DynamicLayer):
         self.is_initialized = False
 
 
-class WindowLayer(DynamicSlidingWindowLayer):
+class WindowLayer(Growing, DynamicSlidingWindowLayer):
     """The cache of a softmax layer with a sliding window, with a `reset` that drops it.
 
     A layer is built by its name alone, so that the name holds the window, and every window has a subclass.

@@ -1,13 +1,41 @@
 """What every converted config has: which layer uses which mechanism, and with which settings."""
 
+import re
+import warnings
 from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any, ClassVar
+
+import transformers
 
 from .cache_layers import softmax_layer
 from .peft_targets import tell_peft
 from .registry import ATTENTIONS, mechanism
 
 SOFTMAX = "softmax"
+OLDEST, NEWEST = (5, 17), (5, 24)
+"""The first and the last minor release of transformers that is tested; pyproject.toml has the same bounds."""
+
+
+def check_transformers(version: str) -> None:
+    """Refuse a release of transformers that is too old, and warn of one that was not tested.
+
+    Raises:
+        ImportError: one sentence.
+    """
+    found = re.match(r"(\d+)\.(\d+)", version)
+    release = tuple(map(int, found.groups())) if found else NEWEST
+    tested = ".".join(map(str, OLDEST)) + " to " + ".".join(map(str, NEWEST))
+    if release < OLDEST:
+        raise ImportError(f"this model's code needs transformers {tested}, and {version} is installed: install one")
+    if release > NEWEST:
+        warnings.warn(
+            f"this model's code is tested with transformers {tested}, and {version} is installed: if a call fails, "
+            "install one of those",
+            stacklevel=2,
+        )
+
+
+check_transformers(transformers.__version__)
 
 
 class MixerConfigMixin:
@@ -25,6 +53,8 @@ class MixerConfigMixin:
         num_attention_heads: int
         hidden_size: int
 
+    # The stock plans cut projections that a mechanism reads whole, and layers that its landmarks go through.
+    base_model_tp_plan = base_model_pp_plan = base_model_ep_plan = None
     learned_positions = False
     """Whether the model learns an embedding for each position, which no token can go past."""
 

@@ -18,6 +18,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_layers import LinearStateLayer
+from .cache_names import NAMES, named
 from .op_hybrid_linear_decode import new_buffers, read_buffers
 from .packing import check_mask
 from .registry import mechanism
@@ -132,9 +133,9 @@ class DecodingSession:
             input_ids=self.token_ids,
             attention_mask=self.real,
             position_ids=self.count[:, None] + self.shift,
-            past_key_values=self.cache,
             use_cache=True,
             return_dict=True,
+            **named(self.cache),
         )
         self.logits = output.logits[:, -1]
         self.count.add_(self.real[:, 0])
@@ -254,16 +255,16 @@ class CapturedDecoding:
         if session is None or session.setting != setting or any(layer.holder is not session for layer in layers):
             session = self._session(layers, setting)
             session.attach(layers)
-        real = None if mask is None else check_mask(mask, len(token_ids), 1, kwargs["past_key_values"])
+        real = None if mask is None else check_mask(mask, len(token_ids), 1, _cache_of(kwargs))
         logits = session.step(token_ids, real, kwargs.get("position_ids"))
         for layer in layers:
             layer.seen += 1
-        output = CausalLMOutputWithPast(logits=logits[:, None].clone(), past_key_values=kwargs["past_key_values"])
+        output = CausalLMOutputWithPast(logits=logits[:, None].clone(), **named(_cache_of(kwargs)))
         return output if kwargs.get("return_dict") in (None, True) else output.to_tuple()
 
     def _decoding_layers(self, kwargs) -> list | None:
         """The cache's layers when a session can do the call: one token per row, nothing but logits, no gradients."""
-        token_ids, cache, mask = (kwargs.get(name) for name in ("input_ids", "past_key_values", "attention_mask"))
+        token_ids, mask, cache = kwargs.get("input_ids"), kwargs.get("attention_mask"), _cache_of(kwargs)
         extras = ("inputs_embeds", "token_type_ids", "labels", "output_hidden_states", "output_attentions")
         if cache is None or token_ids is None or torch.is_grad_enabled():
             return None
@@ -304,6 +305,11 @@ class CapturedDecoding:
         for session in self.sessions.values():
             session.close()
         self.sessions = {}
+
+
+def _cache_of(kwargs: dict) -> Any:
+    """The cache of a call, under either name."""
+    return next((cache for name in NAMES if (cache := kwargs.get(name)) is not None), None)
 
 
 def _check(model, capture: bool) -> None:

@@ -66,7 +66,9 @@ class Landmarks:
         inserted = ends.long().cumsum(1) - ends.long()
         total = ends.sum(1)
         simple = simple and past is None
-        most = tokens // size if simple else int(total.max())
+        most = tokens // size  # of a row without padding that starts here: one more at most if it goes on
+        if not simple:
+            most = most + (past is not None) if torch.compiler.is_compiling() else int(total.max())
         length = tokens + most
         slot = torch.arange(tokens, device=device) + inserted + (most - total)[:, None]
         place = torch.where(real, order + order // size, -1)

@@ -20,9 +20,11 @@ from transformers.models.bert.modeling_bert import (
     BertSelfAttention,
     eager_attention_forward,
 )
+from transformers.utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
 from .backbone import MixerAttention, MixerModelMixin, mixer_padding, softmax_layers
+from .base_forward import entry_per_layer
 from .configuration import MixerConfigMixin
 
 NO_CACHE = (
@@ -107,6 +109,7 @@ class LinearizedBertModel(LinearizedBertPreTrainedModel, BertModel):
         self.encoder.layer = nn.ModuleList(layers)
         self.post_init()
 
+    @entry_per_layer
     @capture_outputs
     def forward(
         self,
@@ -154,7 +157,7 @@ class LinearizedBertModel(LinearizedBertPreTrainedModel, BertModel):
         """Positions that were given are looked at on a CPU only: on a GPU that would stop the host."""
         if position_ids is None:
             self.check_positions(inputs.shape[1])
-        elif position_ids.device.type == "cpu":
+        elif position_ids.device.type == "cpu" and not is_tracing():
             self.check_positions(int(position_ids.max()) + 1)
 
 

@@ -15,13 +15,13 @@ from transformers.models.gpt2.modeling_gpt2 import (
     GPT2PreTrainedModel,
     eager_attention_forward,
 )
-from transformers.utils.generic import merge_with_config_defaults
-from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+from transformers.utils import is_tracing
+from transformers.utils.output_capturing import OutputRecorder
 
 from .backbone import MixerAttention, MixerModelMixin, layer_masks, start_call
+from .base_forward import base_forward
+from .cache_names import named
 from .configuration import MixerConfigMixin
-from .landmark_tokens import through_landmarks
-from .packing import through_packing
 
 
 @strict
@@ -103,10 +103,7 @@ class LinearizedGPT2Model(LinearizedGPT2PreTrainedModel, GPT2Model):
         self.add_landmarks()
         self.post_init()
 
-    @through_packing
-    @through_landmarks
-    @merge_with_config_defaults
-    @capture_outputs
+    @base_forward
     def forward(
         self,
         input_ids=None,
@@ -125,9 +122,10 @@ class LinearizedGPT2Model(LinearizedGPT2PreTrainedModel, GPT2Model):
         # Padding takes no position, a landmark does. On a GPU to ask would stop the host: it is asked only in doubt.
         assert self.max_positions is not None, "this backbone learns its positions"
         doubtful = tokens > self.max_positions or kwargs.get("landmarks") is not None
-        if doubtful or position_ids.device.type == "cpu":
-            tokens = int(position_ids.max()) + 1
-        self.check_positions(tokens)
+        if not is_tracing():
+            if doubtful or position_ids.device.type == "cpu":
+                tokens = int(position_ids.max()) + 1
+            self.check_positions(tokens)
         causal_mask, padding_mask = layer_masks(
             self, hidden_states, attention_mask, position_ids, past_key_values, kwargs.get("packing")
         )
@@ -138,15 +136,15 @@ class LinearizedGPT2Model(LinearizedGPT2PreTrainedModel, GPT2Model):
         for block in self.h:
             hidden_states = block(
                 hidden_states,
-                past_key_values=past_key_values,
                 attention_mask=causal_mask,
                 padding_mask=padding_mask,
                 position_ids=position_ids,
                 use_cache=use_cache,
+                **named(past_key_values),
                 **kwargs,
             )
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.ln_f(hidden_states), **named(past_key_values)
         )
 
 

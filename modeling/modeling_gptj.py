@@ -9,6 +9,7 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import GPTJConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gptj.modeling_gptj import (
     GPTJAttention,
     GPTJBlock,
@@ -19,13 +20,12 @@ from transformers.models.gptj.modeling_gptj import (
     GPTJPreTrainedModel,
     apply_rotary_pos_emb,
 )
-from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
-from transformers.utils.output_capturing import capture_outputs
+from transformers.utils.generic import can_return_tuple
 
 from .backbone import MixerAttention, MixerModelMixin, layer_masks, start_call
+from .base_forward import base_forward
+from .cache_names import CACHE, EitherCacheName, named
 from .configuration import MixerConfigMixin
-from .landmark_tokens import through_landmarks
-from .packing import through_packing
 
 ROTARY_BASE = 10_000
 
@@ -56,12 +56,14 @@ class LinearizedGPTJConfig(MixerConfigMixin, GPTJConfig):
         super().__post_init__(**kwargs)
 
 
-class GPTJRotatedAttention(GPTJAttention):
+class GPTJRotatedAttention(EitherCacheName, GPTJAttention):
     """The stock softmax attention, for layers that keep it, with the model's tables in place of its own."""
 
     def __init__(self, config: LinearizedGPTJConfig, layer_idx: int):
         super().__init__(config, layer_idx=layer_idx)
-        del self.embed_positions
+        self.is_causal, self.scaling, self.attention_dropout = True, self.head_dim**-0.5, config.attn_pdrop
+        if hasattr(self, "embed_positions"):  # up to transformers 5.23; then the model has the table
+            del self.embed_positions
 
     def project(self, hidden_states) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `(B, T, H, D)`, not rotated."""
@@ -82,23 +84,31 @@ class GPTJRotatedAttention(GPTJAttention):
         value = value.transpose(1, 2)
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
-        output, weights = self._attn(query, key, value, attention_mask)
-        output = self.out_proj(output.transpose(1, 2).reshape(hidden_states.shape))
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, softmax_attention)
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = interface(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling)
+        output = self.out_proj(output.reshape(hidden_states.shape).contiguous())
         return self.resid_dropout(output), weights
 
 
-def eager_attention_forward(module, query, key, value, attention_mask, **kwargs):
-    """The stock softmax attention as an attention function: scores in float32, dropout by its own module.
+def softmax_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """The stock softmax attention as an attention function, scores in float32: `(B, T, H, D)`, and the weights."""
+    scores = query.float() @ key.float().transpose(-1, -2) * scaling
+    if attention_mask is not None:
+        scores = scores + attention_mask
+    weights = nn.functional.dropout(scores.softmax(dim=-1).to(value.dtype), dropout, training=module.training)
+    return (weights @ value).transpose(1, 2), weights
 
-    Its weights are not given back: they would stay in memory while the mechanism is trained on the output.
-    """
-    return module._attn(query, key, value, attention_mask)[0].transpose(1, 2), None
+
+def eager_attention_forward(*args, **kwargs):
+    """`softmax_attention` without its weights, which would stay in memory while the mechanism is trained on the
+    output."""
+    return softmax_attention(*args, **kwargs)[0], None
 
 
 class LinearizedGPTJAttention(MixerAttention, GPTJRotatedAttention):
     def __init__(self, config: LinearizedGPTJConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        self.scaling, self.attention_dropout = self.head_dim**-0.5, config.attn_pdrop
         self.add_mixer(config, config.num_attention_heads, config.num_attention_heads)
 
     def forward(  # type: ignore[override]
@@ -154,13 +164,15 @@ class LinearizedGPTJPreTrainedModel(MixerModelMixin, GPTJPreTrainedModel):
     _keys_to_ignore_on_load_unexpected = ["attn.bias", "attn.masked_bias"]
 
     def _init_weights(self, module: nn.Module) -> None:
-        if not isinstance(module, GPTJAttention):  # the stock way fills its table of positions
+        if not isinstance(module, GPTJAttention):  # the stock way fills its table, up to transformers 5.23
             super()._init_weights(module)
 
 
 class LinearizedGPTJModel(LinearizedGPTJPreTrainedModel, GPTJModel):
     def __init__(self, config: LinearizedGPTJConfig):
         super().__init__(config)
+        if hasattr(self, "rotary_emb"):  # from transformers 5.24 on: the table of positions
+            del self.rotary_emb
         self.h = nn.ModuleList([LinearizedGPTJBlock(config, i) for i in range(config.num_hidden_layers)])
         self.add_landmarks()
         self.post_init()
@@ -180,10 +192,7 @@ class LinearizedGPTJModel(LinearizedGPTJPreTrainedModel, GPTJModel):
             for table, value in ((cosine, 1.0), (sine, 0.0))
         )
 
-    @through_packing
-    @through_landmarks
-    @merge_with_config_defaults
-    @capture_outputs
+    @base_forward
     def forward(
         self,
         input_ids=None,
@@ -209,13 +218,13 @@ class LinearizedGPTJModel(LinearizedGPTJPreTrainedModel, GPTJModel):
             hidden_states = block(
                 hidden_states,
                 rotary=rotary,
-                past_key_values=past_key_values,
                 attention_mask=causal_mask,
                 padding_mask=padding_mask,
                 use_cache=use_cache,
+                **named(past_key_values),
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), past_key_values=past_key_values)
+        return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states), **named(past_key_values))
 
 
 class LinearizedGPTJForCausalLM(LinearizedGPTJPreTrainedModel, GPTJForCausalLM):
@@ -256,9 +265,9 @@ class LinearizedGPTJForCausalLM(LinearizedGPTJPreTrainedModel, GPTJForCausalLM):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
+            **named(output.get(CACHE)),
         )
 
 

@@ -13,6 +13,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from linearize.modeling import HybridLinearState
 from linearize.modeling.attention_linear import state_bytes
+from linearize.modeling.cache_names import named
 from linearize.modeling.decoding import DecodingSession, compiled_elementwise
 
 RESERVE = 2_500_000_000
@@ -185,13 +186,13 @@ def _teacher_step(args, teacher, batch: int, kind: str, clock: Clock) -> dict:
     cache = Cache(layers=layers)
     state = {"state_gb": sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / 1e9}
     if kind == "eager":
-        return _timed(args, clock, lambda: teacher(ids, past_key_values=cache, use_cache=True), batch) | state
+        return _timed(args, clock, lambda: teacher(ids, use_cache=True, **named(cache)), batch) | state
     positions = torch.full((1, 1), tokens - 1, device=teacher.device)
 
     def step():
         # While a graph is captured transformers makes a mask, which keeps SDPA from flash; one query needs none.
         with mock.patch("transformers.models.llama.modeling_llama.create_causal_mask", return_value=None):
-            return teacher(ids, past_key_values=cache, position_ids=positions, use_cache=True).logits
+            return teacher(ids, position_ids=positions, use_cache=True, **named(cache)).logits
 
     run = capture(step) if clock.gpu else step
     return _timed(args, clock, run, batch, calls=4) | state

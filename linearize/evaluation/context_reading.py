@@ -13,6 +13,7 @@ from torch import Tensor
 from linearize.errors import UserError
 from linearize.evaluation.arms import context_tokens, is_student
 from linearize.evaluation.context_lengths import length_label
+from linearize.modeling.cache_names import CACHE, NAMES, named
 
 PIECE = 2048  # tokens of one forward pass over the cache; more take more memory and hardly less time
 BAR = "{desc}: {n_fmt}/{total_fmt} {unit} [{elapsed}]{postfix}"  # time so far and no guess: lengths differ too much
@@ -48,15 +49,15 @@ def read(base: Any, input_ids: Tensor, keep: int = 1, piece: int | None = PIECE)
     length = input_ids.shape[1]
     parameters = inspect.signature(base.forward).parameters
     few = {"logits_to_keep": keep} if "logits_to_keep" in parameters else {}
-    if "past_key_values" not in parameters:
+    if not parameters.keys() & set(NAMES):
         return base(input_ids, **few).logits[:, -keep:], None
     starts = list(range(0, length, piece or length))
     while len(starts) > 1 and length - starts[-1] < keep:
         starts.pop()
     logits = cache = None
     for start, stop in zip(starts, [*starts[1:], length], strict=True):
-        output = base(input_ids[:, start:stop], past_key_values=cache, use_cache=True, **few)
-        logits, cache = output.logits[:, -keep:], output.past_key_values
+        output = base(input_ids[:, start:stop], use_cache=True, **named(cache), **few)
+        logits, cache = output.logits[:, -keep:], output.get(CACHE)
     assert logits is not None
     return logits, cache
 
@@ -83,8 +84,8 @@ def answer_greedily(
         if cache is None:
             logits, _ = read(base, torch.cat([input_ids, torch.stack(tokens, 1)], 1), 1, piece)
         else:
-            output = base(token, past_key_values=cache, use_cache=True)
-            logits, cache = output.logits, output.past_key_values
+            output = base(token, use_cache=True, **named(cache))
+            logits, cache = output.logits, output.get(CACHE)
         tokens.append(logits[:, -1].argmax(-1))
         over = over | torch.isin(tokens[-1], stop)
     return [_until(row, set(ends)) for row in torch.stack(tokens, 1).tolist()]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from linearize.evaluation.arms import adapters_off, context_tokens, input_device, is_student, measuring
+from linearize.modeling.cache_names import CACHE, named
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +36,7 @@ def continuation(
     """
     with contextlib.nullcontext() if adapters else adapters_off(model), measuring(model, arm) as base:
         inputs = tokenizer(prompt, return_tensors="pt").to(input_device(base))
-        options = {"past_key_values": _teacher_cache()} if arm == "teacher" else {}
+        options = named(_teacher_cache()) if arm == "teacher" else {}
         output = base.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, **options)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
@@ -62,11 +63,11 @@ def _timed_run(base: Any, prompt: torch.Tensor, new_tokens: int, teacher: bool =
     """Seconds of the prefill and of `new_tokens` one-token steps."""
     cache = _teacher_cache() if teacher else None
     started = _now(prompt)
-    output = base(prompt, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    output = base(prompt, use_cache=True, logits_to_keep=1, **named(cache))
     prefilled = _now(prompt)
     for _ in range(new_tokens):
         token = output.logits[:, -1:].argmax(-1)
-        output = base(token, past_key_values=output.past_key_values, use_cache=True, logits_to_keep=1)
+        output = base(token, use_cache=True, logits_to_keep=1, **named(output[CACHE]))
     return prefilled - started, _now(prompt) - prefilled
 
 

@@ -15,6 +15,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from linearize.cli import main
 from linearize.errors import UserError
@@ -37,6 +38,7 @@ from linearize.evaluation.context_reading import answer_greedily, check_position
 from linearize.evaluation.context_run import DEMO_TEXT
 from linearize.evaluation.natural import Hay, read_documents
 from linearize.evaluation.rope_scaling import parse_rope_scaling
+from linearize.modeling.cache_names import either_name, named
 
 TEXT = [" ".join(f"The cat {verb} in house {i} for hours." for verb in ("slept", "ran", "ate")) for i in range(60)]
 SMOLLM_KEYS = {"passkey": (256, 512), "trials": Trials(4), "depths": 2}
@@ -74,6 +76,7 @@ class Oracle(nn.Module):
     def get_input_embeddings(self):
         return self.embedding
 
+    @either_name
     def forward(self, input_ids, past_key_values=None, use_cache=None, logits_to_keep=1):
         seen = input_ids if past_key_values is None else torch.cat([past_key_values, input_ids], 1)
         logits = torch.zeros(len(seen), 1, len(self.tokenizer))
@@ -82,7 +85,7 @@ class Oracle(nn.Module):
             if length is not None and tuple(ids[:length]) in self.answers:
                 rest = self.answers[tuple(ids[:length])][len(ids) - length :]
                 logits[row, 0, rest[0] if rest else 0] = 1.0
-        return type("Output", (), {"logits": logits, "past_key_values": seen})
+        return CausalLMOutputWithPast(logits=logits, **named(seen))
 
 
 # --- measuring

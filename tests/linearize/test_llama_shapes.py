@@ -10,6 +10,8 @@ import torch
 from transformers import DynamicCache
 from transformers.cache_utils import Cache
 
+from linearize.modeling.cache_names import named
+
 SCRIPTS = str(Path(__file__).parents[2] / "scripts")
 
 
@@ -77,12 +79,12 @@ def test_the_fixed_cache_gives_the_stock_step(scripts):
     ids = torch.randint(3, 97, (2, 12))
     with torch.no_grad():
         cache = DynamicCache()
-        teacher(ids[:, :-1], past_key_values=cache)
+        teacher(ids[:, :-1], **named(cache))
         layers = []
         for layer in cache.layers:
             room = torch.zeros_like(layer.keys[:, :, :1])
             layers.append(
                 decode.FullLayer(torch.cat([layer.keys, room], dim=2), torch.cat([layer.values, room], dim=2))
             )
-        fixed = teacher(ids[:, -1:], past_key_values=Cache(layers=layers), position_ids=torch.tensor([[11]]))
+        fixed = teacher(ids[:, -1:], position_ids=torch.tensor([[11]]), **named(Cache(layers=layers)))
         torch.testing.assert_close(fixed.logits, teacher(ids).logits[:, -1:])

@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, GPT2LMHeadModel
 
 import linearize
 from linearize.modeling import LinearizedGPT2Config
+from linearize.modeling.cache_names import named
 from linearize.modeling.decoding import DecodingSession
 
 MIXERS = {"linear": {"type": "linear", "window": 5, "sinks": 2}}
@@ -93,7 +94,7 @@ def test_teacher_arm_with_padding_and_cache_is_stock(ids, implementation):
                     ids[:, cut],
                     attention_mask=mask[:, : cut.stop],
                     position_ids=positions[:, cut],
-                    past_key_values=cache,
+                    **named(cache),
                 ).logits
                 for cut in (slice(0, 9), slice(9, 10), slice(10, 23))
             ]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, MistralForCausalLM
 import linearize
 from linearize.modeling import LinearizedMistralConfig, backbone, decoding
 from linearize.modeling.cache_layers import softmax_layer
+from linearize.modeling.cache_names import CACHE, named
 
 WINDOW = 7
 LINEAR = {"type": "linear", "window": 5, "sinks": 2}
@@ -104,9 +105,9 @@ def test_teacher_arm_with_padding_and_cache_is_stock(ids, implementation, layers
     caches, logits = [None, None], [[], []]
     for cut in (slice(0, 4), slice(4, 12), slice(12, 13), slice(13, 23)):
         for i, model in enumerate((teacher, student)):
-            options = {"position_ids": positions[:, cut], "past_key_values": caches[i], "use_cache": True}
+            options = {"position_ids": positions[:, cut], "use_cache": True, **named(caches[i])}
             output = model(ids[:, cut], attention_mask=mask[:, : cut.stop], **options)
-            caches[i] = output.past_key_values
+            caches[i] = output[CACHE]
             logits[i].append(output.logits)
         for ours, theirs in zip(caches[1].layers, caches[0].layers, strict=True):
             assert torch.equal(ours.keys, theirs.keys) and ours.keys.shape[2] <= WINDOW - 1
@@ -129,7 +130,7 @@ def test_layers_that_all_stay_softmax_are_stock_mistral(ids, options):
     cache = DynamicCache(config=student.config)
     student(ids, past_key_values=cache, use_cache=True)
     stock = DynamicCache(config=teacher.config)
-    teacher(ids, past_key_values=stock, use_cache=True)
+    teacher(ids, use_cache=True, **named(stock))
     assert [layer.is_sliding for layer in cache.layers] == [True] * 3
     assert torch.equal(cache.layers[2].keys, stock.layers[2].keys) and stock.layers[2].keys.shape[2] == WINDOW - 1
 
