@@ -1,5 +1,7 @@
 """The GPT-2 student: learned positions, Conv1D projections, its own scalings; test_students.py has the rest."""
 
+import json
+
 import pytest
 import torch
 from tiny_models import TINY_GPT2, make_gpt2, make_student, perturb
@@ -63,12 +65,14 @@ def test_every_gpt2_shape_converts(shape, ids, tmp_path):
 
 @torch.no_grad()
 def test_the_form_of_the_original_checkpoint_loads(ids, tmp_path):
-    """Saved without a head, every name without its prefix, with the masks of old checkpoints."""
+    """A model with a head, by its config, saved without it: names lack their prefix; with the masks of old ones."""
     teacher = make_gpt2()
     for block in teacher.transformer.h:
         block.attn.register_buffer("bias", torch.ones(1, 1, 256, 256).tril().bool())
         block.attn.register_buffer("masked_bias", torch.tensor(-1e4))
     teacher.transformer.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["GPT2LMHeadModel"]}))
     student = linearize.convert(tmp_path, MIXERS["linear"])
     with student.use_arm("teacher"):
         assert torch.equal(student(ids).logits, teacher(ids).logits)
