@@ -117,7 +117,7 @@ class StagedRun:
         from linearize.launcher import check_launcher
         from linearize.pretraining_model import refuse_quantized_teacher
 
-        check_launcher()
+        check_launcher(settings.device)
         refuse_quantized_teacher(settings.distillation)
         self.settings, self.directory, self.path = settings, directory, directory.path
         self.state = PartialState(cpu=settings.device == "cpu")
