@@ -157,7 +157,7 @@ class _EncoderRun:
                 f"data.sequence_length is {length}, but the teacher has {config.max_position_embeddings} positions: "
                 "lower it."
             )
-        check_launcher()
+        check_launcher(settings.device)
         tracker_names(settings.report_to)
         for name in AFTER:  # refused now, not after the stages before
             if (section := getattr(settings, name)) is not None:

@@ -29,6 +29,7 @@ from linearize.encoder_settings import EmbeddingDistillationConfig, EncoderStage
 from linearize.errors import UserError
 from linearize.evaluation.embeddings import sentence_embeddings
 from linearize.finetuning import SCHEDULERS
+from linearize.launcher import in_bfloat16
 from linearize.losses import IGNORE_INDEX
 from linearize.masking import Masking, masked_loss
 from linearize.run_identity import base_identity, data_identity, require_same_run
@@ -164,7 +165,7 @@ def _run(
         report_to,
         device,
         lr_scheduler_type=SCHEDULERS[config.schedule],
-        bf16=config.precision == "bfloat16" or (config.precision == "auto" and not on_cpu),
+        bf16=in_bfloat16(config.precision, on_cpu=on_cpu),
         # Rows within the window leave the feature maps without a gradient.
         ddp_find_unused_parameters=True,
     )

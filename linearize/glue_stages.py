@@ -140,7 +140,7 @@ class _GlueRun:
         from linearize.training_log import tracker_names
 
         settings = self.settings
-        check_launcher()
+        check_launcher(settings.device)
         tracker_names(settings.report_to)
         settings.training.stage(1, settings.data.sequence_length, 0.0, self.state.num_processes)
         for source, revision in dict.fromkeys((run.source, run.revision) for run in waiting):

@@ -24,6 +24,7 @@ from linearize.finetuning import SCHEDULERS
 from linearize.glue_data import GlueRows, collate
 from linearize.glue_settings import GlueRunConfig, GlueStage
 from linearize.glue_tasks import TASKS, Task
+from linearize.launcher import in_bfloat16
 from linearize.load_errors import explained
 from linearize.modeling import BACKBONES, PREFIX, is_encoder
 from linearize.quantization import refuse_quantized
@@ -219,7 +220,7 @@ def finetune_on(
         settings.report_to,
         "cpu" if settings.device == "cpu" else None,
         lr_scheduler_type=SCHEDULERS[config.schedule],
-        bf16=settings.training.precision == "bfloat16" or (settings.training.precision == "auto" and not on_cpu),
+        bf16=in_bfloat16(settings.training.precision, on_cpu=on_cpu),
         save_strategy="steps" if config.save_steps < (config.max_steps or 0) else "no",
         # Texts within the window leave the feature maps without a gradient.
         ddp_find_unused_parameters=True,

@@ -10,6 +10,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
 from linearize.errors import UserError
 
 PRECISION = "ACCELERATE_MIXED_PRECISION"
@@ -21,7 +23,7 @@ SHARDING = {
 }
 """Switches of what would split the model over the processes."""
 COMPILER = "ACCELERATE_DYNAMO_BACKEND"
-CPU = "ACCELERATE_USE_CPU"
+CPU, DEVICE = "ACCELERATE_USE_CPU", "ACCELERATE_TORCH_DEVICE"
 
 
 def check_launcher(device: str | None = None) -> None:
@@ -31,8 +33,8 @@ def check_launcher(device: str | None = None) -> None:
         device: Of the settings.
 
     Raises:
-        UserError: The model would be split over the processes or compiled, or the GPU that the settings ask for is
-            switched off.
+        UserError: The model would be split over the processes or compiled, or would not be on the device that the
+            settings ask for.
     """
     for variable, name in SHARDING.items():
         if _is_on(variable):
@@ -48,6 +50,9 @@ def check_launcher(device: str | None = None) -> None:
         )
     if device == "cuda" and _is_on(CPU):
         raise UserError(f"device is cuda, but the launcher keeps to the CPU ({CPU}): unset it, or set device to cpu.")
+    chosen = os.environ.get(DEVICE)
+    if chosen and device in ("cpu", "cuda") and not chosen.startswith(device):
+        raise UserError(f"device is {device}, but {DEVICE} is {chosen}: unset it, or set device to auto.")
 
 
 @contextmanager
@@ -59,6 +64,21 @@ def settings_decide_precision() -> Iterator[None]:
     finally:
         if found is not None:
             os.environ[PRECISION] = found
+
+
+def in_bfloat16(precision: str, *, on_cpu: bool) -> bool:
+    """Whether a stage multiplies matrices in bfloat16, by its setting: `auto` does on a GPU.
+
+    Raises:
+        UserError: The setting is float32, and the process was told to use TF32.
+    """
+    if precision == "float32" and not on_cpu and torch.get_float32_matmul_precision() != "highest":
+        raise UserError(
+            "precision is float32, but float32 products of this process are in TF32 "
+            "(TORCH_ALLOW_TF32_CUBLAS_OVERRIDE or torch.set_float32_matmul_precision): unset it, or set precision to "
+            "bfloat16."
+        )
+    return precision == "bfloat16" or (precision == "auto" and not on_cpu)
 
 
 def check_precision(found: str, wanted: str) -> None:

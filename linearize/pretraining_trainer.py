@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 from linearize.encoder_training import HiddenTokens
 from linearize.evaluation import PerplexityResult, perplexity
 from linearize.finetuning import SCHEDULERS
+from linearize.launcher import in_bfloat16
 from linearize.masking import MaskedResult, masked_scores
 from linearize.stage_trainer import StageTrainer, stage_arguments
 from linearize.training_log import TrainingLog
@@ -40,7 +41,7 @@ def pretraining_arguments(config: PretrainConfig, checkpoints: Path) -> tuple[Tr
         adam_beta1=training.adam_beta1,
         adam_beta2=training.adam_beta2,
         adam_epsilon=training.adam_epsilon,
-        bf16=training.precision == "bfloat16" or (training.precision == "auto" and not on_cpu),
+        bf16=in_bfloat16(training.precision, on_cpu=on_cpu),
         eval_strategy="no" if training.eval_steps is None else "steps",
         eval_steps=training.eval_steps,
     )

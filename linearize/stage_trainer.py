@@ -90,7 +90,7 @@ def stage_arguments(
         device: "cpu" keeps to the CPU; None takes the process's GPU where there is one.
         changes: Arguments of this stage; they win.
     """
-    check_launcher()
+    check_launcher(device)
     # The Trainer resets accelerate's state: an earlier stage's choice of the CPU must be handed on.
     state = PartialState(cpu=device == "cpu")
     on_cpu = state.device.type == "cpu"

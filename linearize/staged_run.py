@@ -134,7 +134,7 @@ class StagedRun:
         from linearize.pretraining_model import refuse_quantized_teacher
         from linearize.run_identity import data_identity, source_identity
 
-        check_launcher()
+        check_launcher(settings.device)
         refuse_quantized_teacher(settings.distillation)
         self.settings, self.directory, self.path = settings, directory, directory.path
         self.state = PartialState(cpu=settings.device == "cpu")

@@ -50,7 +50,7 @@ def make_accelerator(
     """
     from accelerate import Accelerator
 
-    check_launcher()
+    check_launcher(str(device))
     trackers, logs = tracker_names(report_to) or None, str(Path(output_dir) / "logs")
     with settings_decide_precision():
         return Accelerator(cpu=str(device) == "cpu", log_with=trackers, project_dir=logs)

@@ -3,13 +3,14 @@
 import os
 
 import pytest
+import torch
 from finetuning_toys import settings, stock_llama, student, token_blocks
 from tiny_runs import make_teacher_directory, write_text
 
 import linearize
 from linearize import UserError
 from linearize.finetuning import finetune
-from linearize.launcher import CPU, PRECISION, check_launcher, check_precision
+from linearize.launcher import CPU, DEVICE, PRECISION, check_launcher, check_precision, in_bfloat16
 from linearize.settings import FinetuneConfig
 from linearize.stage_trainer import stage_arguments
 from linearize.training_loop import make_accelerator
@@ -86,6 +87,25 @@ def test_a_gpu_that_the_launcher_switches_off(monkeypatch):
     check_launcher("auto")
     with pytest.raises(UserError, match="keeps to the CPU"):
         check_launcher("cuda")
+
+
+@pytest.mark.parametrize(("device", "chosen"), [("cpu", "cuda:1"), ("cuda", "cpu"), ("cuda", "xpu")])
+def test_another_device_than_the_settings_ask_for(monkeypatch, device, chosen):
+    monkeypatch.setenv(DEVICE, chosen)
+    check_launcher("auto")
+    with pytest.raises(UserError, match=f"device is {device}, but ACCELERATE_TORCH_DEVICE is {chosen}"):
+        check_launcher(device)
+    monkeypatch.setenv(DEVICE, device)
+    check_launcher(device)
+
+
+def test_float32_is_not_tf32(monkeypatch):
+    expected = {("auto", False): True, ("auto", True): False, ("bfloat16", True): True, ("float32", False): False}
+    assert {how: in_bfloat16(how[0], on_cpu=how[1]) for how in expected} == expected
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    assert in_bfloat16("auto", on_cpu=False) and not in_bfloat16("float32", on_cpu=True)
+    with pytest.raises(UserError, match="TF32"):
+        in_bfloat16("float32", on_cpu=False)
 
 
 def test_another_precision_is_never_trained_in():

@@ -89,7 +89,7 @@ def test_the_record_of_a_hub_id(inputs, tmp_path):
         repository.commit(files, "finetuned")
         environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
         arguments = [first, str(inputs / "other.jsonl"), json.dumps(settings), str(tmp_path / "out")]
-        found = result_of([sys.executable, "-c", ON_THE_HUB, *arguments], environment, tmp_path)
+        found = result_of([sys.executable, "-c", ON_THE_HUB, *arguments], environment, tmp_path, timeout=400)
     assert found["tester/tuned"] == [OWN, None]
     assert found["tester/converted"][0] == TEACHER and CONTROL in found["tester/converted"][1]
     assert found["main"] == {"transfer": 100, "finetune": 50} and found["first"] == {} and found["stock"] == {}
