@@ -81,7 +81,8 @@ class Landmarks:
         position.scatter_(1, behind, place + 1)
         position = position[:, :length]
         if packing is not None:
-            alone = packing.source is None  # a single row without padding: landmarks bring none
+            # To a single row without padding landmarks bring none, unless a trace leaves room for as many as may be.
+            alone = packing.source is None and not torch.compiler.is_compiling()
             packing = Packing.of(position == 0, None if alone else position >= 0)
         return cls(position, simple, tokens, source[:, :length], slot, ends, packing=packing)
 

@@ -217,9 +217,9 @@ def check_mask(mask: Tensor, batch: int, tokens: int, cache: Any = None) -> Tens
     """
     if mask.dim() != 2:
         raise ValueError("a converted model takes a 2-dimensional attention_mask (batch, tokens), 1 = real token")
-    allowed = {tokens} if cache is None else {tokens, cache.get_seq_length() + tokens}
-    if mask.shape[0] != batch or mask.shape[1] not in allowed:
-        lengths = " or ".join(str(length) for length in sorted(allowed))
+    whole = tokens if cache is None else cache.get_seq_length() + tokens
+    if mask.shape[0] != batch or (mask.shape[1] != tokens and mask.shape[1] != whole):
+        lengths = str(tokens) if whole == tokens else f"{tokens} or {whole}"
         raise ValueError(
             f"attention_mask is {tuple(mask.shape)}, but this call's must be ({batch}, {lengths}): one column for "
             "each token of the call, or with a cache for each token so far"

@@ -6,6 +6,7 @@ from tiny_models import make_gpt2, make_gptj, make_mistral, make_student, make_t
 from torch.nn import functional
 from transformers import DynamicCache
 
+from linearize.kernels.triton_support import interpreting
 from linearize.modeling.packing import through_packing
 
 TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2, "gptj": make_gptj, "mistral": make_mistral}
@@ -136,6 +137,24 @@ def test_gradients_of_packed_texts_in_training(backbone, mixers):
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours is None) == (theirs is None)
         assert ours is None or close(ours, theirs)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not interpreting(), reason="a GPU is there: tests/gpu has the kernels")
+@pytest.mark.parametrize("kind", ["linear", "cosine-pure", "landmark"])
+def test_kernels_take_the_bounds(kind):
+    """Training's path on the Triton backend, in its interpreter; `tests/kernels` have the gradients."""
+    mixers = {"landmark": {"type": "landmark", "block_size": 16}} if kind == "landmark" else MODELS[kind][0]
+    model = make_student(make_teacher(num_hidden_layers=1), mixers).train()
+    perturb(model)
+    ids, _ = make_texts()
+    ids = torch.cat([ids, ids[:, :25]], 1)  # texts longer than a block
+    sign = {"cu_seq_lens_q": torch.tensor([0, 9, 34, 59])}
+    texts = ids.split([9, 25, 25], 1)
+    model.set_op_backend("triton")
+    found = model(ids, use_cache=False, **sign).logits
+    alone = torch.cat([model(text, use_cache=False).logits for text in texts], 1)
+    assert close(found, alone, 1e-5)
 
 
 def test_blocks_are_left_out_for_each_text_in_training():
