@@ -67,7 +67,6 @@ def convert(
 
     import linearize
     from linearize.hub import loaded_commit, make_record, save_final
-    from linearize.modeling import is_encoder
     from linearize.run_plan import check_attention, complete_attention, read_teacher
     from linearize.sentence_files import sentence_transformer_files
     from linearize.settings_io import to_values
@@ -83,7 +82,7 @@ def convert(
     student: Any = linearize.convert(model, settings.attention, **where, dtype=dtype)
     recipe = {name: to_values(settings)[name] for name in ("attention", "softmax_layers", "sliding_window")}
     revision = loaded_commit(model, settings.revision)
-    files = sentence_transformer_files(model, revision=settings.revision) if is_encoder(student.config) else None
+    files = None if student.can_generate() else sentence_transformer_files(model, revision=settings.revision)
     with stage("saving the model"):
         save_final(student, tokenizer, output, make_record(model, revision=revision, recipe=recipe), files)
     print(

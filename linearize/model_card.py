@@ -126,11 +126,10 @@ def task(config: Any) -> tuple[str, str]:
 
 def quick_start(name: str, config: Any) -> str:
     """A few lines to run, and what they need."""
-    from linearize.modeling import is_encoder
-
-    code = task(config)[1].format(name=name)
+    kind, code = task(config)
+    code = code.format(name=name)
     code = code if code.startswith("from ") else IMPORT + code
-    state = "" if is_encoder(config) else f" {state_sentence(config)}"
+    state = f" {state_sentence(config)}" if kind == "text-generation" else ""
     return (
         f"## Quick start\n\n```python\n{code}\n```\n\n"
         f"The model code comes with the repository; the `linearize` package is not needed.{state}"

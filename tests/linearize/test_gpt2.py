@@ -68,6 +68,18 @@ def test_attention_transfer_lowers_the_loss_and_touches_nothing_else(student, tm
     assert changed == set(student.mixer_state_dict())
 
 
+def test_attention_transfer_is_taught_without_dropout(tmp_path):
+    """The targets are those of the teacher at work, whatever it dropped in its own training."""
+    config = TransferConfig(max_steps=2, batch_size=4, tokens_per_step=4 * LENGTH, logging_steps=1)
+    losses = []
+    for share in (0.0, 0.5):
+        model = make_student(make_gpt2(attn_pdrop=share, resid_pdrop=share, embd_pdrop=share), MIXERS).train()
+        result = transfer_attention(model, token_blocks(8), config, output_dir=tmp_path / str(share))
+        losses.append(result.losses_per_layer)
+        assert model.training
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # peft asks by a name that transformers has replaced
 def test_finetuning_lowers_the_loss_and_merges(student, tmp_path):
     """peft is told that Conv1D weights lie the other way round, so it has nothing to warn about."""

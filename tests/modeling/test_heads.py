@@ -12,6 +12,8 @@ from tiny_runs import make_tokenizer
 from transformers import AutoModelForSequenceClassification, GPT2Model, GPTJModel, LlamaModel, MistralModel
 
 import linearize
+from linearize.cli import main
+from linearize.conversion import load_model
 from linearize.modeling import BACKBONES
 from linearize.settings import FinetuneConfig
 
@@ -122,6 +124,8 @@ def test_a_stock_classifier_converts_with_its_head(backbone, tmp_path):
     alone = student(ids[:1, :17]).logits
     torch.testing.assert_close(student(ids, **call).logits[:1], alone, atol=1e-5, rtol=1e-5)
     with pytest.raises(linearize.UserError, match="has no language-modelling head"):
+        load_model(tmp_path)
+    with pytest.raises(linearize.UserError, match="has no language-modelling head"):
         linearize.finetune(student, [], FinetuneConfig(), output_dir=tmp_path)
 
 
@@ -211,6 +215,28 @@ def test_features_and_sentence_embeddings(mixers, tmp_path):
     torch.testing.assert_close(vectors, torch.stack([x[0, -1] for x in expected]))
     classify = transformers.pipeline("text-classification", str(tmp_path))
     assert len(classify(texts, batch_size=2)) == 2
+
+
+@torch.no_grad()
+def test_a_sentence_transformer_that_is_a_decoder_converts_as_one(tmp_path):
+    """Its pooling comes along; within the window linear attention is softmax attention, so the vectors are equal."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Pooling, Transformer
+
+    tokenizer = make_tokenizer()
+    make_teacher(vocab_size=len(tokenizer)).model.save_pretrained(tmp_path / "body")
+    tokenizer.save_pretrained(tmp_path / "body")
+    body = Transformer(str(tmp_path / "body"))
+    teacher = SentenceTransformer(modules=[body, Pooling(32, pooling_mode="mean")], device="cpu")
+    teacher.save(str(tmp_path / "teacher"))
+    assert main(["convert", str(tmp_path / "teacher"), str(tmp_path / "out"), "--attention.window", "64"]) == 0
+    student = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert type(student[0].auto_model).__name__ == "LinearizedLlamaModel" and student[1].pooling_mode == "mean"
+    texts = ["the river ran past a house", "nobody spoke"]
+    found, expected = (x.encode(texts, convert_to_tensor=True) for x in (student, teacher))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "pipeline_tag: feature-extraction" in card and "Generation keeps" not in card
 
 
 class Mine(linearize.LinearizedLlamaForCausalLM):
