@@ -41,6 +41,7 @@ class GlueDirectory(RunDirectory):
 
     contents = (CONFIG, "results", "logs", "checkpoints", "models", REPORT, TABLE)
     sections: ClassVar[Mapping[str, str]] = {}
+    fixed = ("training.batch_size", "training.precision")  # the batch of a step; all results of a table are made alike
     free_to_change = (
         *FREE_TO_CHANGE,
         *("models", "names", "revisions", "tasks", "seeds", "metrics", "save_models"),

@@ -92,7 +92,6 @@ class _Run:
     def run(self) -> RunResult:
         """The steps of a run, in order."""
         from linearize.conversion import load_model_tokenizer
-        from linearize.run_identity import base_identity, data_identity
         from linearize.run_plan import make_plan
 
         config, directory = self.config, self.directory
@@ -110,7 +109,7 @@ class _Run:
         train, validation, held_out = self._load_data()
         with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
             model = self._load_model(quantized=True)
-        inputs = {"base": base_identity(model)} | ({} if train is None else {"data": data_identity(train)})
+        inputs = self._inputs(model, train)
         from_main_process(lambda: directory.prepare(inputs))
         report = self._start_report(held_out)
         if report is not None:
@@ -217,6 +216,14 @@ class _Run:
         )
         placed = {} if bits is None else {"quantization_config": bits, "device_map": {"": self.state.device}}
         return {"dtype": dtype, **placed}
+
+    def _inputs(self, model: Any, train: Any) -> dict[str, str] | None:
+        """Digests of what the run is made of; None where it leaves nothing that another call could go on with."""
+        from linearize.run_identity import base_identity, data_identity
+
+        if train is None and self.config.evaluation is None:
+            return None
+        return {"base": base_identity(model)} | ({} if train is None else {"data": data_identity(train)})
 
     def _start_report(self, blocks: Any) -> Any:
         """The measurements of this run; None on the other processes or when there are none."""

@@ -47,6 +47,8 @@ class RunDirectory:
     """What a run writes there, and all that replacing it deletes."""
     free_to_change: ClassVar[tuple[str, ...]] = FREE_TO_CHANGE
     """Settings that a resumed run may always change."""
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Settings that it may never change, though others of their name may."""
     sections: ClassVar[Mapping[str, str]] = {
         "transfer": "checkpoints/transfer",
         "finetune": "checkpoints/finetune",
@@ -94,7 +96,8 @@ class RunDirectory:
     def _check_same_run(self) -> None:
         if not (self.path / CONFIG).is_file():
             return
-        changed = changed_settings(self._stored(), self.config, self.stage_states(), self.free_to_change)
+        states = self.stage_states()
+        changed = changed_settings(self._stored(), self.config, states, self.free_to_change, self.fixed)
         if changed:
             raise UserError(
                 f"{self.path} holds a run with other settings ({', '.join(changed)}): resume it with its own, "

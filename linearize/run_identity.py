@@ -182,21 +182,25 @@ FIXED_SECTIONS = ("attention", "mixers", "model", "data")
 
 
 def changed_settings(
-    old: RunSettings, new: RunSettings, stages: Mapping[str, StageState], free: Collection[str] = ()
+    old: RunSettings,
+    new: RunSettings,
+    stages: Mapping[str, StageState],
+    free: Collection[str] = (),
+    fixed: Collection[str] = (),
 ) -> list[str]:
     """The settings of a run that may not be what they are now when it goes on.
 
     Args:
         old: what the run was started with. new: what it is to go on with.
         stages: section of the settings -> how far that stage is.
-        free: dotted names of settings of this kind of run that are always free.
+        free: dotted names of settings of this kind of run that are always free. fixed: that never are.
 
     Returns:
         Dotted names.
     """
     from linearize.settings_io import differences
 
-    return [name for name in differences(old, new) if not _may_change(name, stages, free)]
+    return [name for name in differences(old, new) if name in fixed or not _may_change(name, stages, free)]
 
 
 def _may_change(name: str, stages: Mapping[str, StageState], free: Collection[str]) -> bool:

@@ -21,6 +21,8 @@ from linearize.cli import main
 from linearize.data import TokenBlocks
 from linearize.errors import Terminated, UserError
 from linearize.finetuning import finetune
+from linearize.glue_settings import GlueRunConfig
+from linearize.glue_stages import GlueDirectory
 from linearize.run_identity import StageState, base_identity, changed_settings, data_identity
 from linearize.settings import RunConfig, TransferConfig
 from linearize.settings_io import resolve
@@ -150,6 +152,20 @@ def test_settings_are_compared_stage_by_stage(changes, stages, refused):
     found = changed_settings(RunConfig(), resolve(RunConfig(), changes), stages, ("device",))
     assert set(refused) <= set(found)
     assert all(name in refused or name.startswith("data.") for name in found)
+
+
+def test_a_table_of_glue_keeps_its_batch():
+    old = GlueRunConfig(models=["a"])
+    for name, value in (("batch_size", 16), ("precision", "float32"), ("warmup_ratio", 0.2)):
+        new = resolve(old, {f"training.{name}": value}, settings=GlueRunConfig)
+        found = changed_settings(old, new, {}, GlueDirectory.free_to_change, GlueDirectory.fixed)
+        assert found == [f"training.{name}"]
+    free = {"training.micro_batch_size": 4, "training.learning_rates": [1e-5], "training.eval_batch_size": 2}
+    new = resolve(old, free, settings=GlueRunConfig)
+    assert changed_settings(old, new, {}, GlueDirectory.free_to_change, GlueDirectory.fixed) == []
+    assert new.training.stage(100, 32, 1e-5, 2).plan(32, 2).accumulation == 4
+    with pytest.raises(UserError, match="micro_batch_size is 5, but it must divide the 16 examples"):
+        resolve(old, {"training.micro_batch_size": 5}, settings=GlueRunConfig).training.stage(100, 32, 1e-5, 2)
 
 
 # ---- runs
