@@ -1,16 +1,19 @@
 """Runs onto landmark attention, at toy size on the demo text: all weights, LoRA, and how far the result reads."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_models import make_gpt2, make_mistral, make_teacher
 from tiny_runs import make_teacher_directory
 from transformers import AutoModelForCausalLM
 
 import linearize
-from linearize import UserError
+from linearize import LandmarkAttentionConfig, UserError
 from linearize.cli import main
 from linearize.hub import read_record
 from linearize.landmark_stages import AFTER, BEFORE, CALIBRATED, FITTED, LandmarkRunConfig, run_landmark
@@ -177,3 +180,34 @@ def test_bad_input_is_one_sentence(flags, sentence, tmp_path, capsys):
     assert main(["landmark", *arguments]) == 2
     error = capsys.readouterr().err
     assert sentence in error and "Traceback" not in error and not (tmp_path / "out").exists()
+
+
+COMMAND = re.compile(r"(?:linearize landmark|linearize_landmark\.py) ((?:.*\\\n)*.*)")
+
+
+def printed_commands():
+    """The settings of each command that trains landmark attention in README and results."""
+    root = Path(__file__).parents[2]
+    for page in ("README.md", "docs/results.md"):
+        for command in COMMAND.findall((root / page).read_text()):
+            words = shlex.split(command.replace("\\\n", " "), comments=True)
+            flags = dict(zip(words[::2], words[1::2], strict=True))
+            yield {name.removeprefix("--"): yaml.safe_load(value) for name, value in flags.items()}
+
+
+def test_printed_commands_can_be_run():
+    """What the present presets make of them, up to the attention of the student."""
+    commands = list(printed_commands())
+    assert len(commands) >= 3
+    for flags in commands:
+        config = resolve(flags.pop("config"), flags, settings=LandmarkRunConfig)
+        LandmarkAttentionConfig(**config.attention)
+
+
+def test_the_published_preset_is_the_published_training():
+    """On any model: landmarks' own keys and labels, every block open, no teacher."""
+    config = resolve("published", {"model_name_or_path": "any", "training.max_steps": 294}, settings=LandmarkRunConfig)
+    attention = LandmarkAttentionConfig(**config.attention)
+    assert attention.landmark_key == "token" and attention.include_landmark_in_loss
+    assert attention.block_dropout == 0 and attention.block_weight == "landmark"
+    assert config.distillation is None and not config.train_teacher
