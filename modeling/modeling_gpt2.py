@@ -155,22 +155,22 @@ class LinearizedGPT2ForCausalLM(LinearizedGPT2PreTrainedModel, GPT2LMHeadModel):
         self.post_init()
 
 
-class LinearizedGPT2ForSequenceClassification(LinearizedGPT2PreTrainedModel, GPT2ForSequenceClassification):
+class LinearizedGPT2Head(LinearizedGPT2PreTrainedModel):
+    """Goes before a stock model with a head: the model below is the converted one."""
+
     def __init__(self, config: LinearizedGPT2Config):
         super().__init__(config)
         self.transformer = LinearizedGPT2Model(config)
         self.post_init()
 
 
-class LinearizedGPT2ForTokenClassification(LinearizedGPT2PreTrainedModel, GPT2ForTokenClassification):
-    def __init__(self, config: LinearizedGPT2Config):
-        super().__init__(config)
-        self.transformer = LinearizedGPT2Model(config)
-        self.post_init()
+class LinearizedGPT2ForSequenceClassification(LinearizedGPT2Head, GPT2ForSequenceClassification):
+    pass
 
 
-class LinearizedGPT2ForQuestionAnswering(LinearizedGPT2PreTrainedModel, GPT2ForQuestionAnswering):
-    def __init__(self, config: LinearizedGPT2Config):
-        super().__init__(config)
-        self.transformer = LinearizedGPT2Model(config)
-        self.post_init()
+class LinearizedGPT2ForTokenClassification(LinearizedGPT2Head, GPT2ForTokenClassification):
+    pass
+
+
+class LinearizedGPT2ForQuestionAnswering(LinearizedGPT2Head, GPT2ForQuestionAnswering):
+    pass

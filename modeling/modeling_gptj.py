@@ -271,15 +271,18 @@ class LinearizedGPTJForCausalLM(LinearizedGPTJPreTrainedModel, GPTJForCausalLM):
         )
 
 
-class LinearizedGPTJForSequenceClassification(LinearizedGPTJPreTrainedModel, GPTJForSequenceClassification):
+class LinearizedGPTJHead(LinearizedGPTJPreTrainedModel):
+    """Goes before a stock model with a head: the model below is the converted one."""
+
     def __init__(self, config: LinearizedGPTJConfig):
         super().__init__(config)
         self.transformer = LinearizedGPTJModel(config)
         self.post_init()
 
 
-class LinearizedGPTJForQuestionAnswering(LinearizedGPTJPreTrainedModel, GPTJForQuestionAnswering):
-    def __init__(self, config: LinearizedGPTJConfig):
-        super().__init__(config)
-        self.transformer = LinearizedGPTJModel(config)
-        self.post_init()
+class LinearizedGPTJForSequenceClassification(LinearizedGPTJHead, GPTJForSequenceClassification):
+    pass
+
+
+class LinearizedGPTJForQuestionAnswering(LinearizedGPTJHead, GPTJForQuestionAnswering):
+    pass
