@@ -1,5 +1,7 @@
 """GPT-2 whose attention layers may be any mechanism of the registry; stock checkpoints load by name."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GPT2Config
@@ -18,10 +20,11 @@ from transformers.models.gpt2.modeling_gpt2 import (
 from transformers.utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder
 
-from .backbone import MixerAttention, MixerModelMixin, layer_masks, start_call
+from .backbone import MixerAttention, MixerModelMixin
 from .base_forward import base_forward
 from .cache_names import named
 from .configuration import MixerConfigMixin
+from .model_call import layer_masks, start_call
 
 
 @strict
@@ -157,6 +160,8 @@ class LinearizedGPT2ForCausalLM(LinearizedGPT2PreTrainedModel, GPT2LMHeadModel):
 
 class LinearizedGPT2Head(LinearizedGPT2PreTrainedModel):
     """Goes before a stock model with a head: the model below is the converted one."""
+
+    transformer: Any
 
     def __init__(self, config: LinearizedGPT2Config):
         super().__init__(config)
