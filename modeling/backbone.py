@@ -155,7 +155,9 @@ class MixerModelMixin(EitherCacheName, ModelBase):
     _is_stateful = True
     _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
     _can_compile_fullgraph = False
-    _tp_plan = _pp_plan = _ep_plan = None
+    _tp_plan: Any = None
+    _pp_plan: Any = None
+    _ep_plan: Any = None
     _keep_in_fp32_modules_strict: set[str] | list[str] | None = {"mixer"}
 
     @torch.no_grad()
