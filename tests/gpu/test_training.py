@@ -18,7 +18,7 @@ MIXERS = {
 }
 
 
-def trained(student, backend, kind, **inputs):
+def trained(student, backend, **inputs):
     """Loss and gradients of all weights under autocast; each parameter's by name."""
     student = copy.deepcopy(student)
     student.set_op_backend(backend)
@@ -48,11 +48,11 @@ def test_all_weights_under_autocast_train_in_the_kernels(kind, rows, caplog):
         mask[0, 40:70] = mask[1, :20] = 0
         inputs |= {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
     with caplog.at_level(logging.WARNING):
-        loss, gradients = trained(student, "auto", kind, **inputs)
+        loss, gradients = trained(student, "auto", **inputs)
     assert not [
         record.message for record in caplog.records if "backend" in record.message or "chunked" in record.message
     ]
-    expected, others = trained(student, "chunked", kind, **inputs)
+    expected, others = trained(student, "chunked", **inputs)
     assert abs(loss - expected) < 5e-3  # bf16 rounds what enters both alike, and what leaves the layers
     assert set(gradients) == set(others)
     worst = {name: far(gradients[name], others[name]) for name in gradients if others[name].norm() > 1e-6}
