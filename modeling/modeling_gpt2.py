@@ -1,5 +1,7 @@
 """GPT-2 whose attention layers may be any mechanism of the registry; stock checkpoints load by name."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GPT2Config
@@ -155,6 +157,8 @@ class LinearizedGPT2ForCausalLM(LinearizedGPT2PreTrainedModel, GPT2LMHeadModel):
 
 class LinearizedGPT2Head(LinearizedGPT2PreTrainedModel):
     """Goes before a stock model with a head: the model below is the converted one."""
+
+    transformer: Any
 
     def __init__(self, config: LinearizedGPT2Config):
         super().__init__(config)

@@ -4,6 +4,8 @@ Attention and MLP read one norm, and the rotary embedding turns neighbouring dim
 head. Positions are computed, where the stock model reads them from a table that ends.
 """
 
+from typing import Any
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -260,6 +262,8 @@ class LinearizedGPTJForCausalLM(LinearizedGPTJPreTrainedModel, GPTJForCausalLM):
 
 class LinearizedGPTJHead(LinearizedGPTJPreTrainedModel):
     """Goes before a stock model with a head: the model below is the converted one."""
+
+    transformer: Any
 
     def __init__(self, config: LinearizedGPTJConfig):
         super().__init__(config)
