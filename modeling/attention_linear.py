@@ -77,7 +77,7 @@ class LinearAttentionConfig:
             )
         if self.window_shift is not None and not math.isfinite(self.window_shift):
             raise ValueError(f"window_shift is {self.window_shift}: it must be a finite number, or None")
-        check_contract("linear attention", self.contract, CONTRACT)
+        check_contract("linear attention", self.contract, CONTRACT, oldest=1)
 
     def resolve(self, head_dim: int) -> None:
         """Fill in what depends on the model."""
