@@ -57,6 +57,8 @@ class MixerConfigMixin:
     base_model_tp_plan = base_model_pp_plan = base_model_ep_plan = None
     learned_positions = False
     """Whether the model learns an embedding for each position, which no token can go past."""
+    sees_both_sides = False
+    """Whether a token sees those after it, as in an encoder."""
 
     @property
     def longest_text(self) -> int | None:
@@ -158,7 +160,11 @@ class MixerConfigMixin:
         typed = config_class(**settings)
         if settings["type"] == "cosine":
             typed.check_heads(self.num_attention_heads)
-        typed.resolve(getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads)
+        head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+        if settings["type"] == "linear":
+            typed.resolve(head_dim, rotary=not self.learned_positions, causal=not self.sees_both_sides)
+        else:
+            typed.resolve(head_dim)
         return typed
 
     @property

@@ -479,10 +479,12 @@ def _softmax_branch(query, keys, values, near, settings):
 def _linear_branch(phi_q, local_features, local_value, far, sums, decay: ChunkDecay | None, sinks: int):
     """Numerator `(B, H, n, C, Dv)` and denominator `(B, H, n, C, 1)` over the far keys."""
     heads, groups = local_features.shape[1], local_value.shape[1]
+    if decay is not None:  # of a causal chunk's places only the first C, behind the sinks, can hold far keys
+        place = slice(sinks, sinks + phi_q.shape[3])
+        local_features, local_value, far = local_features[..., place, :], local_value[..., place, :], far[..., place]
     pairs = _grouped(phi_q, heads, lambda q: q @ local_features.mT)
-    if decay is not None:  # of a chunk's places only the first C can hold far keys, which come after the sinks
-        beyond = pairs.shape[-1] - sinks - pairs.shape[-2]
-        pairs = pairs * per_head(functional.pad(decay.pairs, (sinks, beyond)), phi_q.shape[1])
+    if decay is not None:
+        pairs = pairs * per_head(decay.pairs, phi_q.shape[1])
         phi_q = phi_q * per_head(decay.read, phi_q.shape[1])[..., None]
     pairs = pairs.masked_fill(~far, 0.0)
     kv, normalizer = sums
