@@ -186,13 +186,15 @@ def _calibrates(config: RunConfig, teacher: Any, converted: bool) -> bool:
 
 def meta_mixer(shape: memory.Shape, config: RunConfig) -> Any:
     """The mechanism of one layer, without memory."""
-    from linearize.modeling.registry import mechanism
+    from linearize.modeling import BACKBONES
+    from linearize.modeling.registry import mechanism, resolve_settings
 
     entry = mechanism(config.attention["type"])
     settings = entry.config(**config.attention)
-    settings.resolve(shape.head_dim)
+    resolve_settings(settings, shape.head_dim, BACKBONES[shape.architecture].config)
+    width = {"layer_width": shape.hidden} if "layer_input" in entry.reads(settings) else {}
     with torch.device("meta"):
-        return entry.attention(settings, shape.heads, shape.key_heads, shape.head_dim, 1.0)
+        return entry.attention(settings, shape.heads, shape.key_heads, shape.head_dim, 1.0, **width)
 
 
 def mixer_parameter_count(shape: memory.Shape, config: RunConfig) -> int:

@@ -195,6 +195,8 @@ class LinearAttention(nn.Module):
         key_heads = num_key_value_heads if config.share_key_map else num_heads
         self.feature_map_k = FeatureMap(key_heads, *shape)
         self.reads, self.map_input, self.gate_input = reads(config), config.map_input, config.gate
+        if config.gate == "token" and layer_width is None:
+            raise ValueError("a gate by the layer's input needs its width: give layer_width")
         widths = {"head": None, "token": layer_width, "key": head_dim}
         self.gate = None if config.gate == "none" else DecayGate(key_heads, widths[config.gate], config.gate_bias)
         self.window_mix = WindowMix(num_heads, config) if config.window + config.sinks else None

@@ -9,7 +9,7 @@ import transformers
 
 from .cache_layers import softmax_layer
 from .peft_targets import tell_peft
-from .registry import ATTENTIONS, mechanism
+from .registry import ATTENTIONS, mechanism, resolve_settings
 
 SOFTMAX = "softmax"
 OLDEST, NEWEST = (5, 17), (5, 24)
@@ -163,10 +163,7 @@ class MixerConfigMixin:
         if settings["type"] == "cosine":
             typed.check_heads(self.num_attention_heads)
         head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
-        if settings["type"] == "linear":
-            typed.resolve(head_dim, rotary=not self.learned_positions, causal=not self.sees_both_sides)
-        else:
-            typed.resolve(head_dim)
+        resolve_settings(typed, head_dim, self)
         return typed
 
     @property

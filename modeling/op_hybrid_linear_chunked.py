@@ -263,7 +263,7 @@ def run_rows(
         settings = Settings(window, sinks, scaling, window_reference, log_weight, shift, query_map, key_map, softmax)
         rows = Rows(attention_mask, query)
         decay = None if log_decay is None else log_decay.to(dtype)[..., None]
-        inputs = Inputs(query, key, value, *features, map_query, map_key, decay).map(rows.compact)
+        inputs = Inputs._make((query, key, value, *features, map_query, map_key, decay)).map(rows.compact)
         if causal:
             branches, state = run_causal(inputs, rows.lengths, initial_state, return_state, dtype, settings)
         else:

@@ -72,7 +72,8 @@ def new_buffers(state: HybridLinearState, batch: int) -> DecodeBuffers:
     slots = state.window_key.shape[2] + 1 if state.window_key.shape[2] else 0
     normalizer = state.normalizer.new_zeros(2, batch, *state.normalizer.shape[1:])
     *rings, map_key = [None if x is None else zeros(x, slots) for x in _windows(state)]
-    return DecodeBuffers(zeros(state.kv), normalizer, *rings, zeros(state.sink_key), zeros(state.sink_value), map_key)
+    sinks = (zeros(state.sink_key), zeros(state.sink_value))
+    return DecodeBuffers._make((zeros(state.kv), normalizer, *rings, *sinks, map_key))
 
 
 def read_buffers(buffers: DecodeBuffers, count: Tensor) -> HybridLinearState:
@@ -88,7 +89,7 @@ def read_buffers(buffers: DecodeBuffers, count: Tensor) -> HybridLinearState:
             windows.append(_move_slots(ring, count, ring.shape[2] - 1, ring.shape[2], sinks))
     *windows, map_key = windows
     sinks_held = (buffers.sink_key.clone(), buffers.sink_value.clone())
-    return HybridLinearState(buffers.kv.clone(), normalizer, *windows, *sinks_held, count.clone(), map_key)
+    return HybridLinearState._make((buffers.kv.clone(), normalizer, *windows, *sinks_held, count.clone(), map_key))
 
 
 def _move_slots(x: Tensor, count: Tensor, slots: int, old_slots: int, sinks: int = 0) -> Tensor:

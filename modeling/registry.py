@@ -104,3 +104,15 @@ def mechanism(name: str) -> Mechanism:
     if name not in ATTENTIONS:
         raise ValueError(f"unknown attention {name!r}: choose one of {', '.join(ATTENTIONS)}")
     return ATTENTIONS[name]
+
+
+def resolve_settings(settings: Any, head_dim: int, backbone: Any) -> None:
+    """Fill in what depends on the model.
+
+    Args:
+        settings: of a mechanism. backbone: a converted config, or its class.
+    """
+    if settings.type == "linear":
+        settings.resolve(head_dim, rotary=not backbone.learned_positions, causal=not backbone.sees_both_sides)
+    else:
+        settings.resolve(head_dim)

@@ -114,7 +114,7 @@ def decode_step_(
     Returns:
         Output `(B, H, 1, Dv)` in the query's dtype.
     """
-    held = State(*buffers[: READ - 1], count)
+    held = State._make((*buffers[: READ - 1], count, None))
     return _launch(
         (query, key, value, query_features, key_features),
         (window_weight, window_shift, window_reference, window, sinks, scaling, attention_mask),

@@ -232,10 +232,10 @@ def reference(
             states.append(state)
     if not return_state:
         return output.to(query.dtype), None
-    stacked = State(*(None if x[0] is None else torch.stack(x) for x in zip(*states, strict=True)))
+    stacked = State._make(None if x[0] is None else torch.stack(x) for x in zip(*states, strict=True))
     raw = {name: getattr(stacked, name).to(key.dtype) for name in ("window_key", "sink_key")}
     raw |= {name: getattr(stacked, name).to(value.dtype) for name in ("window_value", "sink_value")}
     raw["window_features"] = None if hasattr(key_features, "weight") else stacked.window_features
-    if map_key is not None:
+    if stacked.window_map_key is not None:
         raw["window_map_key"] = stacked.window_map_key.to(map_key.dtype)
     return output.to(query.dtype), stacked._replace(**raw)

@@ -28,6 +28,9 @@ LARGE = {
 SHAPES = {
     "default": (LARGE, {}),
     "wide window, few features": (LARGE, {"window": 128, "feature_dim": 16, "magnitude": False}),
+    "maps before position": (LARGE, {"map_input": "projections", "feature_dim": 32}),
+    "gate": (LARGE, {"gate": "token", "map_input": "projections"}),
+    "gate, wide window": (LARGE, {"gate": "key", "window": 192, "feature_dim": 16}),
     "no sharing of heads, relu": ({**LARGE, "num_key_value_heads": 6}, {"feature_map": "relu", "sinks": 0}),
 }
 
@@ -85,6 +88,11 @@ def test_forecast_is_close_to_the_peak(name):
     teacher = make_teacher(max_position_embeddings=1024, **changes)
     measured = stage_peaks(teacher, {"linear": {"type": "linear", **attention}}, 512, "chunked")
     assert stage_forecasts(teacher, attention, 512, fused=False) == pytest.approx(measured, rel=0.15)
+    config = resolve({"attention": {"type": "linear", **attention}})
+    student = make_student(teacher, {"linear": {"type": "linear", **attention}})
+    counted = sum(parameter.numel() for x in student.mixer_attentions() for parameter in x.mixer.parameters())
+    shape = memory.Shape.of(teacher.config)
+    assert memory.mechanism_of(shape, config).parameters == run_plan.mixer_parameter_count(shape, config) == counted
 
 
 @pytest.mark.parametrize(
