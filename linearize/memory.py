@@ -342,7 +342,19 @@ def weight_bytes(shape: Shape, config: RunConfig) -> int:
 
 
 def runs_fused(teacher: Any, config: RunConfig) -> bool:
-    """Whether the mechanism will run the fused Triton kernels: a GPU that has them, and sizes that they take.
+    """Whether the mechanism will run the fused Triton kernels: a GPU that has them, and settings that they take."""
+    import torch
+
+    from linearize.modeling.op_dispatch import BACKEND_VARIABLE
+
+    backend = config.op_backend if config.op_backend != "auto" else os.environ.get(BACKEND_VARIABLE, "auto")
+    if backend not in ("auto", "triton") or config.device == "cpu" or not torch.cuda.is_available():
+        return False
+    return why_not_fused(teacher, config) is None
+
+
+def why_not_fused(teacher: Any, config: RunConfig) -> str | None:
+    """Why a GPU's Triton kernels cannot do a run's linear attention; None where they can.
 
     The kernels judge a call of one token, whose tensors have shapes and no memory.
     """
@@ -350,15 +362,12 @@ def runs_fused(teacher: Any, config: RunConfig) -> bool:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from linearize.modeling.feature_maps import FeatureMapWeights
-    from linearize.modeling.op_dispatch import BACKEND_VARIABLE, find_kernel
+    from linearize.modeling.op_dispatch import find_kernel
     from linearize.modeling.op_hybrid_linear import CONTRACT
 
-    backend = config.op_backend if config.op_backend != "auto" else os.environ.get(BACKEND_VARIABLE, "auto")
-    if backend not in ("auto", "triton") or config.device == "cpu" or not torch.cuda.is_available():
-        return False
-    kernel, _ = find_kernel("hybrid_linear", CONTRACT)
-    if kernel is None or "fused" not in kernel.__all__:
-        return False
+    kernel, reason = find_kernel("hybrid_linear", CONTRACT)
+    if kernel is None:
+        return reason
     shape = Shape.of(teacher)
     mechanism = Mechanism.of(shape, config.attention, config.softmax_layers)
     with FakeTensorMode():
@@ -372,10 +381,9 @@ def runs_fused(teacher: Any, config: RunConfig) -> bool:
             given = {"map_query": query, "map_key": key} if mechanism.projected else {}
             if mechanism.gated:
                 given["log_decay"] = torch.empty(1, mechanism.key_maps, 1, device="cuda")
-            reason = kernel.unsupported(query, key, key, maps, maps, causal=True, sinks=mechanism.sinks, **given)
-        except ImportError:  # Triton is there and does not load
-            return False
-    return reason is None
+            return kernel.unsupported(query, key, key, maps, maps, causal=True, sinks=mechanism.sinks, **given)
+        except ImportError as error:  # Triton is there and does not load
+            return str(error)
 
 
 def forecast_transfer(teacher: Any, config: RunConfig, *, fused: bool = False) -> Forecast:

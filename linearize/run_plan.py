@@ -151,6 +151,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     mixer = meta_mixer(shape, settings)
     mixers = mixer_parameter_count(shape, settings)
     known = memory.has_forecast(settings)
+    check_triton_takes(teacher, settings)
     fused = known and settings.attention["type"] == "linear" and memory.runs_fused(teacher, settings)
     stages = []
     if config.transfer is not None:
@@ -378,6 +379,16 @@ def check_environment(config: RunConfig) -> None:
             from linearize.evaluation.tasks import check_tasks
 
             check_tasks(evaluation.tasks, evaluation.include_path)
+
+
+def check_triton_takes(teacher: Any, config: RunConfig) -> None:
+    """Refuse the fused backend on a GPU where its kernels take no linear attention of these settings."""
+    import torch
+
+    if config.op_backend != "triton" or config.attention["type"] != "linear" or not torch.cuda.is_available():
+        return
+    if reason := memory.why_not_fused(teacher, config):
+        raise UserError(f"op_backend is triton, but {reason}: set op_backend to auto or chunked.")
 
 
 def check_triton() -> None:
