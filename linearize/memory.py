@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from linearize.memory_cosine import CosineMechanism, Stage
-from linearize.modeling import PREFIX, backbone_of
+from linearize.modeling import BACKBONES, PREFIX, backbone_of
+from linearize.modeling.attention_linear import DEFAULT_GATE, DEFAULT_MAP_INPUT
 from linearize.modeling.op_hybrid_linear_chunked import CHUNK
 from linearize.settings import RunConfig
 
@@ -72,6 +73,13 @@ class Kept:
 
 KEPT_IN_TRANSFER = Kept(6.5, 2.0, 2.1, 4.1, 0.0, 4.2, 4.1)
 KEPT_IN_FINETUNING = Kept(5.5, 2.0, 4.8, 3.5, 0.9, 2.7, 2.2)
+GATED_IN_TRANSFER = Kept(1.5, 0.0, 0.0, -2.2, 0.0, 0.0, 1.6)
+GATED_IN_FINETUNING = Kept(1.4, 0.0, 0.0, -2.0, 0.0, 0.0, 1.5)
+"""What a memory that forgets adds: its weights, and fewer feature products (4 shapes)."""
+GATED_PAIRS = 6.8
+"""H x C, with it: the weights of the pairs of a chunk."""
+PROJECTED = {"transfer": 1.1, "finetune": 0.5}
+"""(H + 2 G) x D, with maps before position: what the maps read, beside queries and keys."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +199,10 @@ class Mechanism:
     sinks: int
     maximum: bool
     """Whether the window's level is its maximum."""
+    gated: bool
+    """Whether the memory forgets."""
+    projected: bool
+    """Whether the maps read the projections before position."""
 
     @classmethod
     def of(cls, shape: Shape, attention: dict[str, Any], softmax_layers: list[int]) -> Mechanism:
@@ -209,16 +221,22 @@ class Mechanism:
         per_map = shape.head_dim * width + (shape.head_dim if magnitude else 0)
         per_map += width if attention.get("bias", False) else 0
         mix = shape.heads * (1 if attention.get("window_shift", 0.5) is None else 2)
+        backbone: Any = BACKBONES[shape.architecture].config
+        gate = "none" if backbone.sees_both_sides else attention.get("gate") or DEFAULT_GATE
+        map_input = "rotated" if backbone.learned_positions else attention.get("map_input") or DEFAULT_MAP_INPUT
+        gate_parameters = {"none": 0, "head": 1, "token": 1 + shape.hidden, "key": 1 + shape.head_dim}[gate]
         return cls(
             layers=layers,
             features=2 * width if both_signs else width,
             near=CHUNK + attention.get("window", 64) + attention.get("sinks", 4),
             magnitude=magnitude,
-            parameters=layers * ((shape.heads + key_maps) * per_map + mix),
+            parameters=layers * ((shape.heads + key_maps) * per_map + mix + key_maps * gate_parameters),
             key_maps=key_maps,
             map_parameters=per_map,
             sinks=attention.get("sinks", 4),
             maximum=attention.get("window_reference", "logsumexp") == "max",
+            gated=gate != "none",
+            projected=map_input == "projections",
         )
 
     def activations(self, shape: Shape, stage: Stage) -> float:
@@ -226,7 +244,12 @@ class Mechanism:
         kept = KEPT_IN_TRANSFER if stage == "transfer" else KEPT_IN_FINETUNING
         heads, groups, dim = shape.heads, shape.key_heads, shape.head_dim
         features = heads * self.features
-        return 4.0 * (
+        held = 4.0 * PROJECTED[stage] * (heads + 2 * groups) * dim if self.projected else 0.0
+        if self.gated:
+            gate = GATED_IN_TRANSFER if stage == "transfer" else GATED_IN_FINETUNING
+            held += 4.0 * heads * (gate.scores * self.near + GATED_PAIRS * CHUNK)
+            held += 4.0 * self.features * (gate.features * heads + gate.sums * self.key_maps * dim / CHUNK)
+        return held + 4.0 * (
             features * (kept.features + (kept.magnitude_features if self.magnitude else 0.0))
             + features * (kept.near_features * self.near + kept.sums * dim) / CHUNK
             + heads * (kept.heads * dim + kept.scores * self.near)
@@ -319,7 +342,19 @@ def weight_bytes(shape: Shape, config: RunConfig) -> int:
 
 
 def runs_fused(teacher: Any, config: RunConfig) -> bool:
-    """Whether the mechanism will run the fused Triton kernels: a GPU that has them, and sizes that they take.
+    """Whether the mechanism will run the fused Triton kernels: a GPU that has them, and settings that they take."""
+    import torch
+
+    from linearize.modeling.op_dispatch import BACKEND_VARIABLE
+
+    backend = config.op_backend if config.op_backend != "auto" else os.environ.get(BACKEND_VARIABLE, "auto")
+    if backend not in ("auto", "triton") or config.device == "cpu" or not torch.cuda.is_available():
+        return False
+    return why_not_fused(teacher, config) is None
+
+
+def why_not_fused(teacher: Any, config: RunConfig) -> str | None:
+    """Why a GPU's Triton kernels cannot do a run's linear attention; None where they can.
 
     The kernels judge a call of one token, whose tensors have shapes and no memory.
     """
@@ -327,15 +362,12 @@ def runs_fused(teacher: Any, config: RunConfig) -> bool:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     from linearize.modeling.feature_maps import FeatureMapWeights
-    from linearize.modeling.op_dispatch import BACKEND_VARIABLE, find_kernel
+    from linearize.modeling.op_dispatch import find_kernel
     from linearize.modeling.op_hybrid_linear import CONTRACT
 
-    backend = config.op_backend if config.op_backend != "auto" else os.environ.get(BACKEND_VARIABLE, "auto")
-    if backend not in ("auto", "triton") or config.device == "cpu" or not torch.cuda.is_available():
-        return False
-    kernel, _ = find_kernel("hybrid_linear", CONTRACT)
-    if kernel is None or "fused" not in kernel.__all__:
-        return False
+    kernel, reason = find_kernel("hybrid_linear", CONTRACT)
+    if kernel is None:
+        return reason
     shape = Shape.of(teacher)
     mechanism = Mechanism.of(shape, config.attention, config.softmax_layers)
     with FakeTensorMode():
@@ -346,10 +378,12 @@ def runs_fused(teacher: Any, config: RunConfig) -> bool:
         # As many features as the map gives, in one half: `relu` has F = f.
         maps = FeatureMapWeights(torch.empty(shape.heads, shape.head_dim, mechanism.features), None, None, "relu")
         try:
-            reason = kernel.unsupported(query, key, key, maps, maps, causal=True, sinks=mechanism.sinks)
-        except ImportError:  # Triton is there and does not load
-            return False
-    return reason is None
+            given = {"map_query": query, "map_key": key} if mechanism.projected else {}
+            if mechanism.gated:
+                given["log_decay"] = torch.empty(1, mechanism.key_maps, 1, device="cuda")
+            return kernel.unsupported(query, key, key, maps, maps, causal=True, sinks=mechanism.sinks, **given)
+        except ImportError as error:  # Triton is there and does not load
+            return str(error)
 
 
 def forecast_transfer(teacher: Any, config: RunConfig, *, fused: bool = False) -> Forecast:

@@ -151,6 +151,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     mixer = meta_mixer(shape, settings)
     mixers = mixer_parameter_count(shape, settings)
     known = memory.has_forecast(settings)
+    check_triton_takes(teacher, settings)
     fused = known and settings.attention["type"] == "linear" and memory.runs_fused(teacher, settings)
     stages = []
     if config.transfer is not None:
@@ -186,13 +187,15 @@ def _calibrates(config: RunConfig, teacher: Any, converted: bool) -> bool:
 
 def meta_mixer(shape: memory.Shape, config: RunConfig) -> Any:
     """The mechanism of one layer, without memory."""
-    from linearize.modeling.registry import mechanism
+    from linearize.modeling import BACKBONES
+    from linearize.modeling.registry import mechanism, resolve_settings
 
     entry = mechanism(config.attention["type"])
     settings = entry.config(**config.attention)
-    settings.resolve(shape.head_dim)
+    resolve_settings(settings, shape.head_dim, BACKBONES[shape.architecture].config)
+    width = {"layer_width": shape.hidden} if "layer_input" in entry.reads(settings) else {}
     with torch.device("meta"):
-        return entry.attention(settings, shape.heads, shape.key_heads, shape.head_dim, 1.0)
+        return entry.attention(settings, shape.heads, shape.key_heads, shape.head_dim, 1.0, **width)
 
 
 def mixer_parameter_count(shape: memory.Shape, config: RunConfig) -> int:
@@ -376,6 +379,16 @@ def check_environment(config: RunConfig) -> None:
             from linearize.evaluation.tasks import check_tasks
 
             check_tasks(evaluation.tasks, evaluation.include_path)
+
+
+def check_triton_takes(teacher: Any, config: RunConfig) -> None:
+    """Refuse the fused backend on a GPU where its kernels take no linear attention of these settings."""
+    import torch
+
+    if config.op_backend != "triton" or config.attention["type"] != "linear" or not torch.cuda.is_available():
+        return
+    if reason := memory.why_not_fused(teacher, config):
+        raise UserError(f"op_backend is triton, but {reason}: set op_backend to auto or chunked.")
 
 
 def check_triton() -> None:

@@ -149,7 +149,10 @@ class TransferConfig(StageSettings):
     """Learning rate of the feature maps (1e-2 in LoLCATs), and of a mechanism's other numbers (cosine's exponents and
     gains)."""
     window_learning_rate: float = 3e-2
-    """Learning rate of the window's weight (linear, cosine) and shift (linear; measured there)."""
+    """Learning rate of the window's weight (linear, cosine) and shift (linear; measured there), and of a gate's
+    bias."""
+    gate_learning_rate: float = 1e-3
+    """Learning rate of what a gate (linear) multiplies its input with."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
     schedule: Schedule = "linear"
@@ -174,10 +177,8 @@ class TransferConfig(StageSettings):
         convert_fields(self, "transfer")
         self._check_stage("transfer")
         require(self.loss_scale > 0, f"transfer.loss_scale is {self.loss_scale}, but it must be positive.")
-        require(
-            self.window_learning_rate >= 0,
-            f"transfer.window_learning_rate is {self.window_learning_rate}, but it must not be negative.",
-        )
+        for key in ("window_learning_rate", "gate_learning_rate"):
+            require(getattr(self, key) >= 0, f"transfer.{key} is {getattr(self, key)}, but it must not be negative.")
         for share in self.window_dropout_schedule:
             require(0 <= share <= 1, f"transfer.window_dropout holds {share}, but probabilities are between 0 and 1.")
         require(

@@ -54,7 +54,13 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 STAGE = "attention transfer"
-RATES = {"maps": "learning_rate", "scalers": "learning_rate", "window": "window_learning_rate"}
+RATES = {
+    "maps": "learning_rate",
+    "scalers": "learning_rate",
+    "window": "window_learning_rate",
+    "gate": "gate_learning_rate",
+    "gate_bias": "window_learning_rate",
+}
 """The setting that gives a group of the mechanism's parameters its learning rate."""
 Record = dict[str, Any]
 

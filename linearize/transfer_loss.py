@@ -222,12 +222,14 @@ class LayerLosses:
         teacher_output: torch.Tensor,
         padding_mask: torch.Tensor | None,
         packing: Any = None,
+        **context: torch.Tensor,
     ) -> None:
         place = self._places[attention.layer_idx]
         for arm, weight in self._weights.items():
             noted = self._parts.setdefault(arm, [[] for _ in self.layers])[place]
             with torch.set_grad_enabled(self._gradient_factor is not None):
-                student = attention.mix(query, key, value, padding_mask=padding_mask, arm=arm, packing=packing)
+                given = {"padding_mask": padding_mask, "packing": packing, **context}
+                student = attention.mix(query, key, value, arm=arm, **given)
                 error, scale = self.loss_function(student, teacher_output, padding_mask)
                 if self._gradient_factor is not None:
                     loss = LossParts(error, noted[0].scale if noted else scale).mean() * self.loss_scale

@@ -13,12 +13,17 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .decay_gate import GATES, DecayGate
 from .feature_maps import INITIALIZATIONS, WIDTH, FeatureMap, FeatureMapWeights
 from .op_dispatch import check_contract
 from .op_hybrid_linear import CONTRACT, HybridLinearState, hybrid_linear_attention, linear_share
 from .op_hybrid_linear_decode import hybrid_linear_step_
 
 ARMS = ("mixed", "softmax", "linear")
+MAP_INPUTS = ("projections", "rotated")
+DEFAULT_MAP_INPUT, DEFAULT_GATE = "rotated", "none"
+CONTRACT_1 = {"map_input": "rotated", "gate": "none"}
+"""What a config.json of contract 1, which lacks these settings, means; whatever the defaults are."""
 
 
 @strict
@@ -52,6 +57,14 @@ class LinearAttentionConfig:
     """How the weight is learned: its logarithm, or the published `sigmoid` of a logit (weight below 1)."""
     window_shift: float | int | None = 0.5
     """Starting value of the learned shift per head; None leaves it out (published)."""
+    map_input: str | None = None
+    """What the maps read: `projections`, queries and keys before position, or `rotated`, as the scores do (published);
+    None takes rotated. Without rotary positions both are the same."""
+    gate: str | None = None
+    """What the memory forgets with each token: `none` (published); `head`, a learned share; `token`, by the layer's
+    input; `key`, by the key's projection. None takes none."""
+    gate_bias: float | int = 6.0
+    """Where a gate starts: each token multiplies the memory by the sigmoid of it."""
     contract: int = CONTRACT
     """Contract of the op that the checkpoint was saved with."""
 
@@ -62,10 +75,13 @@ class LinearAttentionConfig:
             "initialization": INITIALIZATIONS,
             "window_reference": ("logsumexp", "max"),
             "window_weight_form": ("log", "sigmoid"),
+            "map_input": (None, *MAP_INPUTS),
+            "gate": (None, *GATES),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+                known = ", ".join(x for x in allowed if x is not None)
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {known}")
         for name in ("window", "sinks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it counts tokens and must be at least 0")
@@ -77,10 +93,36 @@ class LinearAttentionConfig:
             )
         if self.window_shift is not None and not math.isfinite(self.window_shift):
             raise ValueError(f"window_shift is {self.window_shift}: it must be a finite number, or None")
-        check_contract("linear attention", self.contract, CONTRACT)
+        if not math.isfinite(self.gate_bias):
+            raise ValueError(f"gate_bias is {self.gate_bias}: it must be a finite number")
+        check_contract("linear attention", self.contract, CONTRACT, oldest=1)
+        if self.contract == 1:
+            self._from_contract_1()
 
-    def resolve(self, head_dim: int) -> None:
-        """Fill in what depends on the model."""
+    def _from_contract_1(self) -> None:
+        for name, value in CONTRACT_1.items():
+            if getattr(self, name) not in (None, value):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, and contract 1 of linear attention knows {value} alone: "
+                    f"set contract to {CONTRACT}"
+                )
+            setattr(self, name, value)
+        self.contract = CONTRACT
+
+    def resolve(self, head_dim: int, rotary: bool = True, causal: bool = True) -> None:
+        """Fill in what depends on the model: its head dimension, whether it rotates, and whether a token sees only
+        those before it.
+
+        Raises:
+            ValueError: one sentence.
+        """
+        self.map_input = (self.map_input or DEFAULT_MAP_INPUT) if rotary else "rotated"
+        if not causal and self.gate not in (None, "none"):
+            raise ValueError(
+                f"gate is {self.gate!r}, and an encoder, which sees both sides at once, has no memory that could "
+                "forget: set gate to none"
+            )
+        self.gate = (self.gate or DEFAULT_GATE) if causal else "none"
         if self.feature_dim is None:
             self.feature_dim = min(head_dim, 64)
         if self.initialization != "kaiming" and self.feature_dim > head_dim:
@@ -123,11 +165,20 @@ class LinearAttention(nn.Module):
     Args:
         config: settings, resolved.
         num_heads: H. num_key_value_heads: G. head_dim: D. scaling: of the softmax scores.
+        layer_width: E, of the layer's input; for a gate that reads it.
     """
 
     arms = ARMS
 
-    def __init__(self, config, num_heads: int, num_key_value_heads: int, head_dim: int, scaling: float):
+    def __init__(
+        self,
+        config,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        scaling: float,
+        layer_width: int | None = None,
+    ):
         super().__init__()
         self.window, self.sinks, self.reference = config.window, config.sinks, config.window_reference
         self.scaling, self.op_backend = scaling, "auto"
@@ -141,12 +192,21 @@ class LinearAttention(nn.Module):
             config.initialization,
         )
         self.feature_map_q = FeatureMap(num_heads, *shape)
-        self.feature_map_k = FeatureMap(num_key_value_heads if config.share_key_map else num_heads, *shape)
+        key_heads = num_key_value_heads if config.share_key_map else num_heads
+        self.feature_map_k = FeatureMap(key_heads, *shape)
+        self.reads, self.map_input, self.gate_input = reads(config), config.map_input, config.gate
+        if config.gate == "token" and layer_width is None:
+            raise ValueError("a gate by the layer's input needs its width: give layer_width")
+        widths = {"head": None, "token": layer_width, "key": head_dim}
+        self.gate = None if config.gate == "none" else DecayGate(key_heads, widths[config.gate], config.gate_bias)
         self.window_mix = WindowMix(num_heads, config) if config.window + config.sinks else None
 
     @staticmethod
     def parameter_group(name: str) -> str:
-        """Which learning rate a parameter takes: `window` (weight and shift) or `maps`."""
+        """Which learning rate a parameter takes: `window` (weight and shift), `gate` (what multiplies its input),
+        `gate_bias` or `maps`."""
+        if name.startswith("gate."):
+            return "gate_bias" if name.endswith("bias") else "gate"
         return "window" if name.startswith("window_mix.") else "maps"
 
     def forward(
@@ -159,6 +219,7 @@ class LinearAttention(nn.Module):
         arm: str = "mixed",
         causal: bool = True,
         cu_seqlens: Tensor | None = None,
+        **context: Tensor,
     ) -> Tensor:
         """Attend.
 
@@ -168,13 +229,15 @@ class LinearAttention(nn.Module):
             cache_layer: holder of the running state, or None; one with buffers takes a step of one token in place.
             arm: `mixed`; `softmax`, the window and sinks alone; `linear`, every key through the linear branch.
             cu_seqlens: `(N + 1,)`, where packed texts lie in a single row without padding and cache.
+            context: what `reads` names, by name.
 
         Returns:
             `(B, H, T, D)` in the query's dtype.
         """
         if cache_layer is not None and cache_layer.buffers is not None:
-            return self._step(query, key, value, padding_mask, cache_layer, arm)
+            return self._step(query, key, value, padding_mask, cache_layer, arm, context)
         features, options = self._call_options(arm, query)
+        options |= self._memory_options(arm, key, padding_mask, context)
         output, state = hybrid_linear_attention(
             query,
             key,
@@ -192,8 +255,9 @@ class LinearAttention(nn.Module):
             cache_layer.store(state, query.shape[2])
         return output
 
-    def _step(self, query, key, value, padding_mask, cache_layer, arm):
+    def _step(self, query, key, value, padding_mask, cache_layer, arm, context):
         features, options = self._call_options(arm, query, log_weight=True)
+        options |= self._memory_options(arm, key, padding_mask, context)
         cache_layer.seen += query.shape[2]
         return hybrid_linear_step_(
             query,
@@ -215,17 +279,48 @@ class LinearAttention(nn.Module):
             for count in (self.num_heads, num_key_value_heads, num_key_value_heads)
         )
         features, options = self._call_options(arm, query)
+        width = 0 if self.gate is None or self.gate.weight is None else self.gate.weight.shape[1]
+        layer_input = query.new_zeros(1, 1, 0, width)
+        given = {"unrotated_query": query, "unrotated_key": key, "layer_input": layer_input}
+        options |= self._memory_options(arm, key, None, {name: given[name] for name in self.reads})
         call = {**options, "return_state": True, "backend": "chunked"}
         state = hybrid_linear_attention(query, key, value, *features, **call)[1]
         assert state is not None
         return state
 
     def linear_share(
-        self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None = None, causal: bool = True
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding_mask: Tensor | None = None,
+        causal: bool = True,
+        **context: Tensor,
     ) -> Tensor:
-        """The linear branch's share of the denominator, `(B, H, T)` in [0, 1]."""
+        """The linear branch's share of the denominator, `(B, H, T)` in [0, 1]; arguments as in `forward`."""
         features, options = self._call_options("mixed", query)
+        options |= self._memory_options("mixed", key, padding_mask, context)
         return linear_share(query, key, value, *features, **options, attention_mask=padding_mask, causal=causal)
+
+    def _memory_options(self, arm: str, key: Tensor, padding_mask: Tensor | None, context: dict[str, Tensor]):
+        """What of the op's arguments the maps read, and how the memory forgets; nothing without a memory."""
+        options: dict[str, Tensor] = {}
+        if arm == "softmax":
+            return options
+        if set(context) != set(self.reads):
+            raise ValueError(
+                f"an attention of these settings reads {', '.join(self.reads) or 'queries, keys and values alone'}, "
+                f"and was given {', '.join(context) or 'nothing of it'}"
+            )
+        if self.map_input == "projections":
+            options |= {"map_query": context["unrotated_query"], "map_key": context["unrotated_key"]}
+        if self.gate is not None:
+            read = {"token": "layer_input", "key": "unrotated_key"}.get(self.gate_input)
+            x = key if read is None else context[read]
+            if read is not None and padding_mask is not None:  # it may hold NaN, which the gradient of w would keep
+                x = x.masked_fill(~padding_mask.bool()[:, None, :, None], 0.0)
+            options["log_decay"] = self.gate(x)
+        return options
 
     def _call_options(self, arm: str, query: Tensor, log_weight: bool = False):
         if arm not in ARMS:
@@ -246,9 +341,18 @@ class LinearAttention(nn.Module):
         }
 
 
+def reads(config: LinearAttentionConfig) -> tuple[str, ...]:
+    """What the attention is given beside queries, keys and values: `unrotated_query` `(B, H, T, D)`, `unrotated_key`
+    `(B, G, T, D)`, `layer_input` `(B, 1, T, E)`."""
+    names = ["unrotated_query", "unrotated_key"] if config.map_input == "projections" else []
+    names += {"token": ["layer_input"], "key": ["unrotated_key"]}.get(config.gate or "none", [])
+    return tuple(dict.fromkeys(names))
+
+
 def state_bytes(config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes) -> int:
     """Bytes of one sequence's state after `num_tokens` tokens; the same for any number."""
     key_heads = num_key_value_heads if config.share_key_map else num_heads
     sums = key_heads * WIDTH[config.feature_map] * config.feature_dim * (head_dim + 1) * 4
-    raw = 2 * (config.window + config.sinks) * num_key_value_heads * head_dim * dtype_bytes
+    kept = 2 * (config.window + config.sinks) + (config.window if config.map_input == "projections" else 0)
+    raw = kept * num_key_value_heads * head_dim * dtype_bytes
     return sums + raw + 8

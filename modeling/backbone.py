@@ -21,6 +21,7 @@ from .base_forward import base_forward
 from .cache_layers import NO_STATIC_CACHE
 from .cache_names import EitherCacheName, named
 from .counter_draws import draw_words, uniform
+from .decay_gate import DecayGate
 from .decoding import CapturedDecoding, replace_forward
 from .feature_maps import FeatureMap
 from .landmark_keys import LandmarkKeys
@@ -39,6 +40,7 @@ else:
 
 logger = logging.getLogger(__name__)
 
+OWN_PARAMETERS = (CosineScales, DecayGate, FeatureMap, LandmarkKeys, LandmarkTokens, RangeScaler, WindowMix)
 STOCK_LOSS: Any = PreTrainedModel.loss_function
 ARMS = ("mixed", "teacher", "softmax", "linear")
 
@@ -50,9 +52,10 @@ class MixerAttention(EitherCacheName, AttentionBase):
         mixer: the mechanism, float32 parameters.
         arm: `mixed`, the student; `teacher`, the stock softmax attention; `softmax` and `linear`, the student's
             branches alone.
-        observer: called in the teacher arm with `(attention, query, key, value, teacher_output, padding_mask)`, and
-            with `packing` where texts are packed: query `(B, H, T, D)`, key and value `(B, G, T, D)`, teacher_output
-            `(B, H, T, D)` before the output projection. Attention transfer lives in it.
+        reads: names of what the mechanism is given beside queries, keys and values, see `context`.
+        observer: called in the teacher arm with `(attention, query, key, value, teacher_output, padding_mask)`, with
+            `packing` where texts are packed, and with what the mechanism `reads`: query `(B, H, T, D)`, key and value
+            `(B, G, T, D)`, teacher_output `(B, H, T, D)` before the output projection. Attention transfer lives in it.
         causal: whether a token sees only those before it; False in encoders.
     """
 
@@ -62,6 +65,7 @@ class MixerAttention(EitherCacheName, AttentionBase):
     scaling: float
     attention_dropout: Any
     mixer: nn.Module
+    reads: tuple[str, ...]
     arm: str
     observer: Callable[..., None] | None
     causal = True
@@ -69,18 +73,32 @@ class MixerAttention(EitherCacheName, AttentionBase):
     def add_mixer(self, config, num_heads: int, num_key_value_heads: int) -> None:
         settings = config.mixer(self.layer_idx)
         attention = mechanism(settings.type).attention
-        self.mixer = attention(settings, num_heads, num_key_value_heads, self.head_dim, self.scaling)
+        self.reads = mechanism(settings.type).reads(settings)
+        width = {"layer_width": config.hidden_size} if "layer_input" in self.reads else {}
+        self.mixer = attention(settings, num_heads, num_key_value_heads, self.head_dim, self.scaling, **width)
         self.mixer.layer_idx = self.layer_idx  # type: ignore[assignment]
         self.cache_layer_type = mechanism(settings.type).cache_layer_type
         self.arm, self.observer = "mixed", None
 
+    def context(self, query: Tensor, key: Tensor, hidden_states: Tensor) -> dict[str, Tensor]:
+        """What the mechanism `reads` beside queries, keys and values.
+
+        Args:
+            query: `(B, H, T, D)`; key: `(B, G, T, D)`; before position, after a norm of theirs.
+            hidden_states: `(B, T, E)`, the attention's input.
+        """
+        given = {"unrotated_query": query, "unrotated_key": key, "layer_input": hidden_states[:, None]}
+        return {name: given[name] for name in self.reads}
+
     def mix(
         self, query, key, value, padding_mask=None, cache_layer=None, arm="mixed", packing=None, **extra
     ) -> Tensor:
-        """The mechanism on queries, keys and values, as this backbone sees them (causal or not): `(B, H, T, D)`."""
+        """The mechanism on queries, keys and values, and what else it reads, as this backbone sees them (causal or
+        not): `(B, H, T, D)`."""
         if packing is not None:
             query, key, value = (packing.join(x) for x in (query, key, value))
-            output = self.mixer(query, key, value, arm=arm, causal=self.causal, cu_seqlens=packing.cu_seqlens)
+            extra = {name: packing.join(x) for name, x in extra.items()}
+            output = self.mixer(query, key, value, arm=arm, causal=self.causal, cu_seqlens=packing.cu_seqlens, **extra)
             return packing.split(output)
         return self.mixer(
             query, key, value, padding_mask, cache_layer=cache_layer, arm=arm, causal=self.causal, **extra
@@ -88,16 +106,17 @@ class MixerAttention(EitherCacheName, AttentionBase):
 
     def attend(
         self, query, key, value, attention_mask, padding_mask, past_key_values, eager, landmarks=None, packing=None,
-        **kwargs,
+        context=None, **kwargs,
     ) -> Tensor:  # fmt: skip
         """Mix tokens in the current arm: `(B, T, H, D)`. attention_mask is the softmax's, padding_mask the mixer's;
-        with landmarks, query and key are not rotated."""
+        with landmarks, query and key are not rotated; context is what `context` gave, None where nothing is read."""
+        context = context or {}
         if self.arm != "teacher":
             if self.training and self.attention_dropout and not torch.compiler.is_compiling():
                 _say_no_dropout(self.attention_dropout)
             layer = None if past_key_values is None else self._cache_layer(past_key_values)
             extra = {"packing": packing} if landmarks is None else {"landmarks": landmarks}
-            return self.mix(query, key, value, padding_mask, layer, self.arm, **extra).transpose(1, 2)
+            return self.mix(query, key, value, padding_mask, layer, self.arm, **extra, **context).transpose(1, 2)
         new_key, new_value = key, value
         if past_key_values is not None:
             key, value = past_key_values.update(key, value, self.layer_idx)
@@ -108,7 +127,7 @@ class MixerAttention(EitherCacheName, AttentionBase):
         output, _ = interface(self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs)
         if self.observer is not None:
             apart = {} if packing is None else {"packing": packing}
-            self.observer(self, query, new_key, new_value, output.transpose(1, 2), padding_mask, **apart)
+            self.observer(self, query, new_key, new_value, output.transpose(1, 2), padding_mask, **apart, **context)
         return output
 
     def _cache_layer(self, cache):
@@ -158,11 +177,13 @@ class RotaryAttention(MixerAttention):
         query = self.q_proj(hidden_states).view(shape).transpose(1, 2)
         key = self.k_proj(hidden_states).view(shape).transpose(1, 2)
         value = self.v_proj(hidden_states).view(shape).transpose(1, 2)
+        context = self.context(query, key, hidden_states)
         if kwargs.get("landmarks") is None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         output = self.attend(
-            query, key, value, attention_mask, padding_mask, past_key_values, eager_attention_forward, **kwargs
-        )
+            query, key, value, attention_mask, padding_mask, past_key_values, eager_attention_forward,
+            context=context, **kwargs,
+        )  # fmt: skip
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous()), None
 
 
@@ -191,7 +212,7 @@ class MixerModelMixin(EitherCacheName, ModelBase):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, (CosineScales, FeatureMap, LandmarkKeys, LandmarkTokens, RangeScaler, WindowMix)):
+        if isinstance(module, OWN_PARAMETERS):
             module.reset_parameters()
 
     def post_init(self) -> None:

@@ -143,7 +143,7 @@ class StateLayer(Growing, CacheLayerMixin):
 class LinearStateLayer(StateLayer):
     """The state of hybrid linear attention."""
 
-    _layer_type = "linearize_linear_2"
+    _layer_type = "linearize_linear_3"
 
 
 class GainCellStateLayer(StateLayer):

@@ -9,7 +9,7 @@ import transformers
 
 from .cache_layers import softmax_layer
 from .peft_targets import tell_peft
-from .registry import ATTENTIONS, mechanism
+from .registry import ATTENTIONS, mechanism, resolve_settings
 
 SOFTMAX = "softmax"
 OLDEST, NEWEST = (5, 17), (5, 24)
@@ -59,6 +59,8 @@ class MixerConfigMixin:
     base_model_ep_plan: ClassVar[Any] = None
     learned_positions = False
     """Whether the model learns an embedding for each position, which no token can go past."""
+    sees_both_sides = False
+    """Whether a token sees those after it, as in an encoder."""
 
     @property
     def longest_text(self) -> int | None:
@@ -160,7 +162,8 @@ class MixerConfigMixin:
         typed = config_class(**settings)
         if settings["type"] == "cosine":
             typed.check_heads(self.num_attention_heads)
-        typed.resolve(getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads)
+        head_dim = getattr(self, "head_dim", None) or self.hidden_size // self.num_attention_heads
+        resolve_settings(typed, head_dim, self)
         return typed
 
     @property

@@ -39,7 +39,7 @@ class LinearizedBertConfig(MixerConfigMixin, BertConfig):
     """A BERT config that names the attention of every layer."""
 
     model_type = "linearized_bert"
-    learned_positions = True
+    learned_positions = sees_both_sides = True
     mixer_types: list[str] | None = None
     mixers: dict | None = None
 

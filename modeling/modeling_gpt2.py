@@ -66,8 +66,9 @@ class LinearizedGPT2Attention(MixerAttention, GPT2Attention):
         projected = self.c_attn(hidden_states).split(self.split_size, dim=2)
         query, key, value = (x.view(shape).transpose(1, 2) for x in projected)
         output = self.attend(
-            query, key, value, attention_mask, padding_mask, past_key_values, eager_attention_forward, **kwargs
-        )
+            query, key, value, attention_mask, padding_mask, past_key_values, eager_attention_forward,
+            context=self.context(query, key, hidden_states), **kwargs,
+        )  # fmt: skip
         output = self.c_proj(output.reshape(*hidden_states.shape[:-1], -1).contiguous())
         return self.resid_dropout(output), None
 

@@ -118,14 +118,16 @@ class LinearizedGPTJAttention(MixerAttention, GPTJRotatedAttention):
         self, hidden_states, rotary, past_key_values=None, attention_mask=None, padding_mask=None, **kwargs
     ):
         query, key, value = self.project(hidden_states)
+        context = self.context(query.transpose(1, 2), key.transpose(1, 2), hidden_states)
         if kwargs.get("landmarks") is None:
             query, key = self.rotate(query, rotary), self.rotate(key, rotary)
         else:
             query, key = by_halves(query, self.rotary_dim), by_halves(key, self.rotary_dim)
         query, key, value = (x.transpose(1, 2) for x in (query, key, value))
         output = self.attend(
-            query, key, value, attention_mask, padding_mask, past_key_values, eager_attention_forward, **kwargs
-        )
+            query, key, value, attention_mask, padding_mask, past_key_values, eager_attention_forward,
+            context=context, **kwargs,
+        )  # fmt: skip
         output = self.out_proj(output.reshape(hidden_states.shape).contiguous())
         return self.resid_dropout(output), None
 

@@ -39,9 +39,10 @@ def find_kernel(op: str, contract: int) -> tuple[ModuleType | None, str]:
     return kernel, ""
 
 
-def check_contract(name: str, saved: int, supported: int) -> None:
-    """Refuse a checkpoint of another contract of an op; name as in "linear attention"."""
-    if saved != supported:
+def check_contract(name: str, saved: int, supported: int, oldest: int | None = None) -> None:
+    """Refuse a checkpoint of another contract of an op than `supported`, or than those from `oldest` on; name as in
+    "linear attention"."""
+    if not (supported if oldest is None else oldest) <= saved <= supported:
         raise ValueError(
             f"this checkpoint was saved with contract {saved} of {name} and this version of linearize supports "
             f"{supported}: load it with trust_remote_code=True where linearize is not installed"

@@ -16,7 +16,10 @@ from .feature_maps import FeatureMapWeights
 from .op_dispatch import check_heads, choose_backend
 from .op_hybrid_linear_chunked import HybridLinearState, check_rows, over_rows, run_rows
 
-CONTRACT = 1
+CONTRACT = 2
+"""1 has no map_query, map_key and log_decay, and no window_map_key in the state: what None means in each."""
+
+PER_TOKEN = ("map_query", "map_key", "log_decay")
 
 __all__ = ["CONTRACT", "FeatureMapWeights", "HybridLinearState", "hybrid_linear_attention", "linear_share"]
 
@@ -39,6 +42,9 @@ def hybrid_linear_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: HybridLinearState | None = None,
     return_state: bool = False,
+    map_query: Tensor | None = None,
+    map_key: Tensor | None = None,
+    log_decay: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, HybridLinearState | None]:
     """Attend by softmax to the window and the sinks, by features to every other visible key, one denominator.
@@ -46,6 +52,8 @@ def hybrid_linear_attention(
     `y_n = (m_n o_n + phi_q(n) . sum_L phi_k(j) v_j) / max(m_n + phi_q(n) . sum_L phi_k(j), 1e-20)`, where o_n is the
     softmax attention over the window and sinks, `m_n = exp(lse_n - r_n + clamp(log weight + shift r_n, -30, 30))`
     its mass and r_n the log-sum-exp or the maximum of its scores. Both features None: the softmax branch alone.
+    With log_decay the memory forgets: token n multiplies it by `exp(log_decay_n)`, then adds key n - W, which leaves
+    the window, at weight 1, then reads; sinks never enter.
 
     Args:
         query: `(B, H, T, D)`, after RoPE, unscaled.
@@ -63,6 +71,9 @@ def hybrid_linear_attention(
         cu_seqlens: `(N + 1,)` int32, B = 1: N packed sequences, each a row of its own.
         initial_state: state of an earlier call on the same rows.
         return_state: also return the state after this call.
+        map_query, map_key: `(B, H, T, D)`, `(B, G, T, D)`, together or not at all: what the maps read in place of
+            query and key, such as the projections before RoPE.
+        log_decay: `(B, H|G, T)`, as many heads as the key features; finite, <= 0; causal only.
         backend: `auto`, `reference`, `chunked` or `triton`.
 
     Returns:
@@ -72,6 +83,8 @@ def hybrid_linear_attention(
         ValueError: contradictory arguments, or a backend that cannot do the call.
     """
     _check(query, key, query_features, key_features, window_weight, window_reference, window, sinks)
+    _check_maps(query, key, (query_features, key_features), map_query, map_key, initial_state)
+    _check_decay(query, key, key_features, log_decay, causal)
     check_rows(query, causal, attention_mask, cu_seqlens, stateful=initial_state is not None or return_state)
     args = (query, key, value, query_features, key_features)
     options = {
@@ -86,9 +99,16 @@ def hybrid_linear_attention(
         "cu_seqlens": cu_seqlens,
         "initial_state": initial_state,
         "return_state": return_state,
+        "map_query": map_query,
+        "map_key": map_key,
+        "log_decay": log_decay,
     }
     run = choose_backend("hybrid_linear", CONTRACT, backend, query.is_cuda, args, options)
-    output, state = run(*args, **options) if run else over_rows(_chunked, args, options)
+    if run:
+        output, state = run(*args, **options)
+    else:
+        per_token = tuple(options.pop(name) for name in PER_TOKEN)
+        output, state = over_rows(_chunked, (*args, *per_token), options)
     return output, None if state is None else HybridLinearState(*state)
 
 
@@ -113,6 +133,36 @@ def _check(query, key, query_features, key_features, window_weight, window_refer
         raise ValueError(f"window and sinks must be at least 0, not {window} and {sinks}")
 
 
-def _chunked(query, key, value, query_features, key_features, **options):
+def _check_maps(query, key, features, map_query, map_key, state):
+    if (map_query is None) != (map_key is None):
+        raise ValueError("give both map_query and map_key, or neither (the maps read query and key)")
+    if map_query is not None:
+        if any(x is None or isinstance(x, Tensor) for x in features):
+            raise ValueError("map_query and map_key are what feature maps read: give both features as maps")
+        for name, x, like in (("map_query", map_query, query), ("map_key", map_key, key)):
+            if x.shape[:3] != like.shape[:3]:
+                expected = (*like.shape[:3], x.shape[-1])
+                raise ValueError(f"{name} is {tuple(x.shape)}, but its heads and tokens must be those of {expected}")
+    if state is not None and (state.window_map_key is None) != (map_key is None):
+        held = "no keys" if state.window_map_key is None else "keys"
+        raise ValueError(f"the state holds {held} of map_key: give map_key in every call of a sequence, or in none")
+
+
+def _check_decay(query, key, key_features, log_decay, causal):
+    if log_decay is None:
+        return
+    if not causal:
+        raise ValueError("log_decay needs causal=True: a bidirectional row has no memory that could forget")
+    if key_features is None:
+        raise ValueError("log_decay needs features: the softmax branch forgets nothing")
+    heads = (key_features if isinstance(key_features, Tensor) else key_features.weight[None]).shape[1]
+    expected = (query.shape[0], heads, query.shape[2])
+    if log_decay.shape != expected:
+        found = tuple(log_decay.shape)
+        raise ValueError(f"log_decay is {found}, but there is one for each key feature head and token: {expected}")
+
+
+def _chunked(query, key, value, query_features, key_features, *per_token, **options):
+    options |= zip(PER_TOKEN, per_token, strict=True)
     branches, restore, state = run_rows(query, key, value, query_features, key_features, **options)
     return restore(branches.join()), state

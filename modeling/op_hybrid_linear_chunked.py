@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from .feature_maps import FeatureMapWeights, apply_feature_map, feature_width
+from .op_hybrid_linear_decay import ChunkDecay, after_entry, chunk_decay, per_head, sums_at_starts
 
 CHUNK = 64
 SEGMENT = 2048  # tokens of a causal pass: bounds what lives at once when no graph is kept
@@ -82,10 +83,11 @@ class Branches(NamedTuple):
 class HybridLinearState(NamedTuple):
     """What a causal sequence leaves behind; batch first, sums in float32 (float64 for float64 input).
 
-    Fields: kv `(B, H|G, F, Dv)` and normalizer `(B, H|G, F)`, the sums over the keys S <= j < count - W;
+    Fields: kv `(B, H|G, F, Dv)` and normalizer `(B, H|G, F)`, the sums over the keys S <= j < count - W, decayed;
     window_key `(B, G, W, D)`, window_value `(B, G, W, Dv)`, the keys j >= S of the last W, as a ring: slot = j % W;
     window_features `(B, H|G, W, F)`, None when the key map came as weights; sink_key `(B, G, S, D)`, sink_value
-    `(B, G, S, Dv)`; count `(B,)` int64, the real tokens so far. Slots not yet written are 0.
+    `(B, G, S, Dv)`; count `(B,)` int64, the real tokens so far; window_map_key `(B, G, W, D)`, what the key map reads
+    of window_key's keys, None where that is the keys themselves. Slots not yet written are 0.
     """
 
     kv: Tensor
@@ -96,16 +98,21 @@ class HybridLinearState(NamedTuple):
     sink_key: Tensor
     sink_value: Tensor
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    window_map_key: Tensor | None = None
 
 
 class Inputs(NamedTuple):
-    """One pass: query `(B, H, T, D)`, key, value and features as the op receives them, or None."""
+    """One pass: query `(B, H, T, D)`, key, value, features and what their maps read as the op receives them, or None;
+    log_decay `(B, H|G, T, 1)` or None."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     query_features: Tensor | None
     key_features: Tensor | None
+    map_query: Tensor | None = None
+    map_key: Tensor | None = None
+    log_decay: Tensor | None = None
 
     def map(self, function) -> "Inputs":
         return Inputs._make(None if x is None else function(x) for x in self)
@@ -199,7 +206,8 @@ def over_rows(run: Callable, inputs: Sequence, options: dict):
 
     if query.shape[2] == 0:  # as a single padded token: no output, and the state stays as it was
         options["attention_mask"] = query.new_zeros(query.shape[0], 1, dtype=torch.bool)
-        output, state = run(*change(lambda x: functional.pad(x, (0, 0, 0, 1))), **options)
+        inputs = change(lambda x: x.new_zeros(*x.shape[:2], 1, *x.shape[3:]))
+        output, state = run(*inputs, **options)
         return output[:, :, :0].to(query.dtype), state
     if cu_seqlens is None:
         output, state = run(*inputs, **options)
@@ -231,6 +239,9 @@ def run_rows(
     attention_mask=None,
     initial_state=None,
     return_state=False,
+    map_query=None,
+    map_key=None,
+    log_decay=None,
 ):
     """Run rows that may be padded; the arguments are those of `hybrid_linear_attention`.
 
@@ -251,7 +262,8 @@ def run_rows(
         softmax = query_features is None or window + sinks > 0
         settings = Settings(window, sinks, scaling, window_reference, log_weight, shift, query_map, key_map, softmax)
         rows = Rows(attention_mask, query)
-        inputs = Inputs(query, key, value, *features).map(rows.compact)
+        decay = None if log_decay is None else log_decay.to(dtype)[..., None]
+        inputs = Inputs._make((query, key, value, *features, map_query, map_key, decay)).map(rows.compact)
         if causal:
             branches, state = run_causal(inputs, rows.lengths, initial_state, return_state, dtype, settings)
         else:
@@ -300,7 +312,12 @@ def _empty_state(inputs, dtype, settings):
         sink_key=key.new_zeros(batch, groups, sinks, dim),
         sink_value=value.new_zeros(batch, groups, sinks, value_dim),
         count=torch.zeros(batch, dtype=torch.int64, device=key.device),
+        window_map_key=_empty_ring(inputs.map_key, window),
     )
+
+
+def _empty_ring(x: Tensor | None, window: int) -> Tensor | None:
+    return None if x is None else x.new_zeros(*x.shape[:2], window, x.shape[3])
 
 
 def _causal_keys(inputs, real, state, dtype, settings) -> Keys:
@@ -315,7 +332,10 @@ def _causal_keys(inputs, real, state, dtype, settings) -> Keys:
     visible = (index >= sinks) & (index < end[:, None])
     features = None
     if settings.key_map is not None:
-        features = settings.key_map.apply(keys, index)
+        read = keys
+        if inputs.map_key is not None:
+            read = torch.cat([_take(state.window_map_key, order).to(dtype), inputs.map_key.to(dtype)], dim=2)
+        features = settings.key_map.apply(read, index)
     elif inputs.key_features is not None:
         features = torch.cat([_take(state.window_features, order), inputs.key_features], dim=2).to(dtype)
     if features is not None:
@@ -333,13 +353,19 @@ def _advance(inputs, keys: Keys, state, settings) -> HybridLinearState:
     if keys.features is not None:
         left = (keys.position < end[:, None] - window)[:, None, :, None]
         folded = keys.features.masked_fill(~left, 0.0)
+        if inputs.log_decay is not None:
+            folded = folded * after_entry(inputs.log_decay, folded.shape[2])
+            forgets = inputs.log_decay.sum(2, keepdim=True).exp()
+            kv, normalizer = forgets * kv, forgets[..., 0] * normalizer
         kv, normalizer = kv + _outer(folded, keys.value), normalizer + folded.sum(2)
     # The newest token of slot s: the largest j < end with j % W == s; the sinks stay out of the ring.
     newest = end[:, None] - 1 - (end[:, None] - 1 - torch.arange(window, device=end.device)) % max(window, 1)
     newest = newest.masked_fill(newest < settings.sinks, -1)
-    features = state.window_features
+    features, map_key = state.window_features, state.window_map_key
     if features is not None and inputs.key_features is not None:
         features = _overwrite(features, inputs.key_features, newest, count, end)
+    if map_key is not None:
+        map_key = _overwrite(map_key, inputs.map_key, newest, count, end)
     return HybridLinearState(
         kv,
         normalizer,
@@ -349,6 +375,7 @@ def _advance(inputs, keys: Keys, state, settings) -> HybridLinearState:
         keys.sink_key,
         keys.sink_value,
         end,
+        map_key,
     )
 
 
@@ -361,7 +388,8 @@ def run_bidirectional(inputs, lengths, dtype, settings) -> Branches:
     visible = (index >= sinks) & (index < lengths[:, None])
     features = None
     if settings.key_map is not None:
-        features = settings.key_map.apply(key, index)
+        read = key if inputs.map_key is None else functional.pad(inputs.map_key, (0, 0, window, 0))
+        features = settings.key_map.apply(read, index)
     elif inputs.key_features is not None:
         features = functional.pad(inputs.key_features, (0, 0, window, 0))
     if features is not None:
@@ -407,14 +435,18 @@ def _chunks(inputs, keys: Keys, state, dtype, settings, causal: bool) -> Branche
     linear = (None, None)
     if keys.features is not None:
         if settings.query_map is not None:
-            phi = settings.query_map.apply(inputs.query.to(dtype), start + torch.arange(length, device=start.device))
+            read = inputs.query if inputs.map_query is None else inputs.map_query
+            phi = settings.query_map.apply(read.to(dtype), start + torch.arange(length, device=start.device))
         else:
             assert inputs.query_features is not None
             phi = inputs.query_features.to(dtype)
         far = functional.pad(seen & ~inside, (sinks, 0))
         local_features = functional.pad(near_blocks(keys.features), (0, 0, sinks, 0))
-        sums = _sums_elsewhere(keys, state, count, size, ahead, grow, causal)
-        linear = _linear_branch(_split(phi, grow, size), local_features, local_value, far, sums)
+        decay = None
+        if inputs.log_decay is not None:
+            decay = chunk_decay(_split(inputs.log_decay, grow, size)[..., 0])
+        sums = _sums_elsewhere(keys, state, count, size, ahead, grow, causal, decay)
+        linear = _linear_branch(_split(phi, grow, size), local_features, local_value, far, sums, decay, sinks)
     return Branches(*(None if x is None else x.flatten(2, 3)[:, :, :length] for x in (*softmax, *linear)))
 
 
@@ -444,17 +476,24 @@ def _softmax_branch(query, keys, values, near, settings):
     return output, mass.masked_fill(empty, 0.0)
 
 
-def _linear_branch(phi_q, local_features, local_value, far, sums):
+def _linear_branch(phi_q, local_features, local_value, far, sums, decay: ChunkDecay | None, sinks: int):
     """Numerator `(B, H, n, C, Dv)` and denominator `(B, H, n, C, 1)` over the far keys."""
     heads, groups = local_features.shape[1], local_value.shape[1]
-    pairs = _grouped(phi_q, heads, lambda q: q @ local_features.mT).masked_fill(~far, 0.0)
+    if decay is not None:  # of a causal chunk's places only the first C, behind the sinks, can hold far keys
+        place = slice(sinks, sinks + phi_q.shape[3])
+        local_features, local_value, far = local_features[..., place, :], local_value[..., place, :], far[..., place]
+    pairs = _grouped(phi_q, heads, lambda q: q @ local_features.mT)
+    if decay is not None:
+        pairs = pairs * per_head(decay.pairs, phi_q.shape[1])
+        phi_q = phi_q * per_head(decay.read, phi_q.shape[1])[..., None]
+    pairs = pairs.masked_fill(~far, 0.0)
     kv, normalizer = sums
     numerator = _grouped(pairs, groups, lambda p: p @ local_value) + _grouped(phi_q, heads, lambda q: q @ kv)
     denominator = pairs.sum(-1, keepdim=True) + _grouped(phi_q, heads, lambda q: q @ normalizer[..., None])
     return numerator, denominator
 
 
-def _sums_elsewhere(keys: Keys, state, count, size, ahead, grow, causal):
+def _sums_elsewhere(keys: Keys, state, count, size, ahead, grow, causal, decay: ChunkDecay | None):
     """Per chunk, kv `(B, heads, n, F, Dv)` and normaliser `(B, heads, n, F)` of the keys beyond its reach."""
     kv, normalizer = state.kv.to(keys.value.dtype)[:, :, None], state.normalizer.to(keys.value.dtype)[:, :, None]
     if count == 1 or keys.features is None:
@@ -463,8 +502,13 @@ def _sums_elsewhere(keys: Keys, state, count, size, ahead, grow, causal):
 
     def chunk_sums(begin):
         parts = [x[:, :, begin : begin + count * size].unflatten(2, (count, size)) for x in (features, value)]
+        if decay is not None:
+            parts[0] = parts[0] * decay.kept[..., None]
         return _outer(*parts), parts[0].sum(3)
 
+    if decay is not None:
+        firsts = (kv, normalizer)
+        return tuple(sums_at_starts(decay.across, x, y) for x, y in zip(firsts, chunk_sums(0), strict=True))
     parts = [[_sum_before(x) for x in chunk_sums(0)]]
     if not causal:  # the keys after chunk c's reach: chunks of the row that starts 2 W further on
         parts.append([_sum_before(x.flip(2)).flip(2) for x in chunk_sums(2 * ahead)])

@@ -8,13 +8,13 @@ of a model, advanced by the caller after a whole step.
 import importlib
 import os
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .op_dispatch import BACKEND_VARIABLE, find_kernel
-from .op_hybrid_linear import CONTRACT, hybrid_linear_attention
+from .op_hybrid_linear import CONTRACT, PER_TOKEN, hybrid_linear_attention
 from .op_hybrid_linear_chunked import HybridLinearState
 
 
@@ -23,7 +23,7 @@ class DecodeBuffers(NamedTuple):
 
     Fields: kv `(B, HK, F, Dv)`; normalizer `(2, B, HK, F)`, of which half `count % 2` of a row holds; ring_key
     `(B, G, R, D)`, ring_value `(B, G, R, Dv)`, token j in slot j % R; ring_features `(B, HK, R, F)` or None; sink_key
-    `(B, G, S, D)`, sink_value `(B, G, S, Dv)`.
+    `(B, G, S, D)`, sink_value `(B, G, S, Dv)`; ring_map_key `(B, G, R, D)` or None.
     """
 
     kv: Tensor
@@ -33,12 +33,18 @@ class DecodeBuffers(NamedTuple):
     ring_features: Tensor | None
     sink_key: Tensor
     sink_value: Tensor
+    ring_map_key: Tensor | None = None
+
+    @property
+    def rings(self) -> tuple[Tensor | None, ...]:
+        """In the order of `_windows`."""
+        return (*self[2:5], self.ring_map_key)
 
     def load_(self, state: HybridLinearState) -> "DecodeBuffers":
         """Take a state over, which has its own count."""
         self.kv.copy_(state.kv)
         self.normalizer.copy_(state.normalizer.expand_as(self.normalizer))
-        for ring, window in zip(self[2:5], state[2:5], strict=True):
+        for ring, window in zip(self.rings, _windows(state), strict=True):
             if ring is not None and window is not None and ring.shape[2]:
                 ring.copy_(_move_slots(window, state.count, ring.shape[2], window.shape[2]))
         self.sink_key.copy_(state.sink_key)
@@ -52,6 +58,10 @@ class DecodeBuffers(NamedTuple):
                 x.copy_(x.index_select(1 if x is self.normalizer else 0, rows))
 
 
+def _windows(state: HybridLinearState) -> tuple[Tensor | None, ...]:
+    return (*state[2:5], state.window_map_key)
+
+
 def new_buffers(state: HybridLinearState, batch: int) -> DecodeBuffers:
     """Zero buffers for `batch` rows of states of this kind."""
 
@@ -61,22 +71,25 @@ def new_buffers(state: HybridLinearState, batch: int) -> DecodeBuffers:
 
     slots = state.window_key.shape[2] + 1 if state.window_key.shape[2] else 0
     normalizer = state.normalizer.new_zeros(2, batch, *state.normalizer.shape[1:])
-    rings = [None if x is None else zeros(x, slots) for x in state[2:5]]
-    return DecodeBuffers._make([zeros(state.kv), normalizer, *rings, zeros(state.sink_key), zeros(state.sink_value)])
+    *rings, map_key = [None if x is None else zeros(x, slots) for x in _windows(state)]
+    sinks = (zeros(state.sink_key), zeros(state.sink_value))
+    return DecodeBuffers._make((zeros(state.kv), normalizer, *rings, *sinks, map_key))
 
 
 def read_buffers(buffers: DecodeBuffers, count: Tensor) -> HybridLinearState:
     """A state of its own, equal to the buffers after `count` `(B,)` tokens."""
     rows = torch.arange(count.shape[0], device=count.device)
     normalizer = buffers.normalizer[count % 2, rows]
-    windows, sinks = [], buffers.sink_key.shape[2]
-    for ring in buffers[2:5]:
+    windows: list[Any] = []
+    sinks = buffers.sink_key.shape[2]
+    for ring in buffers.rings:
         if ring is None or ring.shape[2] == 0:
             windows.append(None if ring is None else ring.clone())
         else:
             windows.append(_move_slots(ring, count, ring.shape[2] - 1, ring.shape[2], sinks))
-    sink_key, sink_value = buffers.sink_key.clone(), buffers.sink_value.clone()
-    return HybridLinearState._make([buffers.kv.clone(), normalizer, *windows, sink_key, sink_value, count.clone()])
+    *windows, map_key = windows
+    sinks_held = (buffers.sink_key.clone(), buffers.sink_value.clone())
+    return HybridLinearState._make((buffers.kv.clone(), normalizer, *windows, *sinks_held, count.clone(), map_key))
 
 
 def _move_slots(x: Tensor, count: Tensor, slots: int, old_slots: int, sinks: int = 0) -> Tensor:
@@ -107,10 +120,14 @@ def hybrid_linear_step_(
     Args:
         log_weight: `window_weight` is its logarithm.
         count: `(B,)` int64, tokens before this one; the caller advances it.
-        options: window_shift, window_reference, window, sinks, scaling and attention_mask `(B, 1)`.
+        options: window_shift, window_reference, window, sinks, scaling, attention_mask `(B, 1)`, map_query, map_key
+            and log_decay; with one of the last three the ordinary op does the step.
     """
     args = (query, key, value, query_features, key_features)
-    kernel = _decode_kernel(query, query_features, key_features, backend)
+    kernel = None
+    if all(options.get(name) is None for name in PER_TOKEN):
+        kernel = _decode_kernel(query, query_features, key_features, backend)
+        options = {name: x for name, x in options.items() if name not in PER_TOKEN}
     if kernel is not None:
         return kernel.decode_step_(
             *args, window_weight=window_weight, log_weight=log_weight, buffers=buffers, count=count, **options

@@ -17,6 +17,7 @@ from .attention_landmark import LandmarkAttention, LandmarkAttentionConfig
 from .attention_landmark import calibrates as landmark_calibrates
 from .attention_landmark import state_bytes as landmark_state_bytes
 from .attention_linear import LinearAttention, LinearAttentionConfig
+from .attention_linear import reads as linear_reads
 from .attention_linear import state_bytes as linear_state_bytes
 from .cache_landmark import LandmarkStateLayer
 from .cache_layers import CosineStateLayer, GainCellStateLayer, LinearStateLayer
@@ -30,7 +31,8 @@ class Mechanism:
     whether its forward takes `causal=False`, which encoders need. transfers: whether attention transfer has something
     to train in it. constant_state: whether its state never grows. in_place: whether a step can change its state in
     place, which captured decoding needs. calibrates: whether settings of it leave numbers that can be fitted to
-    softmax attention before any training.
+    softmax attention before any training. reads: names of what a layer of these settings is given beside queries,
+    keys and values (`MixerAttention.context`).
     """
 
     attention: type[nn.Module]
@@ -44,6 +46,7 @@ class Mechanism:
     constant_state: bool = True
     in_place: bool = False
     calibrates: Callable[[Mapping[str, Any]], bool] = lambda settings: False
+    reads: Callable[[Any], tuple[str, ...]] = lambda settings: ()
 
 
 ATTENTIONS = {
@@ -56,6 +59,7 @@ ATTENTIONS = {
         "https://arxiv.org/abs/2410.10254",
         bidirectional=True,
         in_place=True,
+        reads=linear_reads,
     ),
     "cosine": Mechanism(
         CosineAttention,
@@ -100,3 +104,15 @@ def mechanism(name: str) -> Mechanism:
     if name not in ATTENTIONS:
         raise ValueError(f"unknown attention {name!r}: choose one of {', '.join(ATTENTIONS)}")
     return ATTENTIONS[name]
+
+
+def resolve_settings(settings: Any, head_dim: int, backbone: Any) -> None:
+    """Fill in what depends on the model.
+
+    Args:
+        settings: of a mechanism. backbone: a converted config, or its class.
+    """
+    if settings.type == "linear":
+        settings.resolve(head_dim, rotary=not backbone.learned_positions, causal=not backbone.sees_both_sides)
+    else:
+        settings.resolve(head_dim)

@@ -28,6 +28,7 @@ KEY_TILE = 4096  # elements of the window's keys, then values, that a program ho
 MAX_REGISTERS = 128  # of a thread, where that spills nothing: two programs of 8 warps share a multiprocessor
 PROGRAMS = 132  # fewer than this: value dimensions are divided further, down to MIN_BLOCK_DV
 MIN_BLOCK_DV = 32
+READ = 8  # fields of a state that the kernel knows: all but window_map_key, which it takes none of
 HEADS_TOGETHER: int | None = None  # heads of a row that run side by side; None is a group, which shares a window
 
 
@@ -104,7 +105,7 @@ def decode_step_(
     """One token per row that changes the buffers in place, in one launch; CUDA graphs replay it.
 
     Args: those of `decode_step`, and
-        buffers: seven contiguous fields. kv `(B, HK, F, Dv)` and normalizer `(2, B, HK, F)`, float32, half `count % 2`
+        buffers: contiguous fields. kv `(B, HK, F, Dv)` and normalizer `(2, B, HK, F)`, float32, half `count % 2`
             of a row being its current one; ring key `(B, G, R, D)`, value `(B, G, R, Dv)` and features `(B, HK, R, F)`
             (None with a map), R = W + 1 (0 when W = 0), token j in slot j % R; sink key and value `(B, G, S, *)`.
         count: `(B,)` int64, each row's tokens before this one; the caller advances it.
@@ -113,7 +114,7 @@ def decode_step_(
     Returns:
         Output `(B, H, 1, Dv)` in the query's dtype.
     """
-    held = State._make((*buffers, count))
+    held = State._make((*buffers[: READ - 1], count, None))
     return _launch(
         (query, key, value, query_features, key_features),
         (window_weight, window_shift, window_reference, window, sinks, scaling, attention_mask),
@@ -154,7 +155,7 @@ def _launch(inputs, options, old: State, new: State, *, in_place: bool, log_weig
         hybrid_linear_decode_kernel,
         grid,
         (
-            *(query if x is None else x for x in (*tensors, *old, *new)),  # what is absent is never read
+            *(query if x is None else x for x in (*tensors, *old[:READ], *new[:READ])),  # what is absent is never read
             output,
         ),
         (

@@ -24,6 +24,8 @@ def unsupported(query, key, value, query_features, key_features, **options) -> s
         return reason
     if not options.get("causal", True):
         return "the Triton kernels are causal; a bidirectional call runs the chunked path"
+    if given := [name for name in ("map_key", "log_decay") if options.get(name) is not None]:
+        return f"the Triton kernels take no {given[0]} (maps before position, a memory that forgets)"
     widths = {"head dimension": query.shape[-1], "value dimension": value.shape[-1]}
     if query_features is not None:
         widths["feature count"] = max(feature_count(query_features), feature_count(key_features))
@@ -60,8 +62,12 @@ def fused(
     cu_seqlens=None,
     initial_state=None,
     return_state=False,
+    map_query=None,
+    map_key=None,
+    log_decay=None,
 ):
-    """Hybrid linear attention by Triton kernels; arguments and returns of `hybrid_linear_attention`."""
+    """Hybrid linear attention by Triton kernels; arguments and returns of `hybrid_linear_attention`, the last three
+    None."""
     options = {
         "window_weight": window_weight, "window_shift": window_shift, "window_reference": window_reference,
         "window": window, "sinks": sinks, "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,

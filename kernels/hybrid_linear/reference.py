@@ -28,6 +28,7 @@ class State(NamedTuple):
     sink_key: Tensor
     sink_value: Tensor
     count: Tensor  # type: ignore[assignment]  # hides tuple.count
+    window_map_key: Tensor | None = None
 
 
 def features_of(x: Tensor, maps) -> Tensor:
@@ -54,15 +55,16 @@ def features_of(x: Tensor, maps) -> Tensor:
     return features
 
 
-def _row(query, key, value, features, weight, shift, settings, past=None):
-    """One row without padding: query (H, T, D), key (G, T, D), features (query's, key's) or None; past = its state.
+def _row(query, key, value, features, log_decay, weight, shift, settings, past=None):
+    """One row without padding: query (H, T, D), key (G, T, D), features as `_features_at` gives them, log_decay
+    (heads of the key features, T) or None; past = its state.
 
     Returns the output (H, T, Dv) and the new state's fields without the batch dimension.
     """
     window, sinks, causal, scaling, level = settings
     heads, length = query.shape[:2]
     groups = key.shape[0]
-    query_features, key_features, recompute = features
+    query_features, key_features, map_key, recompute = features
     start = 0
     positions = torch.arange(length, device=query.device)
     if past is not None:
@@ -72,8 +74,12 @@ def _row(query, key, value, features, weight, shift, settings, past=None):
         slot = ring % window if window else ring
         key = torch.cat([past.sink_key[:, first].to(key), past.window_key[:, slot].to(key), key], 1)
         value = torch.cat([past.sink_value[:, first].to(value), past.window_value[:, slot].to(value), value], 1)
+        if map_key is not None:
+            unused = key.new_zeros(groups, len(first), map_key.shape[2])
+            map_key = torch.cat([unused, past.window_map_key[:, slot].to(key), map_key], 1)
         if key_features is not None:
-            old = recompute(past.window_key[:, slot].to(key)) if recompute else past.window_features[:, slot]
+            read = past.window_key if map_key is None else past.window_map_key
+            old = recompute(read[:, slot].to(key)) if recompute else past.window_features[:, slot]
             unused = key_features.new_zeros(key_features.shape[0], len(first), key_features.shape[2])
             key_features = torch.cat([unused, old.to(key_features), key_features], 1)
         positions = torch.cat([first, ring, positions + start])
@@ -96,17 +102,32 @@ def _row(query, key, value, features, weight, shift, settings, past=None):
         mass = (lse - r + tilt.clamp(-MASS_LIMIT, MASS_LIMIT)).exp() * nonempty
         wide_features = key_features.repeat_interleave(heads // key_features.shape[0], dim=0)
         pairs = (query_features @ wide_features.mT).masked_fill(~(visible & ~near), 0.0)
+        if log_decay is not None:
+            pairs = pairs * _between(log_decay, n - start, j - start + window, visible & ~near).repeat_interleave(
+                heads // log_decay.shape[0], dim=0
+            )
         numerator, denominator = pairs @ repeated_value, pairs.sum(-1, keepdim=True)
         if past is not None:
             ratio = heads // past.kv.shape[0]
-            numerator = numerator + query_features @ past.kv.to(query).repeat_interleave(ratio, dim=0)
+            read_features = query_features
+            if log_decay is not None:
+                read_features = query_features * log_decay.cumsum(1).exp()[..., None].repeat_interleave(ratio, dim=0)
+            numerator = numerator + read_features @ past.kv.to(query).repeat_interleave(ratio, dim=0)
             normalizer = past.normalizer.to(query).repeat_interleave(ratio, dim=0)
-            denominator = denominator + query_features @ normalizer[..., None]
+            denominator = denominator + read_features @ normalizer[..., None]
         output = (mass * softmax_output + numerator) / (mass + denominator).clamp(min=DENOMINATOR_FLOOR)
-    return output, _advance(past, start + length, key, value, key_features, positions, heads, window, sinks)
+    new = (key, value, key_features, map_key, log_decay)
+    return output, _advance(past, start + length, *new, positions, heads, window, sinks)
 
 
-def _advance(past, count, key, value, key_features, positions, heads, window, sinks):
+def _between(log_decay, n, first, seen):
+    """exp of the sum of log_decay (heads, T) over the tokens first < i <= n, where a pair is seen: (heads, n, j)."""
+    sums = functional.pad(log_decay.double().cumsum(1), (1, 0))
+    last, first = (x.clamp(0, log_decay.shape[1]) for x in (n + 1, first + 1))
+    return (sums[:, last] - sums[:, first]).masked_fill(~seen, 0.0).exp().to(log_decay.dtype)
+
+
+def _advance(past, count, key, value, key_features, map_key, log_decay, positions, heads, window, sinks):
     """The state after all these tokens; key (G, N, D) are the sinks, the window and the new tokens, by position."""
     groups, dim, value_dim = key.shape[0], key.shape[2], value.shape[2]
     width = 0 if key_features is None else key_features.shape[2]
@@ -116,12 +137,19 @@ def _advance(past, count, key, value, key_features, positions, heads, window, si
     normalizer = key.new_zeros(feature_heads, width)
     if key_features is not None:
         folded_value = value[:, fold].repeat_interleave(feature_heads // groups, dim=0)
-        kv = key_features[:, fold].mT @ folded_value
-        normalizer = key_features[:, fold].sum(1)
-    if past is not None:
-        kv, normalizer = kv + past.kv.to(kv), normalizer + past.normalizer.to(kv)
+        folded = key_features[:, fold]
+        old_weight = key.new_ones(feature_heads, 1, 1)
+        if log_decay is not None:
+            start, last = count - log_decay.shape[1], torch.tensor([log_decay.shape[1] - 1], device=key.device)
+            entered = positions[fold] - start + window
+            folded = folded * _between(log_decay, last, entered, torch.ones_like(entered, dtype=torch.bool))[..., None]
+            old_weight = log_decay.sum(1).exp()[:, None, None]
+        kv, normalizer = folded.mT @ folded_value, folded.sum(1)
+        if past is not None:
+            kv, normalizer = kv + old_weight * past.kv.to(kv), normalizer + old_weight[..., 0] * past.normalizer.to(kv)
     window_key, window_value = key.new_zeros(groups, window, dim), value.new_zeros(groups, window, value_dim)
     window_features = key.new_zeros(feature_heads, window, width)
+    window_map_key = None if map_key is None else map_key.new_zeros(groups, window, map_key.shape[2])
     sink_key, sink_value = key.new_zeros(groups, sinks, dim), value.new_zeros(groups, sinks, value_dim)
     for place, j in enumerate(positions.tolist()):
         if j < sinks:
@@ -130,19 +158,25 @@ def _advance(past, count, key, value, key_features, positions, heads, window, si
             window_key[:, j % window], window_value[:, j % window] = key[:, place], value[:, place]
             if key_features is not None:
                 window_features[:, j % window] = key_features[:, place]
+            if window_map_key is not None:
+                window_map_key[:, j % window] = map_key[:, place]
     total = torch.tensor(count, dtype=torch.int64, device=key.device)
-    return State(kv, normalizer, window_key, window_value, window_features, sink_key, sink_value, total)
+    windows = (window_key, window_value, window_features, sink_key, sink_value)
+    return State(kv, normalizer, *windows, total, window_map_key)
 
 
-def _features_at(b, real, query, key, query_features, key_features):
-    """Features of row b's real tokens, and the function that makes them from a key when a map was given."""
+def _features_at(b, real, query, key, query_features, key_features, map_query, map_key):
+    """Features of row b's real queries and keys; the keys that the map reads where they are others than the scores';
+    and the function that makes features from a key when a map was given."""
     if query_features is None:
-        return None, None, None
+        return None, None, None, None
+    if map_query is not None:
+        map_query, map_key = (x[b][:, real].to(query.dtype) for x in (map_query, map_key))
     recompute = (lambda x: features_of(x, key_features)) if hasattr(key_features, "weight") else None
-    phi_k = recompute(key) if recompute else key_features[b][:, real].to(key.dtype)
+    phi_k = recompute(key if map_key is None else map_key) if recompute else key_features[b][:, real].to(key.dtype)
     if hasattr(query_features, "weight"):
-        return features_of(query, query_features), phi_k, recompute
-    return query_features[b][:, real].to(query.dtype), phi_k, recompute
+        return features_of(query if map_query is None else map_query, query_features), phi_k, map_key, recompute
+    return query_features[b][:, real].to(query.dtype), phi_k, map_key, recompute
 
 
 def reference(
@@ -163,6 +197,9 @@ def reference(
     cu_seqlens=None,
     initial_state=None,
     return_state=False,
+    map_query=None,
+    map_key=None,
+    log_decay=None,
     backend="reference",
 ):
     """Hybrid linear attention by its definition; arguments and returns of `hybrid_linear_attention`."""
@@ -186,16 +223,19 @@ def reference(
             if attention_mask is not None:
                 real = real[attention_mask[b].bool()]
             q, k, v = (x[b][:, real].to(wide) for x in (query, key, value))
-            features = _features_at(b, real, q, k, query_features, key_features)
+            features = _features_at(b, real, q, k, query_features, key_features, map_query, map_key)
+            decay = None if log_decay is None else log_decay[b][:, real].to(wide)
             past = None if initial_state is None else State._make(None if x is None else x[b] for x in initial_state)
-            row, state = _row(q, k, v, features, window_weight, window_shift, settings, past)
+            row, state = _row(q, k, v, features, decay, window_weight, window_shift, settings, past)
             heads = torch.arange(query.shape[1], device=query.device)[:, None]
             output = output.index_put((torch.tensor(b, device=query.device), heads, real[None]), row)
             states.append(state)
     if not return_state:
         return output.to(query.dtype), None
-    stacked = State(*(torch.stack(field) for field in zip(*states, strict=True)))
+    stacked = State._make(None if x[0] is None else torch.stack(x) for x in zip(*states, strict=True))
     raw = {name: getattr(stacked, name).to(key.dtype) for name in ("window_key", "sink_key")}
     raw |= {name: getattr(stacked, name).to(value.dtype) for name in ("window_value", "sink_value")}
     raw["window_features"] = None if hasattr(key_features, "weight") else stacked.window_features
+    if stacked.window_map_key is not None:
+        raw["window_map_key"] = stacked.window_map_key.to(map_key.dtype)
     return output.to(query.dtype), stacked._replace(**raw)

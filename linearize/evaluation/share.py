@@ -76,7 +76,9 @@ def _attach(attention: Any, config: Any, sums: dict[int, float], counts: dict[in
 
     def observe(mixer, args, kwargs):
         inputs = dict(zip(("query", "key", "value"), args, strict=False), **kwargs)
-        share = mixer.linear_share(inputs["query"], inputs["key"], inputs["value"], causal=attention.causal)
+        context = {name: inputs[name] for name in attention.reads}
+        given = (inputs[name] for name in ("query", "key", "value"))
+        share = mixer.linear_share(*given, causal=attention.causal, **context)
         share = share[:, :, reach:]
         sums[layer_idx] += share.double().mean(1).sum().item()
         counts[layer_idx] += share.shape[0] * share.shape[2]

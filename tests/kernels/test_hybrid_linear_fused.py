@@ -244,7 +244,7 @@ def test_calls_without_tokens():
         none = [x[:, :, :0] for x in inputs]
         output, after = hybrid_linear_attention(*none, **mix, **options, initial_state=state)
     assert output.shape == (2, 2, 0, VALUE_DIM)
-    assert all(torch.equal(a, b) for a, b in zip(state, after, strict=True))
+    assert all(a is b or torch.equal(a, b) for a, b in zip(state, after, strict=True))
 
 
 def test_says_what_it_cannot_do():

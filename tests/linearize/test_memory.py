@@ -9,7 +9,7 @@ import torch
 from tiny_models import make_gpt2, make_gptj, make_student, make_teacher
 from torch.profiler import ProfilerActivity, profile
 
-from linearize import memory, run_plan
+from linearize import UserError, memory, run_plan
 from linearize.adapters import add_adapters
 from linearize.finetuning_trainer import Objective
 from linearize.kernels import triton_support
@@ -28,6 +28,9 @@ LARGE = {
 SHAPES = {
     "default": (LARGE, {}),
     "wide window, few features": (LARGE, {"window": 128, "feature_dim": 16, "magnitude": False}),
+    "maps before position": (LARGE, {"map_input": "projections", "feature_dim": 32}),
+    "gate": (LARGE, {"gate": "token", "map_input": "projections"}),
+    "gate, wide window": (LARGE, {"gate": "key", "window": 192, "feature_dim": 16}),
     "no sharing of heads, relu": ({**LARGE, "num_key_value_heads": 6}, {"feature_map": "relu", "sinks": 0}),
 }
 
@@ -85,6 +88,11 @@ def test_forecast_is_close_to_the_peak(name):
     teacher = make_teacher(max_position_embeddings=1024, **changes)
     measured = stage_peaks(teacher, {"linear": {"type": "linear", **attention}}, 512, "chunked")
     assert stage_forecasts(teacher, attention, 512, fused=False) == pytest.approx(measured, rel=0.15)
+    config = resolve({"attention": {"type": "linear", **attention}})
+    student = make_student(teacher, {"linear": {"type": "linear", **attention}})
+    counted = sum(parameter.numel() for x in student.mixer_attentions() for parameter in x.mixer.parameters())
+    shape = memory.Shape.of(teacher.config)
+    assert memory.mechanism_of(shape, config).parameters == run_plan.mixer_parameter_count(shape, config) == counted
 
 
 @pytest.mark.parametrize(
@@ -233,6 +241,33 @@ def gpu(monkeypatch):
 )
 def test_which_runs_are_fused(gpu, changes, fused):
     assert memory.runs_fused(make_teacher().config, resolve(changes)) is fused
+
+
+@pytest.mark.parametrize(
+    ("attention", "reason"),
+    [({"sinks": 65}, "at most 64 sinks"), ({"feature_dim": 129}, "feature count of at most 256")],
+    ids=["sinks", "features"],
+)
+def test_settings_that_the_kernels_do_not_take_are_refused_before_anything_is_loaded(gpu, attention, reason):
+    teacher = make_teacher().config
+    for backend, given in (("auto", attention), ("chunked", attention), ("triton", {})):
+        run_plan.check_triton_takes(teacher, resolve({"op_backend": backend, "attention": given}))
+    with pytest.raises(UserError, match=f"op_backend is triton, but .*{reason}"):
+        run_plan.check_triton_takes(teacher, resolve({"op_backend": "triton", "attention": attention}))
+
+
+def test_the_kernels_are_asked_with_what_settings_give_them(gpu, monkeypatch):
+    """Maps before position and a gate reach `unsupported` as arguments of the op, in the shapes that it has."""
+    import linearize.kernels.hybrid_linear as kernel
+
+    seen = {}
+    monkeypatch.setattr(kernel, "unsupported", lambda *args, **options: seen.update(options))
+    attention = {"map_input": "projections", "gate": "token", "share_key_map": True}
+    assert memory.why_not_fused(make_teacher().config, resolve({"attention": attention})) is None
+    assert seen["map_query"].shape == (1, 4, 1, 16) and seen["map_key"].shape == seen["log_decay"].shape + (16,)
+    seen.clear()
+    memory.why_not_fused(make_teacher().config, resolve({}))
+    assert not set(seen) & {"map_query", "map_key", "log_decay"}
 
 
 def test_what_else_keeps_a_run_from_the_fused_kernels(gpu, monkeypatch):

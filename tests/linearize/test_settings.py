@@ -99,6 +99,7 @@ def test_the_published_preset_quotes_the_published_numbers():
     assert attention.items() <= config.attention.items()
     assert config.attention["window_weight"] == 0.1 and config.attention["window_weight_form"] == "sigmoid"
     assert not config.attention["magnitude"] and config.attention["initialization"] == "identity_first"
+    assert (config.attention["map_input"], config.attention["gate"]) == ("rotated", "none")
     assert (config.transfer.loss, config.transfer.loss_scale, config.transfer.branch) == ("mse", 1000.0, "mixed")
     assert config.transfer.learning_rate == config.transfer.window_learning_rate == 1e-2
     assert (config.finetune.lora_rank, config.finetune.lora_alpha, config.finetune.learning_rate) == (8, 16, 1e-4)

@@ -133,7 +133,7 @@ def test_the_mechanism_sees_both_ways(ids):
     assert query.shape == key.shape == value.shape == output.shape == (2, 4, 23, 16)
     assert torch.equal(padding_mask, mask.bool())
     mixed = attention.mix(query, key, value, padding_mask)
-    features, options = attention.mixer._call_options("mixed")
+    features, options = attention.mixer._call_options("mixed", query)
     expected, _ = reference(query, key, value, *features, **options, causal=False, attention_mask=padding_mask)
     assert close(mixed, expected)
     assert not close(mixed, attention.mixer(query, key, value, padding_mask))

@@ -26,6 +26,9 @@ MIXERS = {
         }
     },
     "shared-key-map": {"linear": {"type": "linear", "window": 5, "share_key_map": True, "feature_map": "relu"}},
+    "gated": {
+        "linear": {"type": "linear", "window": 5, "map_input": "projections", "gate": "token", "gate_bias": 0.5}
+    },
 }
 
 

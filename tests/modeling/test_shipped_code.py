@@ -33,12 +33,15 @@ for folder in sys.argv[1:]:
 @torch.no_grad()
 def test_loads_without_the_package(tmp_path):
     linear = {"linear": {"type": "linear", "window": 5, "sinks": 2}}
+    gated = {"linear": {**linear["linear"], "map_input": "projections", "gate": "token", "gate_bias": 1.0}}
     pure = {"type": "cosine", "window": 0, "sinks": 0, "scale_side": "key"}
     cosine = {"cosine": {"type": "cosine", "window": 5, "sinks": 2, "feature_map": "softmax"}, "pure": pure}
     some, both = ["linear", "softmax", "linear"], ["cosine", "pure", "cosine"]
     layouts = {
         "all": (make_teacher, linear, None),
         "some": (make_teacher, linear, some),
+        "gated": (make_teacher, gated, None),
+        "gptj-gated": (make_gptj, gated, None),
         "gpt2": (make_gpt2, linear, None),
         "gptj": (make_gptj, linear, None),
         "gptj-some": (make_gptj, linear, some),

@@ -35,6 +35,15 @@ MODELS = {
         ["linear", "softmax", "linear"],
     ),
     "softmax-layers-around": ({"linear": {"type": "linear", "window": 5}}, ["softmax", "linear", "softmax"]),
+    "projections": ({"linear": {"type": "linear", "window": 5, "sinks": 2, "map_input": "projections"}}, None),
+    "gates": (
+        {
+            "head": {"type": "linear", "window": 0, "sinks": 0, "gate": "head", "gate_bias": 1.0},
+            "token": {"type": "linear", "window": 5, "map_input": "projections", "gate": "token", "gate_bias": 0.5},
+            "key": {"type": "linear", "window": 3, "share_key_map": True, "gate": "key", "gate_bias": 1.0},
+        },
+        ["head", "token", "key"],
+    ),
     "two-windows": (
         {"near": {"type": "linear", "window": 3}, "far": {"type": "linear", "window": 9, "bias": True}},
         ["near", "far", "near"],
