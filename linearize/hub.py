@@ -221,7 +221,8 @@ def write_record(
     for file, text in ((RECORD_FILE, record_text), (CARD_FILE, model_card(name or folder.name, record, config))):
         write_file(folder / file, text.encode("utf-8"))
     if record.get("selection"):
-        from linearize.evaluation.placement import PLOT, plot_placement
+        from linearize.config.selection import PLOT
+        from linearize.evaluation.placement import plot_placement
 
         plot_placement(record["selection"], folder / PLOT)
 

@@ -279,7 +279,7 @@ def training_section(record: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
     lines.append(f"- versions: {versions}")
     if record.get("selection"):
-        from linearize.evaluation.placement import PLOT
+        from linearize.config.selection import PLOT
 
         lines += ["", f"![The window of every layer, and what was measured]({PLOT})"]
     if record.get("recipe"):

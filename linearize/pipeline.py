@@ -17,6 +17,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.config.selection import OF_THE_CONVERSION
 from linearize.errors import UserError
 from linearize.failures import smaller, stage
 from linearize.processes import from_main_process
@@ -36,17 +37,6 @@ if TYPE_CHECKING:
     from linearize.transfer import TransferResult
 
 logger = logging.getLogger(__name__)
-
-OF_THE_CONVERSION = (
-    "attention",
-    "softmax_layers",
-    "state_budget",
-    "select",
-    "mixer_types",
-    "mixers",
-    "sliding_window",
-)
-"""Settings that a model has from its conversion, whatever a later run says."""
 
 
 @dataclass
@@ -200,10 +190,6 @@ class _Run:
         plan = self.plan.selection
         if plan is None:
             return
-        import gc
-
-        import torch
-
         from linearize.stages.select import select
 
         earlier = self.directory.path if self.config.resume_from_checkpoint else None
@@ -213,9 +199,6 @@ class _Run:
 
         with stage("the selection", "lower select.sequence_length or select.batch_size, or set load_in_4bit"):
             self.selection = from_main_process(lambda: select(plan, train, load, earlier))
-        gc.collect()
-        if self.state.device.type == "cuda":
-            torch.cuda.empty_cache()
         self._say(self.selection.sentence())
 
     def _layers(self) -> dict[str, Any]:

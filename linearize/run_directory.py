@@ -18,12 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from linearize.config.selection import FILES
 from linearize.errors import UserError
 from linearize.hub import FINAL, read_record
 from linearize.run_identity import STEPS, StageState, changed_settings, require_same_inputs
 from linearize.settings import RunSettings
 from linearize.settings_io import differences, resolve, write_config
-from linearize.stages.select import FILES
 
 CONFIG = "config.yaml"
 INPUTS = Path("logs", "inputs.json")

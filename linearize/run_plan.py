@@ -245,7 +245,7 @@ def _of_one_mechanism(config: RunConfig, teacher: Any, selection: SelectionPlan 
     """
     if selection is not None:
         return selection.forecast_settings()
-    layered = teacher if hasattr(teacher, "mixer_types") else config
+    layered: Any = teacher if hasattr(teacher, "mixer_types") else config
     if layered.mixer_types is None:
         return config
     softmax = [index for index, name in enumerate(layered.mixer_types) if name not in layered.mixers]

@@ -12,9 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from linearize.config.selection import SelectConfig, softmax_choice
-from linearize.config.sizes import parse_budget
-from linearize.errors import UserError
+from linearize.config.selection import LayerChoice, SelectConfig
 from linearize.settings_values import convert_fields, require
 
 Schedule = Literal["linear", "constant", "cosine"]
@@ -381,7 +379,7 @@ class RunSettings:
 
 
 @dataclass
-class RunConfig(RunSettings):
+class RunConfig(LayerChoice, RunSettings):
     """One whole run: convert, transfer, finetune, evaluate, save."""
 
     model_name_or_path: str = "meta-llama/Meta-Llama-3-8B"
@@ -444,7 +442,6 @@ class RunConfig(RunSettings):
     def __post_init__(self) -> None:
         convert_fields(self, "")
         self.attention.setdefault("type", "linear")
-        self.softmax_layers = softmax_choice(self.softmax_layers)
         self._check_layers()
         require(bool(self.model_name_or_path), "model_name_or_path is empty: name the teacher.")
         self._check_run()
@@ -457,51 +454,3 @@ class RunConfig(RunSettings):
             self.push_to_hub is None or self.push_to_hub.count("/") <= 1,
             f"push_to_hub is {self.push_to_hub!r}, but a repository is named NAME or OWNER/NAME.",
         )
-
-    def _check_layers(self) -> None:
-        if self.state_budget is not None:
-            parse_budget(str(self.state_budget))
-        layered = self.mixer_types is not None or self.mixers is not None
-        require(
-            not layered or (self.mixer_types is not None and self.mixers is not None),
-            "mixer_types and mixers belong together: give both, or attention and softmax_layers.",
-        )
-        plain = self.attention == {"type": "linear"} and self.softmax_layers == [] and self.state_budget is None
-        require(
-            not layered or plain,
-            "mixer_types says what the layers have: leave attention, softmax_layers and state_budget out.",
-        )
-
-    @property
-    def kept_layers(self) -> list[int]:
-        """`softmax_layers` where they are listed.
-
-        Raises:
-            UserError: they are yet to be chosen.
-        """
-        if not isinstance(self.softmax_layers, list):
-            raise UserError(
-                f"softmax_layers is {self.softmax_layers}, as many layers as measuring is to choose: do that with "
-                "`linearize select` or `linearize run`, or list the layers, such as [4]."
-            )
-        return self.softmax_layers
-
-    def layers(self) -> dict[str, Any]:
-        """Which layer gets which attention, as `linearize.convert` takes it.
-
-        Raises:
-            UserError: layers are yet to be chosen.
-        """
-        if self.mixers is not None:
-            return {"mixer_types": self.mixer_types, "mixers": self.mixers}
-        if self.state_budget is not None:
-            raise UserError(
-                "state_budget is set, and windows are placed by measuring: do that with `linearize select` or "
-                "`linearize run`, or leave it out."
-            )
-        return {"attention": self.attention, "softmax_layers": self.kept_layers}
-
-    @property
-    def mechanisms(self) -> list[dict[str, Any]]:
-        """The settings of every mechanism in use."""
-        return [self.attention] if self.mixers is None else list(self.mixers.values())

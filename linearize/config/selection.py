@@ -5,10 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from linearize.config.sizes import parse_share
+from linearize.config.sizes import parse_budget, parse_share
+from linearize.errors import UserError
 from linearize.settings_values import convert_fields, require
 
+TABLES, CONFIG, PLOT = FILES = ("selection.json", "selection.yaml", "selection.png")
+"""What a selection leaves in a run's directory; the plot also lies in a converted repository."""
 Ranking = Literal["divergence", "error"]
+OF_THE_CONVERSION = (
+    *("attention", "softmax_layers", "state_budget", "select", "mixer_types", "mixers"),
+    "sliding_window",
+)
+"""Settings that a model has from its conversion, whatever a later run says."""
 
 
 @dataclass
@@ -70,3 +78,62 @@ def softmax_count(value: int | str, layers: int) -> int:
     share = parse_share(value)
     assert share is not None, "softmax_choice refuses others"
     return max(1, round(share * layers))
+
+
+class LayerChoice:
+    """What a run's settings say of its layers, which they declare as these fields."""
+
+    attention: dict[str, Any]
+    softmax_layers: int | list[int] | str
+    state_budget: int | str | None
+    mixer_types: list[str] | None
+    mixers: dict[str, Any] | None
+
+    def _check_layers(self) -> None:
+        self.softmax_layers = softmax_choice(self.softmax_layers)
+        if self.state_budget is not None:
+            parse_budget(str(self.state_budget))
+        layered = self.mixer_types is not None or self.mixers is not None
+        require(
+            not layered or (self.mixer_types is not None and self.mixers is not None),
+            "mixer_types and mixers belong together: give both, or attention and softmax_layers.",
+        )
+        plain = self.attention == {"type": "linear"} and self.softmax_layers == [] and self.state_budget is None
+        require(
+            not layered or plain,
+            "mixer_types says what the layers have: leave attention, softmax_layers and state_budget out.",
+        )
+
+    @property
+    def kept_layers(self) -> list[int]:
+        """`softmax_layers` where they are listed.
+
+        Raises:
+            UserError: they are yet to be chosen.
+        """
+        if not isinstance(self.softmax_layers, list):
+            raise UserError(
+                f"softmax_layers is {self.softmax_layers}, as many layers as measuring is to choose: do that with "
+                "`linearize select` or `linearize run`, or list the layers, such as [4]."
+            )
+        return self.softmax_layers
+
+    def layers(self) -> dict[str, Any]:
+        """Which layer gets which attention, as `linearize.convert` takes it.
+
+        Raises:
+            UserError: layers are yet to be chosen.
+        """
+        if self.mixers is not None:
+            return {"mixer_types": self.mixer_types, "mixers": self.mixers}
+        if self.state_budget is not None:
+            raise UserError(
+                "state_budget is set, and windows are placed by measuring: do that with `linearize select` or "
+                "`linearize run`, or leave it out."
+            )
+        return {"attention": self.attention, "softmax_layers": self.kept_layers}
+
+    @property
+    def mechanisms(self) -> list[dict[str, Any]]:
+        """The settings of every mechanism in use."""
+        return [self.attention] if self.mixers is None else list(self.mixers.values())

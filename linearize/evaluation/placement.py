@@ -7,8 +7,6 @@ from typing import Any
 
 from linearize.evaluation.plots import _figure, _save
 
-PLOT = "selection.png"
-"""The plot in a run's directory and in a converted repository."""
 SOFTMAX_COLOUR, WINDOW_COLOUR = "tab:orange", "tab:blue"
 
 

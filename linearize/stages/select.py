@@ -19,16 +19,14 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.config.selection import CONFIG, FILES, PLOT, TABLES
 from linearize.errors import UserError
-from linearize.evaluation.placement import PLOT, plot_placement, selection_sentence
 
 if TYPE_CHECKING:
     from linearize.evaluation.tables import Table
     from linearize.stages.select_measure import LayerTables
     from linearize.stages.select_plan import SelectionPlan
 
-TABLES, CONFIG = "selection.json", "selection.yaml"
-FILES = (TABLES, CONFIG, PLOT)
 SOFTMAX = "softmax"
 
 
@@ -91,6 +89,8 @@ class Selection:
 
     def sentence(self) -> str:
         """One line for a person."""
+        from linearize.evaluation.placement import selection_sentence
+
         return selection_sentence(self.summary())
 
     def show(self) -> None:
@@ -129,6 +129,7 @@ class Selection:
     def save(self, directory: str | PathLike[str]) -> list[Path]:
         """Write the tables, the config and the plot; returns their paths."""
         from linearize.checkpointing import write_file
+        from linearize.evaluation.placement import plot_placement
 
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -188,12 +189,21 @@ def placed(plan: SelectionPlan, losses: list[list[float]]) -> list[int | None]:
 
 
 def _measured(plan: SelectionPlan, rows: Any, load_model: Callable[[dict[str, Any]], Any]) -> LayerTables:
+    import gc
+
+    import torch
+
     from linearize.stages.select_measure import layer_tables, measured_pieces
 
     settings = plan.config.select
     pieces = measured_pieces(rows, settings.tokens, plan.sequence_length)
     model = load_model({**plan.config.attention, "window": plan.windows[-1]})
-    return layer_tables(model, pieces, plan.windows, settings.batch_size)
+    tables = layer_tables(model, pieces, plan.windows, settings.batch_size)
+    del model  # its memory is the next one's
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return tables
 
 
 def _identity(plan: SelectionPlan, rows: Any) -> dict[str, Any]:

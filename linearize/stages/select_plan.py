@@ -99,7 +99,7 @@ def plan_selection(config: RunConfig, teacher: Any) -> SelectionPlan:
 def _check_mechanism(config: RunConfig) -> None:
     from linearize.modeling.registry import ATTENTIONS
 
-    windowed = [name for name, entry in ATTENTIONS.items() if "sinks" in entry.config.__dataclass_fields__]
+    windowed = [name for name, entry in ATTENTIONS.items() if hasattr(entry.config, "sinks")]
     if config.attention["type"] not in windowed:
         raise UserError(
             f"{config.attention['type']} attention has no softmax window, by which layers are measured and placed: "
