@@ -54,7 +54,9 @@ class MixerConfigMixin:
         hidden_size: int
 
     # The stock plans cut projections that a mechanism reads whole, and layers that its landmarks go through.
-    base_model_tp_plan = base_model_pp_plan = base_model_ep_plan = None
+    base_model_tp_plan: ClassVar[Any] = None
+    base_model_pp_plan: ClassVar[Any] = None
+    base_model_ep_plan: ClassVar[Any] = None
     learned_positions = False
     """Whether the model learns an embedding for each position, which no token can go past."""
 

@@ -23,9 +23,10 @@ from transformers.models.bert.modeling_bert import (
 from transformers.utils import is_tracing
 from transformers.utils.output_capturing import capture_outputs
 
-from .backbone import MixerAttention, MixerModelMixin, mixer_padding, softmax_layers
+from .backbone import MixerAttention, MixerModelMixin
 from .base_forward import entry_per_layer
 from .configuration import MixerConfigMixin
+from .model_call import mixer_padding, softmax_layers
 
 NO_CACHE = (
     "a converted BERT is an encoder, which has no cache and no cross-attention: leave out use_cache, past_key_values "

@@ -1,5 +1,7 @@
 """GPT-2 whose attention layers may be any mechanism of the registry; stock checkpoints load by name."""
 
+from typing import Any
+
 from huggingface_hub.dataclasses import strict
 from torch import nn
 from transformers import GPT2Config
@@ -18,10 +20,11 @@ from transformers.models.gpt2.modeling_gpt2 import (
 from transformers.utils import is_tracing
 from transformers.utils.output_capturing import OutputRecorder
 
-from .backbone import MixerAttention, MixerModelMixin, layer_masks, start_call
+from .backbone import MixerAttention, MixerModelMixin
 from .base_forward import base_forward
 from .cache_names import named
 from .configuration import MixerConfigMixin
+from .model_call import layer_masks, start_call
 
 
 @strict
@@ -155,22 +158,24 @@ class LinearizedGPT2ForCausalLM(LinearizedGPT2PreTrainedModel, GPT2LMHeadModel):
         self.post_init()
 
 
-class LinearizedGPT2ForSequenceClassification(LinearizedGPT2PreTrainedModel, GPT2ForSequenceClassification):
+class LinearizedGPT2Head(LinearizedGPT2PreTrainedModel):
+    """Goes before a stock model with a head: the model below is the converted one."""
+
+    transformer: Any
+
     def __init__(self, config: LinearizedGPT2Config):
         super().__init__(config)
         self.transformer = LinearizedGPT2Model(config)
         self.post_init()
 
 
-class LinearizedGPT2ForTokenClassification(LinearizedGPT2PreTrainedModel, GPT2ForTokenClassification):
-    def __init__(self, config: LinearizedGPT2Config):
-        super().__init__(config)
-        self.transformer = LinearizedGPT2Model(config)
-        self.post_init()
+class LinearizedGPT2ForSequenceClassification(LinearizedGPT2Head, GPT2ForSequenceClassification):
+    pass
 
 
-class LinearizedGPT2ForQuestionAnswering(LinearizedGPT2PreTrainedModel, GPT2ForQuestionAnswering):
-    def __init__(self, config: LinearizedGPT2Config):
-        super().__init__(config)
-        self.transformer = LinearizedGPT2Model(config)
-        self.post_init()
+class LinearizedGPT2ForTokenClassification(LinearizedGPT2Head, GPT2ForTokenClassification):
+    pass
+
+
+class LinearizedGPT2ForQuestionAnswering(LinearizedGPT2Head, GPT2ForQuestionAnswering):
+    pass

@@ -4,6 +4,8 @@ Attention and MLP read one norm, and the rotary embedding turns neighbouring dim
 head. Positions are computed, where the stock model reads them from a table that ends.
 """
 
+from typing import Any
+
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
@@ -22,10 +24,11 @@ from transformers.models.gptj.modeling_gptj import (
 )
 from transformers.utils.generic import can_return_tuple
 
-from .backbone import MixerAttention, MixerModelMixin, layer_masks, start_call
+from .backbone import MixerAttention, MixerModelMixin
 from .base_forward import base_forward
 from .cache_names import CACHE, EitherCacheName, named
 from .configuration import MixerConfigMixin
+from .model_call import layer_masks, start_call
 
 ROTARY_BASE = 10_000
 
@@ -271,15 +274,20 @@ class LinearizedGPTJForCausalLM(LinearizedGPTJPreTrainedModel, GPTJForCausalLM):
         )
 
 
-class LinearizedGPTJForSequenceClassification(LinearizedGPTJPreTrainedModel, GPTJForSequenceClassification):
+class LinearizedGPTJHead(LinearizedGPTJPreTrainedModel):
+    """Goes before a stock model with a head: the model below is the converted one."""
+
+    transformer: Any
+
     def __init__(self, config: LinearizedGPTJConfig):
         super().__init__(config)
         self.transformer = LinearizedGPTJModel(config)
         self.post_init()
 
 
-class LinearizedGPTJForQuestionAnswering(LinearizedGPTJPreTrainedModel, GPTJForQuestionAnswering):
-    def __init__(self, config: LinearizedGPTJConfig):
-        super().__init__(config)
-        self.transformer = LinearizedGPTJModel(config)
-        self.post_init()
+class LinearizedGPTJForSequenceClassification(LinearizedGPTJHead, GPTJForSequenceClassification):
+    pass
+
+
+class LinearizedGPTJForQuestionAnswering(LinearizedGPTJHead, GPTJForQuestionAnswering):
+    pass

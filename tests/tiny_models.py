@@ -15,6 +15,16 @@ from transformers import (
     PreTrainedModel,
 )
 
+WITHOUT_PACKAGE = """
+import sys
+class Absent:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "linearize":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Absent())
+"""
+"""Goes before a script that must run where linearize is not installed."""
+
 TINY = {
     "vocab_size": 97,
     "hidden_size": 32,

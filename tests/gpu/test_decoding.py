@@ -180,22 +180,22 @@ def test_no_step_waits_for_the_host(model, ids):
     session = DecodingSession(model, 2)
     cache = DynamicCache(config=model.config)
     mask = torch.ones_like(ids)
-    longer = torch.ones(2, 25, dtype=torch.long, device="cuda")
+    longer = [torch.ones(2, 24 + i, dtype=torch.long, device="cuda") for i in range(4)]
     token, rows = ids[:, :1].clone(), torch.tensor([1, 0]).cuda()
     model(ids, attention_mask=mask)  # compiles what the calls below launch
     model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-    model(token, attention_mask=longer[:, :24], past_key_values=cache, use_cache=True)
+    model(token, attention_mask=longer[0], past_key_values=cache, use_cache=True)
     cache.reset()
     with no_host_wait():
         session.step(token)
         model(ids, attention_mask=mask, past_key_values=cache, use_cache=True)
-        model(token, attention_mask=longer[:, :24], past_key_values=cache, use_cache=True)
+        model(token, attention_mask=longer[0], past_key_values=cache, use_cache=True)
     with model.captured_decoding():
-        model(input_ids=token, attention_mask=longer, past_key_values=cache, use_cache=True)
+        model(input_ids=token, attention_mask=longer[1], past_key_values=cache, use_cache=True)
         with no_host_wait():
-            model(input_ids=token, attention_mask=longer, past_key_values=cache, use_cache=True)
+            model(input_ids=token, attention_mask=longer[2], past_key_values=cache, use_cache=True)
             cache.reorder_cache(rows)
-            model(input_ids=token, attention_mask=longer, past_key_values=cache, use_cache=True)
+            model(input_ids=token, attention_mask=longer[3], past_key_values=cache, use_cache=True)
 
 
 @torch.no_grad()

@@ -236,7 +236,7 @@ def test_a_checkpoint_of_other_text_is_refused(root, tmp_path):
     (tmp_path / "out" / "report.json").unlink()
     lines = text.read_text().splitlines()
     text.write_text("\n".join(reversed(lines)) + "\n")
-    with pytest.raises(UserError, match="trained with data [0-9a-f]{32} \\(now [0-9a-f]{32}\\); set"):
+    with pytest.raises(UserError, match="trained with other training data; set"):
         pretrain(tiny(tmp_path, resume_from_checkpoint=True, **changes))
 
 

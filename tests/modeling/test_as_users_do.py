@@ -10,7 +10,16 @@ import sys
 import pytest
 import torch
 from peft import IA3Config, LoraConfig, get_peft_model
-from tiny_models import make_bert, make_gpt2, make_gptj, make_mistral, make_student, make_teacher, perturb
+from tiny_models import (
+    WITHOUT_PACKAGE,
+    make_bert,
+    make_gpt2,
+    make_gptj,
+    make_mistral,
+    make_student,
+    make_teacher,
+    perturb,
+)
 from tiny_runs import make_tokenizer
 from transformers import AutoModelForCausalLM, pipeline
 
@@ -145,13 +154,9 @@ def trained_names(model, config):
     return {name for name, x in adapted.named_parameters() if x.requires_grad}
 
 
-TARGETS = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "linearize":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
+TARGETS = (
+    WITHOUT_PACKAGE
+    + """
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert "peft" not in sys.modules
@@ -159,6 +164,7 @@ from peft import LoraConfig
 model.add_adapter(LoraConfig())
 print(sum("lora_A" in name for name, _ in model.named_parameters()))
 """
+)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny_models import TINY_BERT, make_bert, make_student, perturb
+from tiny_models import TINY_BERT, WITHOUT_PACKAGE, make_bert, make_student, perturb
 from transformers import (
     AutoModel,
     BertForMaskedLM,
@@ -306,13 +306,9 @@ def test_a_head_is_left_and_a_base_model_given_one(tmp_path, ids):
     assert masked.cls.predictions.decoder.weight is masked.bert.embeddings.word_embeddings.weight
 
 
-LOAD = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "linearize":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
+LOAD = (
+    WITHOUT_PACKAGE
+    + """
 import json, torch, transformers
 folder = sys.argv[1]
 found = {}
@@ -325,6 +321,7 @@ for name in sys.argv[2:]:
 model.save_pretrained(folder + "/again")
 print(json.dumps(found))
 """
+)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import transformers
-from tiny_models import make_gpt2, make_gptj, make_mistral, make_student, make_teacher, perturb
+from tiny_models import WITHOUT_PACKAGE, make_gpt2, make_gptj, make_mistral, make_student, make_teacher, perturb
 from tiny_runs import make_tokenizer
 from transformers import AutoModelForSequenceClassification, GPT2Model, GPTJModel, LlamaModel, MistralModel
 
@@ -66,13 +66,9 @@ def test_students_have_the_heads_of_the_stock_model(backbone):
     assert set(entry.default.auto_classes) == known | {"AutoModelForCausalLM"} and len(known) >= 3
 
 
-LOAD = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "linearize":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
+LOAD = (
+    WITHOUT_PACKAGE
+    + """
 import json, torch, transformers
 ids = torch.arange(3, 45).view(2, 21)
 for folder in sys.argv[1:]:
@@ -87,6 +83,7 @@ for folder in sys.argv[1:]:
             model.save_pretrained(folder + "/again")
             transformers.AutoModel.from_pretrained(folder + "/again", trust_remote_code=True)
 """
+)
 
 
 @pytest.mark.slow

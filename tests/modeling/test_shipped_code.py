@@ -6,15 +6,11 @@ import sys
 
 import pytest
 import torch
-from tiny_models import make_gpt2, make_gptj, make_mistral, make_student, make_teacher, perturb
+from tiny_models import WITHOUT_PACKAGE, make_gpt2, make_gptj, make_mistral, make_student, make_teacher, perturb
 
-LOAD = """
-import sys
-class Absent:
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "linearize":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Absent())
+LOAD = (
+    WITHOUT_PACKAGE
+    + """
 import json, torch
 from transformers import AutoModelForCausalLM
 for folder in sys.argv[1:]:
@@ -30,6 +26,7 @@ for folder in sys.argv[1:]:
     model.save_pretrained(folder + "/again")
     print(json.dumps({"class": type(model).__module__, "tokens": tokens}))
 """
+)
 
 
 @pytest.mark.slow
