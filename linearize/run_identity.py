@@ -47,7 +47,7 @@ def data_identity(rows: Any) -> str:
     import numpy as np
 
     digest = hashlib.sha256(str(len(rows)).encode())
-    columns = [getattr(rows, name) for name in COLUMNS if hasattr(rows, name)]
+    columns = [column for name in COLUMNS if (column := getattr(rows, name, None)) is not None]
     for start in range(0, len(rows), ROWS_AT_ONCE):
         part = slice(start, start + ROWS_AT_ONCE)
         for column in columns:
