@@ -186,7 +186,7 @@ class _Run:
         return train, validation, held_out
 
     def _select(self, train: Any) -> None:
-        """Choose windows and softmax layers by measuring, where the settings leave them to it: the main process."""
+        """Choose windows and softmax layers by measuring, where the settings leave them to it."""
         plan = self.plan.selection
         if plan is None:
             return
@@ -198,7 +198,7 @@ class _Run:
             return self._load_model(quantized=True, layers={"attention": attention})
 
         with stage("the selection", "lower select.sequence_length or select.batch_size, or set load_in_4bit"):
-            self.selection = from_main_process(lambda: select(plan, train, load, earlier))
+            self.selection = select(plan, train, load, earlier)
         self._say(self.selection.sentence())
 
     def _layers(self) -> dict[str, Any]:

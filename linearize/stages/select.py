@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.config.selection import CONFIG, FILES, PLOT, TABLES
 from linearize.errors import UserError
+from linearize.processes import from_main_process
 
 if TYPE_CHECKING:
     from linearize.evaluation.tables import Table
@@ -154,7 +155,7 @@ def select(
     load_model: Callable[[dict[str, Any]], Any],
     directory: str | PathLike[str] | None = None,
 ) -> Selection:
-    """Measure, unless `directory` holds the finished tables, and place; nothing is written.
+    """Measure, unless `directory` holds the finished tables, and place; nothing is written. Every process calls it.
 
     Args:
         plan: of `plan_selection`.
@@ -166,7 +167,8 @@ def select(
         UserError: the text is too short, or `directory` holds the selection of another model, text or settings.
     """
     identity = _identity(plan, rows)
-    tables = None if directory is None else read_tables(Path(directory) / TABLES, identity)
+    stored = None if directory is None else Path(directory) / TABLES
+    tables = None if stored is None else from_main_process(lambda: read_tables(stored, identity))
     if tables is None:
         tables = _measured(plan, rows, load_model)
     return Selection(plan, tables, identity, placed(plan, getattr(tables, plan.config.select.ranking)))

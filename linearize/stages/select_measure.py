@@ -17,10 +17,11 @@ from linearize.errors import UserError
 from linearize.evaluation.arms import input_device, measuring
 from linearize.losses import at_least_float32
 from linearize.modeling.decoding import replace_forward
+from linearize.processes import own_place
 from linearize.transfer_loss import relative_mse
 
 POSITIONS = 1024
-"""Positions whose logits exist at one time."""
+"""Positions whose probabilities exist at one time."""
 
 
 @dataclass
@@ -78,7 +79,8 @@ def layer_tables(model: Any, pieces: Tensor, windows: Sequence[int], batch_size:
     """Measure every layer with every window beside the sinks that it has.
 
     The layers before the one that is measured are as the teacher's, so they do not run again: what they gave is
-    replayed. Memory holds the hidden states of all layers for the pieces of one batch.
+    replayed. Memory holds the hidden states of all layers and the teacher's logits for the pieces of one batch. Every
+    process calls it; they share out the layers, and all get the same tables.
 
     Args:
         model: an untrained student, every layer converted to a mechanism with a softmax window.
@@ -88,9 +90,11 @@ def layer_tables(model: Any, pieces: Tensor, windows: Sequence[int], batch_size:
     start = time.perf_counter()
     layers, device = len(model.decoder_layers()), input_device(model)
     totals = torch.zeros(3, layers, len(windows), dtype=torch.float64)
+    place, processes = own_place()
     own = [attention.mixer.window for attention in model.mixer_attentions()]
     rounds = -(-len(pieces) // batch_size)
-    progress = tqdm(total=rounds * layers * len(windows), desc="measuring layers", unit="window", leave=False)
+    shown = {"desc": "measuring layers", "unit": "window", "leave": False, "disable": place > 0}
+    progress = tqdm(total=rounds * len(range(0, layers, processes)) * len(windows), **shown)
     try:
         with measuring(model, "teacher"), progress:
             for ids in pieces.split(batch_size):
@@ -98,6 +102,9 @@ def layer_tables(model: Any, pieces: Tensor, windows: Sequence[int], batch_size:
     finally:
         for attention, window in zip(model.mixer_attentions(), own, strict=True):
             attention.mixer.window, attention.observer = window, None
+    if processes > 1:  # of the errors, which all have taken, errors and scales are as many times as large
+        totals = totals.to(device)
+        torch.distributed.all_reduce(totals)
     errors, scales, divergences = totals
     return LayerTables(
         list(windows),
@@ -112,6 +119,7 @@ def layer_tables(model: Any, pieces: Tensor, windows: Sequence[int], batch_size:
 def _measure(model: Any, ids: Tensor, windows: Sequence[int], totals: Tensor, progress: Any) -> None:
     """Add up one batch: squared errors, the squares that they are measured by, and divergences."""
     layers, attentions = model.decoder_layers(), model.mixer_attentions()
+    own, processes = own_place()
     outputs: list[Any] = []
     with contextlib.ExitStack() as watched:
         for layer in layers:
@@ -119,15 +127,15 @@ def _measure(model: Any, ids: Tensor, windows: Sequence[int], totals: Tensor, pr
             watched.callback(hook.remove)
         for attention in attentions:
             attention.observer = _observer(windows, totals)
-        teacher = _last_hidden(model, ids)
+        teacher = _logits(model, ids)
     for attention in attentions:
         attention.observer = None
     with contextlib.ExitStack() as replayed:
         for place, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
             attention.arm = "softmax"
-            for option, window in enumerate(windows):
+            for option, window in enumerate(windows if place % processes == own else ()):
                 attention.mixer.window = window
-                totals[2, place, option] += _divergence(model, teacher, _last_hidden(model, ids))
+                totals[2, place, option] += _divergence(teacher, _logits(model, ids))
                 progress.update()
             attention.arm = "teacher"
             replayed.callback(replace_forward(layer, _always(outputs[place])))
@@ -137,8 +145,10 @@ def _always(output: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: output
 
 
-def _last_hidden(model: Any, ids: Tensor) -> Tensor:
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+def _logits(model: Any, ids: Tensor) -> Tensor:
+    """`(B * T, vocabulary)`, in the model's dtype."""
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return model.get_output_embeddings()(hidden.flatten(0, 1))
 
 
 def _observer(windows: Sequence[int], totals: Tensor) -> Callable[..., None]:
@@ -155,10 +165,10 @@ def _observer(windows: Sequence[int], totals: Tensor) -> Callable[..., None]:
     return observe
 
 
-def _divergence(model: Any, teacher: Tensor, student: Tensor) -> float:
-    """KL(teacher, student) summed over tokens, from last hidden states `(B, T, width)`."""
-    head, total = model.get_output_embeddings(), 0.0
-    for old, new in zip(teacher.flatten(0, 1).split(POSITIONS), student.flatten(0, 1).split(POSITIONS), strict=True):
-        target, ours = (at_least_float32(head(part)).log_softmax(-1) for part in (old, new))
+def _divergence(teacher: Tensor, student: Tensor) -> float:
+    """KL(teacher, student) summed over tokens, from logits `(tokens, vocabulary)`."""
+    total = 0.0
+    for parts in zip(teacher.split(POSITIONS), student.split(POSITIONS), strict=True):
+        target, ours = (at_least_float32(part).log_softmax(-1) for part in parts)
         total += float(functional.kl_div(ours, target, reduction="sum", log_target=True))
     return total
