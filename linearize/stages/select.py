@@ -102,7 +102,7 @@ class Selection:
 
     def table(self) -> Table:
         """Layer, window, bytes, and what was measured."""
-        from linearize.evaluation.tables import Table, format_number
+        from linearize.evaluation.tables import Table
 
         least = f"divergence\nwith {self.plan.windows[0]}"
         rows = []
@@ -113,8 +113,8 @@ class Selection:
                     str(layer),
                     SOFTMAX if window is None else str(window),
                     "grows" if size is None else f"{size:,}",
-                    *(["-", "-"] if option is None else [format_number(row[option]) for row in (divergence, error)]),
-                    format_number(divergence[0]),
+                    *(["-", "-"] if option is None else [f"{row[option]:.2g}" for row in (divergence, error)]),
+                    f"{divergence[0]:.2g}",
                 ]
             )
         header = ["layer", "window", "bytes", "divergence,\nnats a token", "error of\nthe layer", least]
