@@ -334,6 +334,18 @@ def test_softmax_layers_by_number_alone_keep_the_window(config, measurements):
     assert types == ["softmax" if layer in worst else "linear_8" for layer in range(4)]
 
 
+def test_a_run_onto_cosine_attention_with_a_budget(config):
+    attention = {"type": "cosine", "window": 8, "sinks": 2}
+    config = {**config, "attention": attention, "state_budget": "28KB", "finetune": None, "softmax_layers": [1]}
+    result = linearize.run(config)
+    student = linearize.load_student(result.final, dtype=torch.float32)
+    assert student.config.mixer_types[1] == "softmax" and result.calibration is not None
+    assert {settings["type"] for settings in student.config.mixers.values()} == {"cosine"}
+    held = state_of(student, 64)
+    assert sum(held) == result.record["selection"]["state_bytes"] <= 28_000
+    assert {name.removeprefix("cosine_") for name in student.config.mixers} <= set(map(str, WINDOWS))
+
+
 def test_an_untrained_conversion_stands_for_its_teacher(inputs, tmp_path, capsys):
     student = tmp_path / "student"
     assert main(["convert", str(inputs / "teacher"), str(student), "--attention.sinks", "2"]) == 0
