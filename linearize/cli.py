@@ -1,5 +1,5 @@
-"""The command line: `linearize convert | transfer | finetune | evaluate | chat | info | push | run | pretrain |
-gain-cell | landmark | encoder | glue | import | diff | export-vectors`.
+"""The command line: `linearize convert | select | transfer | finetune | evaluate | chat | info | push | run |
+pretrain | gain-cell | landmark | encoder | glue | import | diff | export-vectors`.
 
 Every setting of `linearize/settings.py` (of their own files for the commands of `cli_runs.py`) is a flag of the
 commands that use it (`--transfer.tokens 1000000`). Bad input ends with one sentence and exit code 2, Ctrl-C with
@@ -18,6 +18,7 @@ import typer
 from linearize.cli_diff import differ
 from linearize.cli_import import importer
 from linearize.cli_runs import KINDS, TRAINING, Config, add_run_commands
+from linearize.cli_select import select
 from linearize.context_flags import (
     ContextSeed,
     Depths,
@@ -32,7 +33,7 @@ from linearize.failures import command, stage
 from linearize.paths import expand_words
 from linearize.settings import RunConfig
 from linearize.settings_flags import normalise, with_settings
-from linearize.settings_io import resolve
+from linearize.settings_io import read_values, resolve
 
 app = typer.Typer(
     help="Convert softmax transformers to linear attention, and train, measure and publish them.",
@@ -54,7 +55,9 @@ Data = Annotated[
 
 @app.command()
 @command
-@with_settings("attention", "softmax_layers", "sliding_window", "revision", "dtype", "overwrite")
+@with_settings(
+    "attention", "softmax_layers", "mixer_types", "mixers", "sliding_window", "revision", "dtype", "overwrite"
+)
 def convert(
     model: Annotated[str, typer.Argument(help="The teacher: a Hub id, a directory or a .gguf file.")],
     output: Output,
@@ -71,16 +74,17 @@ def convert(
     from linearize.sentence_files import sentence_transformer_files
     from linearize.settings_io import to_values
 
-    settings = resolve(config, {"dtype": "float32", **overrides, "model_name_or_path": model, "output_dir": output})
+    named = {} if config is None else read_values(config)
+    typed = {} if "dtype" in named else {"dtype": "float32"}
+    settings = resolve(config, {**typed, **overrides, "model_name_or_path": model, "output_dir": output})
     _check_output(output, settings.overwrite)
     settings = complete_attention(settings)
     check_attention(settings, read_teacher(settings))
     tokenizer = linearize.load_tokenizer(model, revision=settings.revision)
-    where: dict[str, Any] = {"softmax_layers": settings.softmax_layers, "sliding_window": settings.sliding_window}
-    where["revision"] = settings.revision
     dtype = getattr(torch, settings.dtype) if "dtype" in overrides or config else "auto"
-    student: Any = linearize.convert(model, settings.attention, **where, dtype=dtype)
-    recipe = {name: to_values(settings)[name] for name in ("attention", "softmax_layers", "sliding_window")}
+    where: dict[str, Any] = {"sliding_window": settings.sliding_window, "revision": settings.revision, "dtype": dtype}
+    student: Any = linearize.convert(model, **settings.layers(), **where)
+    recipe = {name: to_values(settings)[name] for name in (*settings.layers(), "sliding_window")}
     revision = loaded_commit(model, settings.revision)
     files = None if student.can_generate() else sentence_transformer_files(model, revision=settings.revision)
     with stage("saving the model"):
@@ -337,6 +341,7 @@ def push(
     print(f"Pushed to {upload(directory, repo_id, private=private, token=token, message=message)}")
 
 
+app.command()(select)
 add_run_commands(app)
 
 

@@ -98,6 +98,7 @@ def make_record(
     tasks: Mapping[str, Any] | None = None,
     embeddings: Mapping[str, Any] | None = None,
     calibration: Mapping[str, Any] | None = None,
+    selection: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The contents of `linearize.json`.
 
@@ -105,8 +106,8 @@ def make_record(
         teacher: Hub id or path of the teacher; of a path only the last name is kept. None: there was none, the
             model was trained from random weights.
         earlier: Record of the converted model that this one goes on from (`read_record`; empty where it has none):
-            teacher, recipe and calibration are its own unless given, tokens, seconds and peaks go on from it, and
-            what was measured on its weights is left out. None: the model was converted from the teacher.
+            teacher, recipe, calibration and selection are its own unless given, tokens, seconds and peaks go on from
+            it, and what was measured on its weights is left out. None: the model was converted from the teacher.
         revision: Commit of the teacher's repository, where there is one.
         recipe: The settings of the run.
         tokens: Training tokens by stage.
@@ -116,6 +117,7 @@ def make_record(
         tasks: `evaluation.TaskReport.to_dict()`.
         embeddings: `evaluation.embeddings.EmbeddingReport.to_dict()`, of an encoder.
         calibration: `calibration.CalibrationReport.summary()`.
+        selection: `stages.select.Selection.summary()`.
     """
     before = {name: value for name, value in (earlier or {}).items() if name not in OF_THESE_WEIGHTS}
     if before:
@@ -129,7 +131,7 @@ def make_record(
         }
         if earlier is not None:
             start["unrecorded"] = True
-    measured = {"embeddings": embeddings, "calibration": calibration}
+    measured = {"embeddings": embeddings, "calibration": calibration, "selection": selection}
     return {
         **before,
         **start,
@@ -203,7 +205,7 @@ def _fetched_record(source: str, revision: str | None, token: str | None) -> Pat
 def write_record(
     directory: str | os.PathLike[str], record: Mapping[str, Any], config: Any, *, name: str | None = None
 ) -> None:
-    """Write the record of a saved model, and the card that shows it.
+    """Write the record of a saved model, the card that shows it, and the plot of its selection if there was one.
 
     Args:
         directory: Of the repository.
@@ -218,6 +220,11 @@ def write_record(
     record_text = json.dumps(record, indent=2, ensure_ascii=False) + "\n"
     for file, text in ((RECORD_FILE, record_text), (CARD_FILE, model_card(name or folder.name, record, config))):
         write_file(folder / file, text.encode("utf-8"))
+    if record.get("selection"):
+        from linearize.config.selection import PLOT
+        from linearize.evaluation.placement import plot_placement
+
+        plot_placement(record["selection"], folder / PLOT)
 
 
 def base_is_teacher(record: Mapping[str, Any]) -> bool:

@@ -260,7 +260,7 @@ class Mechanism:
 def mechanism_of(shape: Shape, config: RunConfig) -> Mechanism | CosineMechanism:
     """Sizes of a run's mechanism."""
     kind: Any = CosineMechanism if config.attention.get("type") == "cosine" else Mechanism
-    return kind.of(shape, config.attention, config.softmax_layers)
+    return kind.of(shape, config.attention, config.kept_layers)
 
 
 def has_forecast(config: RunConfig) -> bool:
@@ -369,7 +369,7 @@ def why_not_fused(teacher: Any, config: RunConfig) -> str | None:
     if kernel is None:
         return reason
     shape = Shape.of(teacher)
-    mechanism = Mechanism.of(shape, config.attention, config.softmax_layers)
+    mechanism = Mechanism.of(shape, config.attention, config.kept_layers)
     with FakeTensorMode():
         query, key = (
             torch.empty(1, heads, 1, shape.head_dim, dtype=getattr(torch, config.dtype), device="cuda")

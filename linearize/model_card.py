@@ -270,10 +270,18 @@ def training_section(record: Mapping[str, Any]) -> str:
         from linearize.calibration import calibration_sentence
 
         lines.append(f"- {calibration_sentence(calibration)}")
+    if selection := record.get("selection"):
+        from linearize.evaluation.placement import selection_sentence
+
+        lines.append(f"- {selection_sentence(selection)}")
     for stage, tokens in (record.get("tokens") or {}).items():
         lines.append(f"- {stage}: {tokens:,} tokens")
     versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
     lines.append(f"- versions: {versions}")
+    if record.get("selection"):
+        from linearize.config.selection import PLOT
+
+        lines += ["", f"![The window of every layer, and what was measured]({PLOT})"]
     if record.get("recipe"):
         settings = yaml.safe_dump(dict(record["recipe"]), sort_keys=False, allow_unicode=True).strip()
         lines += ["", "<details><summary>All settings</summary>", "", f"```yaml\n{settings}\n```", "", "</details>"]

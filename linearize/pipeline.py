@@ -17,6 +17,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.config.selection import OF_THE_CONVERSION
 from linearize.errors import UserError
 from linearize.failures import smaller, stage
 from linearize.processes import from_main_process
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from linearize.evaluation import Report, TaskReport
     from linearize.finetuning import FinetuneResult
     from linearize.run_plan import RunPlan
+    from linearize.stages.select import Selection
     from linearize.transfer import TransferResult
 
 logger = logging.getLogger(__name__)
@@ -87,6 +89,7 @@ class _Run:
         self.directory = RunDirectory(config)
         self.state: PartialState = PartialState(cpu=config.device == "cpu")
         self.record: dict[str, Any] = {}
+        self.selection: Selection | None = None
         self.result = RunResult(self.directory.path, self.directory.final)
 
     def run(self) -> RunResult:
@@ -107,10 +110,13 @@ class _Run:
             self.plan.show()
         self.tokenizer = load_model_tokenizer(config.model_name_or_path, revision=config.revision)
         train, validation, held_out = self._load_data()
+        self._select(train)
         with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
             model = self._load_model(quantized=True)
         inputs = self._inputs(model, train)
         from_main_process(lambda: directory.prepare(inputs))
+        if self.selection is not None and self.state.is_main_process:
+            self.selection.save(directory.path)
         report = self._start_report(held_out)
         if report is not None:
             self._measure(lambda: report.before_training(model, base_is_teacher=self._base_is_teacher()))
@@ -161,7 +167,7 @@ class _Run:
         data, evaluation = self.config.data, self.config.evaluation
         train = validation = held_out = None
         with stage("preparing the data"):
-            trains = self.plan.stages or self.plan.calibration
+            trains = self.plan.stages or self.plan.calibration or self.plan.selection
             if trains and evaluation is not None and evaluation.texts is not None:
                 refuse_training_files(data.dataset, evaluation.texts)
             if trains or (evaluation is not None and evaluation.texts is None):
@@ -179,11 +185,35 @@ class _Run:
             )
         return train, validation, held_out
 
-    def _load_model(self, *, quantized: bool) -> Any:
+    def _select(self, train: Any) -> None:
+        """Choose windows and softmax layers by measuring, where the settings leave them to it."""
+        plan = self.plan.selection
+        if plan is None:
+            return
+        from linearize.stages.select import select
+
+        earlier = self.directory.path if self.config.resume_from_checkpoint else None
+
+        def load(attention: dict[str, Any]) -> Any:
+            return self._load_model(quantized=True, layers={"attention": attention})
+
+        with stage("the selection", "lower select.sequence_length or select.batch_size, or set load_in_4bit"):
+            self.selection = select(plan, train, load, earlier)
+        self._say(self.selection.sentence())
+
+    def _layers(self) -> dict[str, Any]:
+        """Which layer gets which attention, as `convert` takes it."""
+        chosen = self.selection
+        if chosen is None:
+            return self.config.layers()
+        return {"mixer_types": chosen.mixer_types, "mixers": chosen.mixers}
+
+    def _load_model(self, *, quantized: bool, layers: dict[str, Any] | None = None) -> Any:
         """The untrained student, or the converted model that the run starts from.
 
         Args:
             quantized: In 4 or 8 bits if the settings say so; False loads the full weights on the CPU, to merge into.
+            layers: Other layers than those of the run.
         """
         import torch
 
@@ -195,8 +225,8 @@ class _Run:
         if self.plan.converted:
             model = load_student(config.model_name_or_path, revision=config.revision, **options)
         else:
-            where = {name: getattr(config, name) for name in ("softmax_layers", "sliding_window", "revision")}
-            model = convert(config.model_name_or_path, config.attention, **where, **options)
+            where = {name: getattr(config, name) for name in ("sliding_window", "revision")}
+            model = convert(config.model_name_or_path, **(layers or self._layers()), **where, **options)
         if "quantization_config" not in options and quantized:
             model.to(self.state.device)
         model.set_op_backend(config.op_backend)
@@ -231,9 +261,12 @@ class _Run:
             return None
         from linearize.run_report import RunReport
 
-        return RunReport(
+        report = RunReport(
             self.config.evaluation, blocks, self.directory.measurements, keep=self.config.resume_from_checkpoint
         )
+        if self.selection is not None and (note := self.selection.sentence()) not in report.report.notes:
+            report.report.notes.append(note)
+        return report
 
     def _calibrate(self, model: Any, train: Any) -> None:
         from linearize.calibration import calibrate, save_calibration
@@ -337,6 +370,7 @@ class _Run:
             seconds={name: outcome.seconds for name, outcome in done.items()},
             peak_memory_bytes={name: outcome.peak_memory_bytes for name, outcome in done.items()},
             calibration=self.result.calibration.summary() if self.result.calibration else None,
+            selection=self.selection.summary() if self.selection else None,
         )
         self.result.record = self.record
         if directory == self.directory.transferred and read_record(directory).get("tokens") == self.record["tokens"]:
@@ -348,7 +382,7 @@ class _Run:
         """The settings of this run; of a model converted before, its attention and the stages that it went through."""
         recipe = to_values(self.config)
         if self.plan.converted:
-            for name in ("attention", "softmax_layers", "sliding_window"):
+            for name in OF_THE_CONVERSION:
                 recipe[name] = earlier.get(name)
             for name in ("transfer", "finetune"):
                 recipe[name] = recipe[name] or earlier.get(name)

@@ -130,18 +130,11 @@ def pretrain(config: PretrainConfig | Mapping[str, Any] | str | PathLike[str]) -
 
 def _completed(settings: PretrainConfig) -> PretrainConfig:
     """With every setting of the mechanisms, checked."""
-    from linearize.run_plan import complete_attention, complete_mixer
+    from linearize.run_plan import complete_attention
 
-    if settings.attention is not None:
-        return complete_attention(settings)
-    if settings.mixers is None:
+    if settings.attention is None and settings.mixers is None:
         return settings
-    mixers = {}
-    for name, given in settings.mixers.items():
-        if not isinstance(given, dict) or "type" not in given:
-            raise UserError(f"mixers.{name} must be a section with the type of a mechanism, not {given!r}.")
-        mixers[name] = complete_mixer(given, f"mixers.{name}")
-    return dataclasses.replace(settings, mixers=mixers)
+    return complete_attention(settings)
 
 
 class _Pretraining:

@@ -46,6 +46,15 @@ def from_main_process(work: Callable[[], Result]) -> Result:
     return outcome[0]
 
 
+def own_place() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    if not _several():
+        return 0, 1
+    from torch import distributed
+
+    return distributed.get_rank(), distributed.get_world_size()
+
+
 def refuse_together(problem: str | None) -> None:
     """Refuse to go on in every process if one of them has a problem.
 

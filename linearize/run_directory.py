@@ -1,6 +1,7 @@
 """The directory of a run: what lies in it, whether it may be used, and whether a resumed run is the run that it holds.
 
 config.yaml                          every setting, resolved
+selection.{json,yaml,png}            where windows and softmax layers are chosen by measuring
 logs/{transfer,finetune}.jsonl       losses; evaluation.json: what has been measured so far; inputs.json: digests
 plots/*.png
 checkpoints/{transfer,finetune}/step-N
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from linearize.config.selection import FILES
 from linearize.errors import UserError
 from linearize.hub import FINAL, read_record
 from linearize.run_identity import STEPS, StageState, changed_settings, require_same_inputs
@@ -26,7 +28,7 @@ from linearize.settings_io import differences, resolve, write_config
 CONFIG = "config.yaml"
 INPUTS = Path("logs", "inputs.json")
 TRANSFERRED = "transferred"
-CONTENTS = (CONFIG, "logs", "plots", "checkpoints", TRANSFERRED, "adapter", FINAL)
+CONTENTS = (CONFIG, *FILES, "logs", "plots", "checkpoints", TRANSFERRED, "adapter", FINAL)
 FREE_TO_CHANGE = (
     "output_dir",
     "overwrite",

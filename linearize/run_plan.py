@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,6 +20,7 @@ from linearize.settings import FinetuneConfig, RunConfig, StepPlan, TransferConf
 if TYPE_CHECKING:
     from linearize.encoder_settings import EncoderRunConfig
     from linearize.pretraining_settings import PretrainConfig
+    from linearize.stages.select_plan import SelectionPlan
 
 Settings = TypeVar("Settings", RunConfig, "EncoderRunConfig", "PretrainConfig")
 BRANCHES = {
@@ -58,6 +60,8 @@ class RunPlan:
     stages: list[StagePlan]
     calibration: int = 0
     """Sequences that the mechanism is fitted to before the stages."""
+    selection: SelectionPlan | None = None
+    """Where layers and windows are chosen by measuring."""
 
     def stage(self, name: str) -> StagePlan | None:
         """The stage of that name, if the run has it."""
@@ -76,21 +80,11 @@ class RunPlan:
 
         config, teacher = self.config, self.teacher
         layers = teacher.num_hidden_layers
-        attention = ", ".join(
-            f"{key} {value}" for key, value in config.attention.items() if key not in ("type", "contract")
-        )
         bits = ", 4-bit base" if config.load_in_4bit else ", 8-bit base" if config.load_in_8bit else ""
         dataset = config.data.dataset
         rows = [
             ["teacher", f"{config.model_name_or_path} ({layers} layers, {config.dtype}{bits})"],
-            [
-                "attention",
-                "as converted" if self.converted else f"{config.attention['type']}, {attention or 'default settings'}",
-            ],
-            [
-                "softmax layers",
-                "as converted" if self.converted else ", ".join(map(str, config.softmax_layers)) or "none",
-            ],
+            *self._layer_rows(),
             ["data", dataset if isinstance(dataset, str) else ", ".join(dataset)],
             ["sequence length", f"{config.data.sequence_length:,} tokens"],
             ["processes", str(self.num_processes)],
@@ -98,7 +92,7 @@ class RunPlan:
         ]
         if (window := softmax_window(teacher)) is not None:
             done = "as converted" if self.converted else {"keep": "kept", "lift": "lifted"}[config.sliding_window]
-            rows.insert(3, ["sliding window", f"{window:,} tokens, {done}"])
+            rows.insert(-4, ["sliding window", f"{window:,} tokens, {done}"])
         if self.calibration:
             rows.insert(-2, ["calibration", f"{self.calibration:,} sequences"])
         if config.transfer is not None:
@@ -108,6 +102,20 @@ class RunPlan:
             header = ["stage", "trains", "tokens", "steps", "tokens a step", "expected memory a process"]
             tables.append(Table("Training", header, [_stage_row(stage) for stage in self.stages], text=True))
         return tables
+
+    def _layer_rows(self) -> list[list[str]]:
+        """What the layers get."""
+        config = self.config
+        if self.converted:
+            return [["attention", "as converted"], ["softmax layers", "as converted"]]
+        if config.mixer_types is not None:
+            layers = Counter(config.mixer_types).items()
+            return [["attention", ", ".join(f"{count} layers {name}" for name, count in layers)]]
+        shown = [f"{key} {value}" for key, value in config.attention.items() if key not in ("type", "contract")]
+        rows = [["attention", f"{config.attention['type']}, {', '.join(shown) or 'default settings'}"]]
+        if self.selection is not None:
+            return [*rows, ["selection", self.selection.describe()]]
+        return [*rows, ["softmax layers", ", ".join(map(str, config.kept_layers)) or "none"]]
 
 
 def _stage_row(stage: StagePlan) -> list[str]:
@@ -131,6 +139,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
             is missing.
     """
     from linearize.conversion import refuse_encoder
+    from linearize.stages.select_plan import plan_selection, selects
     from linearize.training_loop import exact_plan
     from linearize.transfer import check_branch, check_transfers, with_branch
 
@@ -138,15 +147,19 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     teacher = read_teacher(config)
     refuse_encoder(config.model_name_or_path, teacher)
     converted = hasattr(teacher, "mixer_types") or is_converted(config.model_name_or_path)
+    selection = None
     if not converted:
         check_attention(config, teacher)
-    check_lengths(config, teacher, converted)
-    settings = _sizes_of(config, teacher) if converted else config
+        selection = plan_selection(config, teacher) if selects(config) else None
+    elif selects(config) or config.mixers is not None:
+        raise UserError(
+            f"{config.model_name_or_path} is converted already, and its layers have their attention: leave "
+            "state_budget, mixer_types and a number of softmax_layers out, or give its teacher."
+        )
+    settings = _of_one_mechanism(config, teacher, selection)
+    check_lengths(settings, teacher, converted)
     shape = memory.Shape.of(teacher)
-    if (
-        config.transfer is not None
-        and len({index % shape.layers for index in settings.softmax_layers}) == shape.layers
-    ):
+    if config.transfer is not None and len({index % shape.layers for index in settings.kept_layers}) == shape.layers:
         raise UserError("attention transfer has no converted layer to train: name fewer softmax_layers.")
     mixer = meta_mixer(shape, settings)
     mixers = mixer_parameter_count(shape, settings)
@@ -156,7 +169,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     stages = []
     if config.transfer is not None:
         check_transfers(settings.attention["type"])
-        transfer = with_branch(config.transfer, _mixers_of(teacher) or [settings.attention])
+        transfer = with_branch(config.transfer, _mixers_of(teacher) or config.mechanisms)
         check_branch(transfer, mixer.arms)
         config = dataclasses.replace(config, transfer=transfer)
         steps = exact_plan(transfer, config.data.sequence_length, num_processes, "transfer")
@@ -170,7 +183,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         forecast = memory.forecast_finetune(teacher, settings, fused=fused) if known else None
         stages.append(StagePlan("finetuning", config.finetune, steps, trained, forecast))
     calibration = config.calibration_sequences if _calibrates(config, teacher, converted) else 0
-    return RunPlan(config, teacher, converted, num_processes, stages, calibration)
+    return RunPlan(config, teacher, converted, num_processes, stages, calibration, selection)
 
 
 def _calibrates(config: RunConfig, teacher: Any, converted: bool) -> bool:
@@ -179,7 +192,7 @@ def _calibrates(config: RunConfig, teacher: Any, converted: bool) -> bool:
     from linearize.hub import read_record
 
     if not converted:
-        return calibrates(config.attention)
+        return any(calibrates(settings) for settings in config.mechanisms)
     record = read_record(config.model_name_or_path, revision=config.revision)
     untouched = record and not record.get("calibration") and not any((record.get("tokens") or {}).values())
     return bool(untouched) and not (record.get("recipe") or {}).get("imported") and calibrates(teacher)
@@ -201,7 +214,7 @@ def meta_mixer(shape: memory.Shape, config: RunConfig) -> Any:
 def mixer_parameter_count(shape: memory.Shape, config: RunConfig) -> int:
     """Parameters of the mechanism in all converted layers."""
     mixer = meta_mixer(shape, config)
-    layers = shape.layers - len({index % shape.layers for index in config.softmax_layers})
+    layers = shape.layers - len({index % shape.layers for index in config.kept_layers})
     return layers * sum(parameter.numel() for parameter in mixer.parameters())
 
 
@@ -227,11 +240,20 @@ def read_teacher(config: RunConfig) -> Any:
     return teacher
 
 
-def _sizes_of(config: RunConfig, student: Any) -> RunConfig:
-    """The settings with the attention of an already converted model, for the forecast."""
-    softmax = [index for index, name in enumerate(student.mixer_types) if name not in student.mixers]
-    first = next(iter(student.mixers.values()), config.attention)
-    return dataclasses.replace(config, attention=dict(first), softmax_layers=softmax)
+def _of_one_mechanism(config: RunConfig, teacher: Any, selection: SelectionPlan | None) -> RunConfig:
+    """The settings as if all converted layers had the mechanism of the widest window among them, for the forecast.
+
+    Args:
+        teacher: its config; that of a converted model, whose layers have their mechanisms already.
+    """
+    if selection is not None:
+        return selection.forecast_settings()
+    layered: Any = teacher if hasattr(teacher, "mixer_types") else config
+    if layered.mixer_types is None:
+        return config
+    softmax = [index for index, name in enumerate(layered.mixer_types) if name not in layered.mixers]
+    widest = max(layered.mixers.values(), key=lambda mixer: mixer.get("window", 0), default=config.attention)
+    return dataclasses.replace(config, mixer_types=None, mixers=None, attention=dict(widest), softmax_layers=softmax)
 
 
 def complete_attention(config: Settings) -> Settings:
@@ -243,12 +265,26 @@ def complete_attention(config: Settings) -> Settings:
     """
     from linearize.transfer import with_branch
 
-    attention = complete_mixer(config.attention or {"type": "linear"})
+    named = getattr(config, "mixers", None)
+    if named is None:
+        completed: dict[str, Any] = {"attention": complete_mixer(config.attention or {"type": "linear"})}
+    else:
+        completed = {"mixers": complete_mixers(named)}
     transfer = getattr(config, "transfer", None)
-    if transfer is None or transfer.branch is not None:
-        return dataclasses.replace(config, attention=attention)
-    mixers = _mixers_there(config) or [attention]
-    return dataclasses.replace(config, attention=attention, transfer=with_branch(transfer, mixers))  # type: ignore[call-arg]
+    if transfer is not None and transfer.branch is None:
+        given = [completed["attention"]] if named is None else list(completed["mixers"].values())
+        completed["transfer"] = with_branch(transfer, _mixers_there(config) or given)
+    return dataclasses.replace(config, **completed)
+
+
+def complete_mixers(mixers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The same of the settings of mechanisms by name."""
+    completed = {}
+    for name, given in mixers.items():
+        if not isinstance(given, dict) or "type" not in given:
+            raise UserError(f"mixers.{name} must be a section with the type of a mechanism, not {given!r}.")
+        completed[name] = complete_mixer(given, f"mixers.{name}")
+    return completed
 
 
 def _mixers_there(config: Any) -> list[dict[str, Any]]:
@@ -310,13 +346,16 @@ def check_attention(config: RunConfig, teacher: Any) -> None:
             f"{config.model_name_or_path} has {shape.heads} attention heads that do not divide among "
             f"{shape.key_heads} key/value heads."
         )
-    with _one_sentence("attention"):
-        mechanism(config.attention["type"]).config(**config.attention).resolve(shape.head_dim)
-    for index in config.softmax_layers:
+    for settings in config.mechanisms:
+        with _one_sentence("attention"):
+            mechanism(settings["type"]).config(**settings).resolve(shape.head_dim)
+    kept = config.softmax_layers if isinstance(config.softmax_layers, list) else []
+    for index in kept:
         if not -shape.layers <= index < shape.layers:
             raise UserError(f"softmax_layers names layer {index}, but the teacher has layers 0 to {shape.layers - 1}.")
     kind = BACKBONES[teacher.model_type].config
-    student_config(teacher, kind, config.attention, None, None, config.softmax_layers, config.sliding_window)
+    layers = (config.attention, config.mixer_types, config.mixers, kept)
+    student_config(teacher, kind, *layers, config.sliding_window)
 
 
 def check_finetune(config: RunConfig, shape: memory.Shape) -> None:

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from linearize.config.selection import LayerChoice, SelectConfig
 from linearize.settings_values import convert_fields, require
 
 Schedule = Literal["linear", "constant", "cosine"]
@@ -379,7 +380,7 @@ class RunSettings:
 
 
 @dataclass
-class RunConfig(RunSettings):
+class RunConfig(LayerChoice, RunSettings):
     """One whole run: convert, transfer, finetune, evaluate, save."""
 
     model_name_or_path: str = "meta-llama/Meta-Llama-3-8B"
@@ -405,8 +406,19 @@ class RunConfig(RunSettings):
     """The same in 8 bits."""
     attention: dict[str, Any] = field(default_factory=lambda: {"type": "linear"})
     """The new attention: `type` and the settings of that mechanism (window, sinks, feature_map, ...)."""
-    softmax_layers: list[int] = field(default_factory=list)
-    """Indices of the layers that keep softmax attention, from 0; negative ones count from the end."""
+    softmax_layers: int | list[int] | str = field(default_factory=list)
+    """Layers that keep softmax attention: a list of indices such as [4] or 0,5, from 0, negative ones from the end; or
+    a number of them or a share such as 10%, which are then chosen by measuring (section select)."""
+    state_budget: int | str | None = None
+    """Bytes that the states of one sequence may hold beside softmax layers, such as 7MB, or 240KB/layer on average:
+    windows are then placed by measuring (section select), in place of attention.window."""
+    select: SelectConfig = field(default_factory=SelectConfig)
+    """How layers and windows are measured, where state_budget or a number of softmax_layers asks for it."""
+    mixer_types: list[str] | None = None
+    """The attention of each layer by name: softmax, or an entry of `mixers`; none: `attention` and
+    `softmax_layers`."""
+    mixers: dict[str, Any] | None = None
+    """Settings of each name in `mixer_types`, as `attention` has them."""
     sliding_window: Literal["keep", "lift"] = "keep"
     """A teacher's sliding window (Mistral-7B-v0.1): keep it in softmax layers and in the teacher that stage 1 learns
     from, or lift it there, so that they see all tokens; converted layers never have it."""
@@ -431,6 +443,7 @@ class RunConfig(RunSettings):
     def __post_init__(self) -> None:
         convert_fields(self, "")
         self.attention.setdefault("type", "linear")
+        self._check_layers()
         require(bool(self.model_name_or_path), "model_name_or_path is empty: name the teacher.")
         self._check_run()
         self._check_calibration(self.calibration_sequences)

@@ -172,12 +172,12 @@ def plot_context_perplexity(report: "ContextPerplexityReport", path: str | os.Pa
     _save(figure, path)
 
 
-def _figure(height: float, panels: int = 1, width: float = 8) -> tuple[Any, Any]:
-    """A figure with its axes; an array of them where there are several."""
+def _figure(height: float, panels: int = 1, width: float = 8, rows: int = 1) -> tuple[Any, Any]:
+    """A figure with its axes; an array of them where there are several, `panels` side by side or `rows` of one."""
     from matplotlib.figure import Figure  # without pyplot: no display, no global state
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.subplots(1, panels)
+    axes = figure.subplots(rows, panels)
     for panel in figure.axes:
         panel.spines[["top", "right"]].set_visible(False)
     return figure, axes

@@ -96,7 +96,16 @@ def disagreement(output_dir):
     return {"step": step, "said": [path.read_text() for path in sorted(output_dir.glob("said-*"))]}
 
 
-CHECKS = {"statistics": statistics, "disagreement": disagreement}
+def selection(output_dir):
+    """What every layer loses with two windows; each process measures a share of the layers."""
+    from linearize.stages.select_measure import layer_tables
+
+    student = make_student(make_teacher(), {"linear": {"type": "linear", "sinks": 1}}).double()
+    tables = layer_tables(student, token_blocks().input_ids, [2, 5], batch_size=3)
+    return {"error": tables.error, "divergence": tables.divergence}
+
+
+CHECKS = {"statistics": statistics, "disagreement": disagreement, "selection": selection}
 
 
 def token_blocks():

@@ -165,7 +165,7 @@ def test_the_commands_in_a_row(inputs, tmp_path, capsys):
         ["--device", "cpu"],
     )
     data = ["--data", text, "--data.sequence_length", "32", "--data.cache_dir", str(inputs / "cache"), *small]
-    assert main(["convert", teacher, one, "--attention.window", "8", "--softmax_layers", "0"]) == 0
+    assert main(["convert", teacher, one, "--attention.window", "8", "--softmax_layers", "[0]"]) == 0
     config = json.loads((tmp_path / "converted" / "config.json").read_text())
     assert config["mixer_types"] == ["softmax", "linear"] and config["mixers"]["linear"]["window"] == 8
     assert main(["convert", teacher, one]) == 2

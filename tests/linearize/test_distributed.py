@@ -41,6 +41,13 @@ def test_statistics_are_those_of_one_process(losses, tmp_path):
         torch.testing.assert_close(torch.tensor(two[name]), torch.tensor(moments), rtol=1e-5, atol=1e-7)
 
 
+def test_layers_are_measured_as_by_one_process(losses, tmp_path):
+    one, two = distributed_worker.selection(tmp_path), losses["checks"]["selection"]
+    for name in ("error", "divergence"):
+        torch.testing.assert_close(torch.tensor(two[name]), torch.tensor(one[name]), rtol=1e-9, atol=1e-12)
+        assert min(map(min, one[name])) > 1e-6
+
+
 def test_processes_resume_from_one_step_or_not_at_all(losses):
     found = losses["checks"]["disagreement"]
     assert found["step"] == 2

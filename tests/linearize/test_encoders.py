@@ -123,7 +123,7 @@ def test_half_precision_keeps_the_mechanism_in_float32(tmp_path):
 @pytest.fixture(scope="module")
 def converted(teacher, tmp_path_factory):
     out = tmp_path_factory.mktemp("encoder") / "converted"
-    assert main(["convert", str(teacher), str(out), "--attention.window", "4", "--softmax_layers", "1"]) == 0
+    assert main(["convert", str(teacher), str(out), "--attention.window", "4", "--softmax_layers", "[1]"]) == 0
     return out
 
 

@@ -155,7 +155,7 @@ def test_a_plan_says_what_becomes_of_the_window(directory, tmp_path):
 
 def test_the_command_lifts_the_window_and_evaluates_with_it_lifted(directory, tmp_path, capsys):
     out, text = tmp_path / "student", write_text(tmp_path / "text.jsonl", documents=4)
-    assert main(["convert", str(directory), str(out), "--softmax_layers", "0", "--sliding_window", "lift"]) == 0
+    assert main(["convert", str(directory), str(out), "--softmax_layers", "[0]", "--sliding_window", "lift"]) == 0
     assert json.loads((out / "config.json").read_text())["sliding_window"] is None
     assert read_record(out)["recipe"]["sliding_window"] == "lift"
     capsys.readouterr()

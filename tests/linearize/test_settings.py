@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import yaml
 
+from linearize.config.selection import SelectConfig
 from linearize.errors import UserError
 from linearize.settings import DataConfig, EvaluationConfig, FinetuneConfig, RunConfig, TransferConfig
 from linearize.settings_flags import field_help, normalise, setting_parameters
 from linearize.settings_io import differences, flat_names, preset_names, read_values, resolve, to_values, write_config
 
-SECTIONS = (RunConfig, DataConfig, TransferConfig, FinetuneConfig, EvaluationConfig)
+SECTIONS = (RunConfig, SelectConfig, DataConfig, TransferConfig, FinetuneConfig, EvaluationConfig)
 
 
 def test_values_mean_the_same_wherever_they_are_written():
@@ -135,7 +136,7 @@ def test_every_field_has_a_docstring_and_a_flag():
     for settings in SECTIONS:
         assert set(field_help(settings)) == {field.name for field in dataclasses.fields(settings)}
     flags = {parameter.name.replace("__dot__", ".") for parameter in setting_parameters(list(to_values(RunConfig())))}
-    assert set(flat_names()) - {"data"} <= flags
+    assert set(flat_names()) - {"data", "select"} <= flags
     assert {"attention.window", "attention.feature_dim", "attention.window_shift"} <= flags
 
 
