@@ -8,6 +8,7 @@ from landmark_toys import draw
 
 from linearize.kernels.landmark import reference
 from linearize.modeling.op_dispatch import choose_backend, find_kernel
+from linearize.modeling.op_landmark import CONTRACT
 
 # block size, place of the first token, tokens; first and last blocks are partial and complete, rows start on landmarks
 CUTS = [
@@ -233,9 +234,9 @@ def test_gradcheck():
 
 @pytest.mark.parametrize("op, reason", [("landmark", "float64"), ("landmark_retrieval", "no Triton kernel")])
 def test_the_dispatch_finds_the_definition(op, reason):
-    kernel, problem = find_kernel(op, 1)
+    kernel, problem = find_kernel(op, CONTRACT)
     assert kernel is not None and not problem
     inputs = draw(4)
-    assert choose_backend(op, 1, "reference", False, inputs, {"block_size": 16}) is kernel.reference
+    assert choose_backend(op, CONTRACT, "reference", False, inputs, {"block_size": 16}) is kernel.reference
     with pytest.raises(ValueError, match=reason):
-        choose_backend(op, 1, "triton", True, inputs, {"block_size": 16})
+        choose_backend(op, CONTRACT, "triton", True, inputs, {"block_size": 16})

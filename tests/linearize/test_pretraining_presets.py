@@ -37,6 +37,9 @@ def test_published_presets(name):
         def __len__(self):
             return entries
 
+        def get_vocab(self):
+            return {"last": entries - 1}
+
     with torch.device("meta"):
         model = random_model(resolve(config, {"attention": None}, settings=PretrainConfig), Vocabulary())
     assert model.num_parameters() == pytest.approx(PUBLISHED[name], rel=2e-4 if config.model.type == "gptj" else 5e-3)

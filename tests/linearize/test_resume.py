@@ -273,10 +273,10 @@ def test_sigterm_leaves_a_checkpoint_and_exit_code_143(call, config, tmp_path, m
 def test_sigterm_between_stages_leaves_nothing_half_written(call, config, tmp_path, monkeypatch):
     import linearize.hub
 
-    def terminated(name, record, config):
+    def terminated(directory, record, config, **options):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(linearize.hub, "_record_files", terminated)
+    monkeypatch.setattr(linearize.hub, "write_record", terminated)
     assert call({**config, "finetune": None})[0] == 143
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.yaml", "logs", "plots", "checkpoints"}
 

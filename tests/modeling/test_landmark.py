@@ -166,15 +166,15 @@ def test_gradient_checkpointing_changes_nothing(ids):
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable")  # the name that 5.17 knows
-def test_a_cache_in_training_is_left_where_layers_are_checkpointed(ids):
+def test_a_cache_in_training_is_filled_or_refused(ids):
     model = make().train()
-    calls = []
-    for _ in range(2):
-        cache = DynamicCache(config=model.config)
-        model(ids, past_key_values=cache)
-        calls.append(cache.get_seq_length())
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert calls[0] > 0 and calls[1] == 0
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    assert cache.get_seq_length() == ids.shape[1]
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with pytest.raises(RuntimeError, match="gradient checkpointing gives layers no cache"):
+        model(ids, past_key_values=DynamicCache(config=model.config))
+    assert model(ids).past_key_values is None
 
 
 def test_all_blocks_are_open_in_training_and_some_with_dropout(ids):
