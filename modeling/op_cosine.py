@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .op_cosine_chunked import CosineState, run_cosine
 from .op_dispatch import check_heads, choose_backend
-from .op_hybrid_linear_chunked import check_rows, over_rows
+from .op_rows import check_rows, over_rows
 
 CONTRACT = 1
 

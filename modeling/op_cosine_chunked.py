@@ -16,11 +16,11 @@ from .op_hybrid_linear_chunked import (
     Features,
     HybridLinearState,
     Inputs,
-    Rows,
     Settings,
     run_bidirectional,
     run_causal,
 )
+from .op_rows import Rows
 
 NORM_FLOOR = 1e-12
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from .gain_cell import GainCell, GainCellNoise
 from .op_dispatch import check_shapes, choose_backend
 from .op_gain_cell_chunked import GainCellState, run_gain_cell
-from .op_hybrid_linear_chunked import check_rows, over_rows
+from .op_rows import check_rows, over_rows
 
 CONTRACT = 1
 GRADIENTS = ("exact", "linear")

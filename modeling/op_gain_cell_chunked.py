@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .compiled import for_training
 from .gain_cell import GainCell, GainCellNoise
-from .op_hybrid_linear_chunked import Rows
+from .op_rows import Rows
 
 SEGMENT = 256  # queries that meet their keys at once
 

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from .feature_maps import FeatureMapWeights
 from .op_dispatch import check_heads, choose_backend
-from .op_hybrid_linear_chunked import HybridLinearState, check_rows, over_rows, run_rows
+from .op_hybrid_linear_chunked import HybridLinearState, run_rows
+from .op_rows import check_rows, over_rows
 
 CONTRACT = 2
 """1 has no map_query, map_key and log_decay, and no window_map_key in the state: what None means in each."""

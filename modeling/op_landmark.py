@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from .op_dispatch import check_heads, check_shapes, choose_backend
-from .op_hybrid_linear_chunked import check_rows
 from .op_landmark_chunked import run_landmark
 from .op_landmark_retrieval import BLOCK_WEIGHTS, CONTRACT, SELECTIONS, LandmarkBlocks, run_retrieval
+from .op_rows import check_rows
 
 __all__ = ["CONTRACT", "SELECTIONS", "LandmarkBlocks", "landmark_attention", "landmark_retrieval_attention"]
 

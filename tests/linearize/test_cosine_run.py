@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import linearize
 from linearize.cli import main
+from linearize.data import TokenBlocks
 from linearize.errors import UserError
 from linearize.evaluation import evaluate, info, state_bytes
 from linearize.hub import read_record
@@ -95,7 +96,7 @@ def test_branches_that_are_not_there_are_named_before_anything_runs(make_setting
         linearize.run(settings)
     assert not (tmp_path / "out").exists()
     student = make_student(make_teacher(), {"cosine": {"type": "cosine", **VARIANTS["pure"]}})
-    blocks = linearize.data.TokenBlocks(torch.arange(3, 35)[None])
+    blocks = TokenBlocks(torch.arange(3, 35)[None])
     with pytest.raises(UserError, match="set transfer.window_dropout to 0"):
         transfer_attention(student, blocks, TransferConfig(window_dropout=0.3), output_dir=tmp_path / "out")
 
@@ -182,7 +183,7 @@ def test_a_stage_that_diverges_names_the_rates_that_count(variant, tmp_path):
     student = make_student(make_teacher(), {"cosine": {"type": "cosine", **VARIANTS[variant]}})
     with torch.no_grad():
         student.mixer_attentions()[1].mixer.scales.gain[0] = float("nan")
-    blocks = linearize.data.TokenBlocks(torch.arange(3, 43)[None])
+    blocks = TokenBlocks(torch.arange(3, 43)[None])
     config = TransferConfig(max_steps=1, tokens_per_step=40)
     with pytest.raises(TrainingDiverged) as caught:
         transfer_attention(student, blocks, config, output_dir=tmp_path, device="cpu")
@@ -194,7 +195,7 @@ def test_a_stage_that_diverges_names_the_rates_that_count(variant, tmp_path):
 def test_attention_transfer_learns(variant, tmp_path):
     student = make_student(make_teacher(), {"cosine": {"type": "cosine", **VARIANTS[variant]}})
     ids = torch.randint(3, 97, (8, 40), generator=torch.Generator().manual_seed(3))
-    blocks = linearize.data.TokenBlocks(ids)
+    blocks = TokenBlocks(ids)
     steps = {"max_steps": 30, "batch_size": 4, "tokens_per_step": 160, "logging_steps": 4, "branch": "mixed"}
     result = transfer_attention(student, blocks, TransferConfig(**steps), output_dir=tmp_path, device="cpu")
     first, last = (sum(result.losses_per_layer[i]) for i in (0, -1))
@@ -208,7 +209,7 @@ def test_attention_transfer_learns(variant, tmp_path):
 
 def test_the_evaluation_has_the_arms_of_a_window_alone():
     ids = torch.randint(3, 97, (2, 40), generator=torch.Generator().manual_seed(3))
-    blocks = linearize.data.TokenBlocks(ids)
+    blocks = TokenBlocks(ids)
     for variant, rows in (("window", 5), ("pure", 2)):
         student = make_student(make_teacher(), {"cosine": {"type": "cosine", **VARIANTS[variant]}})
         report = evaluate(student, blocks)
