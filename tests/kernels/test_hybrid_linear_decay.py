@@ -1,5 +1,6 @@
 """Contract 2 of the op: a memory that forgets, and maps that read other tensors than the scores do."""
 
+import importlib
 import itertools
 
 import pytest
@@ -363,8 +364,7 @@ def test_maps_without_weights_and_states_that_do_not_fit_are_refused():
 
 def test_the_kernels_say_what_they_do_not_take(monkeypatch):
     """Before anything is launched: an explicit backend is refused by the reason, auto warns and runs chunked."""
-    import linearize.kernels.hybrid_linear.fused as fused
-
+    fused = importlib.import_module("linearize.kernels.hybrid_linear.fused")  # the package has a function of that name
     monkeypatch.setattr(fused, "unavailable", lambda *tensors: None)
     inputs, options = make_call(dtype=torch.float32)
     assert "map_key" in fused.unsupported(*inputs, **options)
