@@ -160,8 +160,8 @@ TARGETS = (
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1], trust_remote_code=True)
 assert "peft" not in sys.modules
-from peft import LoraConfig
-model.add_adapter(LoraConfig())
+from peft import LoraConfig, get_peft_model
+model = get_peft_model(model, LoraConfig())
 print(sum("lora_A" in name for name, _ in model.named_parameters()))
 """
 )
