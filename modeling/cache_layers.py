@@ -158,6 +158,12 @@ class CosineStateLayer(StateLayer):
     _layer_type = "linearize_cosine_1"
 
 
+class SalientStateLayer(StateLayer):
+    """The window, sinks and kept tokens of salient-token attention."""
+
+    _layer_type = "linearize_salient_1"
+
+
 class SoftmaxLayer(Growing, DynamicLayer):
     """The growing cache of a layer that stays softmax, with a `reset` that drops it.
 

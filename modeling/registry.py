@@ -19,8 +19,10 @@ from .attention_landmark import state_bytes as landmark_state_bytes
 from .attention_linear import LinearAttention, LinearAttentionConfig
 from .attention_linear import reads as linear_reads
 from .attention_linear import state_bytes as linear_state_bytes
+from .attention_salient import SalientAttention, SalientAttentionConfig
+from .attention_salient import state_bytes as salient_state_bytes
 from .cache_landmark import LandmarkStateLayer
-from .cache_layers import CosineStateLayer, GainCellStateLayer, LinearStateLayer
+from .cache_layers import CosineStateLayer, GainCellStateLayer, LinearStateLayer, SalientStateLayer
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,16 @@ ATTENTIONS = {
         transfers=False,
         constant_state=False,
         calibrates=landmark_calibrates,
+    ),
+    "salient": Mechanism(
+        SalientAttention,
+        SalientAttentionConfig,
+        SalientStateLayer._layer_type,
+        salient_state_bytes,
+        "salient-token attention (a softmax over a window, sinks, and the old tokens most looked at)",
+        "https://arxiv.org/abs/2306.14048",
+        bidirectional=False,
+        transfers=False,
     ),
 }
 
