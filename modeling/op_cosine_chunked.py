@@ -99,17 +99,9 @@ def run_cosine(
         else:
             output = sum_over_row(inputs.query.to(dtype), inputs.key.to(dtype), inputs.value.to(dtype), sinks)
         if not key_side:
-            place = torch.arange(query.shape[2], device=query.device).expand(query.shape[0], -1)
-            real = place < rows.lengths[:, None]
-            if initial_state is not None:
-                place = place + initial_state.count[:, None]
-            if inputs.log_decay is None:
-                seen = far_keys(place, rows.lengths, window, sinks, causal)
-            else:
-                enters = real & (place >= window + sinks)
-                before = None if initial_state is None else initial_state.mass
-                seen = remembered(inputs.log_decay[..., 0], enters, before)
-                mass = seen[..., -1]
+            decay = None if inputs.log_decay is None else inputs.log_decay[..., 0]
+            seen = seen_keys(rows.lengths, query.shape[2], (window, sinks, causal), decay, initial_state)
+            mass = None if decay is None else seen[..., -1]
             output = output * power(seen, rate)
         if gain is not None:
             output = output * gain.to(dtype)[:, None, None]
@@ -138,6 +130,27 @@ def sum_over_row(query: Tensor, key: Tensor, value: Tensor, sinks: int) -> Tenso
     else:
         output = folded @ (key.mT @ value)
     return output.unflatten(2, (ratio, length)).flatten(1, 2)
+
+
+def seen_keys(lengths: Tensor, tokens: int, form: tuple[int, int, bool], log_decay=None, state=None) -> Tensor:
+    """What a query's scale counts, for rows of real tokens in front: |L(n)|, or the weight of what is remembered.
+
+    Args:
+        lengths: `(B,)` real tokens, of `tokens` places.
+        form: window, sinks, causal.
+        log_decay: `(B, G, T)` or None. state: before the first token, or None.
+
+    Returns:
+        `(B, T)`, with log_decay `(B, G, T)`.
+    """
+    window, sinks, causal = form
+    place = torch.arange(tokens, device=lengths.device).expand(len(lengths), -1)
+    real = place < lengths[:, None]
+    if state is not None:
+        place = place + state.count[:, None]
+    if log_decay is None:
+        return far_keys(place, lengths, window, sinks, causal)
+    return remembered(log_decay, real & (place >= window + sinks), None if state is None else state.mass)
 
 
 def far_keys(place: Tensor, lengths: Tensor, window: int, sinks: int, causal: bool) -> Tensor:
