@@ -347,7 +347,9 @@ class CosineAttention(nn.Module):
         dtype = torch.promote_types(near.dtype, torch.float32)
         return near.to(dtype) * weight.to(dtype)[:, None, None]
 
-    def _far_inputs(self, query, key, value, padding_mask, context):
+    def _far_inputs(
+        self, query, key, value, padding_mask, context
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
         """Queries, keys and values as the cosine takes them, and how the memory forgets, as an option of the op."""
         check_context(self.reads, context)
         decay = log_decay(self.gate, self.gate_input, key, padding_mask, context)

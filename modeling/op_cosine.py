@@ -143,8 +143,8 @@ def _check_state(state, query, key, value, scale_side, window, sinks, log_decay)
     if held != (window, sinks):
         raise ValueError(f"initial_state was made with window and sinks {held}, not {(window, sinks)}")
     if scale_side == "query" and (state.mass is None) != (log_decay is None):
-        held = "no mass" if state.mass is None else "the mass"
+        found = "no mass" if state.mass is None else "the mass"
         raise ValueError(
-            f"initial_state holds {held} of a memory that forgets: give log_decay in every call of a sequence, or in "
+            f"initial_state holds {found} of a memory that forgets: give log_decay in every call of a sequence, or in "
             "none"
         )
