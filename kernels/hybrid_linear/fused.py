@@ -88,9 +88,9 @@ def fused(
         output, state = fused(*padded[:5], **options, initial_state=initial_state, return_state=return_state)
         return output[:, :, :0], state
     train = torch.is_grad_enabled() and _needs_gradient(*inputs, window_weight, window_shift, initial_state)
-    single = query.shape[2] == 1 and initial_state is not None and return_state and not train
-    if single and all(x is None for x in inputs[5:]):
-        return decode_step(*inputs[:5], **options, state=initial_state)
+    if query.shape[2] == 1 and initial_state is not None and return_state and not train:
+        per_token = dict(zip(PER_TOKEN, inputs[5:], strict=True))
+        return decode_step(*inputs[:5], **options, **per_token, state=initial_state)
     attention_mask, inputs, restore = compacted(attention_mask, *inputs)
     query, key, value, query_features, key_features, _, map_key, _ = inputs
     rows = make_rows(query, attention_mask, cu_seqlens, None if initial_state is None else initial_state.count)

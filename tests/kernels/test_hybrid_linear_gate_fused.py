@@ -1,5 +1,7 @@
 """Contract 2 in the Triton kernels, interpreted at tiny sizes: a memory that forgets, maps that read other tensors."""
 
+import importlib
+
 import pytest
 import torch
 from test_hybrid_linear_fused import (
@@ -10,10 +12,12 @@ from test_hybrid_linear_fused import (
     make_mask,
     poison,
     small_tiles,  # noqa: F401 # used by every test
+    to,
 )
 
 from linearize.kernels.triton_support import interpreting
 from linearize.modeling import HybridLinearState, hybrid_linear_attention
+from linearize.modeling import op_hybrid_linear_decode as in_place_steps
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="a GPU is there: tests/gpu has these")
 
@@ -24,6 +28,8 @@ def no_gradients():
         yield
 
 
+KERNELS = "linearize.kernels.hybrid_linear"
+PER_TOKEN = ("map_query", "map_key", "log_decay")
 MAP_DIM = 10  # the maps may read something of another width
 TOLERANCE = 2e-5
 
@@ -49,7 +55,7 @@ def make_call(heads=2, groups=1, key_heads=2, batch=1, length=45, maps=True, see
 
 def poison_options(mix, mask):
     gap = ~mask[:, None]
-    per_token = {name: mix[name] for name in ("map_query", "map_key", "log_decay") if name in mix}
+    per_token = {name: mix[name] for name in PER_TOKEN if name in mix}
     return mix | {
         name: x.masked_fill(gap if x.dim() == 3 else gap[..., None], torch.nan) for name, x in per_token.items()
     }
@@ -110,7 +116,7 @@ def test_a_state_comes_in_and_goes_out(maps, key_heads, window, padding):
 def test_any_cut_into_calls_gives_the_same(maps):
     inputs, mix = make_call(batch=2, length=30, maps=maps)
     options = {"window": 5, "sinks": 3, "return_state": True, "backend": "triton"}
-    names = [name for name in ("map_query", "map_key", "log_decay") if name in mix]
+    names = [name for name in PER_TOKEN if name in mix]
     with torch.no_grad():
         expected, expected_state = hybrid_linear_attention(*inputs, **mix, **options)
         state, outputs, start = None, [], 0
@@ -144,3 +150,65 @@ def test_refused_only_where_nothing_can_be_done():
     inputs[3:] = [x._replace(weight=torch.zeros(2, 129, WEIGHTS), magnitude=None) for x in inputs[3:]]
     with pytest.raises(ValueError, match="dimension of what the maps read of at most 128"):
         hybrid_linear_attention(*inputs, **mix | wide, backend="triton")
+
+
+def steps_of(inputs, mix, mask, options):
+    """What a call of each token takes, and the definition's output and state after it, in float64."""
+    state = None
+    for i in range(mask.shape[1]):
+        pieces = [x[:, :, i : i + 1] if isinstance(x, torch.Tensor) else x for x in inputs]
+        cut = mix | {name: mix[name][:, :, i : i + 1] for name in PER_TOKEN if name in mix}
+        real = mask[:, i : i + 1]
+        call = {**options, "attention_mask": real, "return_state": True}
+        output, state = hybrid_linear_attention(
+            *to(torch.float64, pieces), **to(torch.float64, cut), **call, initial_state=state, backend="reference"
+        )
+        yield poison(pieces, real), poison_options(cut, real), real, output, state
+
+
+STEP_CASES = [(True, 2, 3), (True, 1, 0), (False, 1, 4), (True, 1, 1)]
+
+
+@pytest.mark.parametrize("maps, key_heads, window", STEP_CASES, ids=str)
+def test_one_token_in_one_launch(maps, key_heads, window, monkeypatch):
+    inputs, mix = make_call(batch=2, length=12, maps=maps, key_heads=key_heads)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, [0, 5]] = False
+    options = {"window": window, "sinks": 2}
+    state = None
+    for pieces, cut, real, output, expected in steps_of(inputs, mix, mask, options):
+        call = {**options, **cut, "attention_mask": real, "return_state": True, "backend": "triton"}
+        found, state = hybrid_linear_attention(*pieces, **call, initial_state=state)
+        monkeypatch.setattr(importlib.import_module(f"{KERNELS}.fused"), "run", None)  # all but the first
+        assert_close(found, output, TOLERANCE, "output")
+        for name, a, b in zip(HybridLinearState._fields, state, expected, strict=True):
+            assert (a is None) == (b is None), name
+            if a is not None:
+                assert_close(a, b, TOLERANCE, name)
+
+
+@pytest.mark.parametrize("maps, key_heads, window", STEP_CASES, ids=str)
+def test_steps_in_place(maps, key_heads, window, monkeypatch):
+    inputs, mix = make_call(batch=2, length=12, maps=maps, key_heads=key_heads)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, [0, 5]] = False
+    options = {"window": window, "sinks": 2}
+    none = [x[:, :, :0] if isinstance(x, torch.Tensor) else x for x in inputs]
+    call = mix | {name: mix[name][:, :, :0] for name in PER_TOKEN if name in mix}
+    state = hybrid_linear_attention(*none, **call, **options, return_state=True, backend="reference")[1]
+    buffers, count = in_place_steps.new_buffers(state, 2), torch.zeros(2, dtype=torch.int64)
+    buffers.load_(state)
+    steps = list(steps_of(inputs, mix, mask, options))
+    monkeypatch.setattr(in_place_steps, "hybrid_linear_attention", None)
+    for pieces, cut, real, output, expected in steps:
+        found = in_place_steps.hybrid_linear_step_(
+            *pieces, **cut, **options, window_reference="logsumexp", scaling=None, attention_mask=real,
+            log_weight=False, buffers=buffers, count=count, backend="triton",
+        )  # fmt: skip
+        count += real[:, 0]
+        assert_close(found, output, TOLERANCE, "output")
+        for name, a, b in zip(
+            HybridLinearState._fields, in_place_steps.read_buffers(buffers, count), expected, strict=True
+        ):
+            if a is not None:
+                assert_close(a, b, TOLERANCE, name)
