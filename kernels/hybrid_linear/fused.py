@@ -25,16 +25,9 @@ def unsupported(query, key, value, query_features, key_features, **options) -> s
         return reason
     if not options.get("causal", True):
         return "the Triton kernels are causal; a bidirectional call runs the chunked path"
-    given = {name: x for name in PER_TOKEN if (x := options.get(name)) is not None}
-    if (
-        given
-        and torch.is_grad_enabled()
-        and _needs_gradient(query, key, value, query_features, key_features, *given.values(), *options.values())
-    ):
-        return f"the Triton kernels have no gradients with {', '.join(given)}"
     widths = {"head dimension": query.shape[-1], "value dimension": value.shape[-1]}
-    if "map_query" in given:
-        widths["dimension of what the maps read"] = given["map_query"].shape[-1]
+    if options.get("map_query") is not None:
+        widths["dimension of what the maps read"] = options["map_query"].shape[-1]
     if query_features is not None:
         widths["feature count"] = max(feature_count(query_features), feature_count(key_features))
     dtype = common_dtype(query, key, value)

@@ -22,12 +22,6 @@ from linearize.modeling import op_hybrid_linear_decode as in_place_steps
 pytestmark = pytest.mark.skipif(not interpreting(), reason="a GPU is there: tests/gpu has these")
 
 
-@pytest.fixture(autouse=True)
-def no_gradients():
-    with torch.no_grad():
-        yield
-
-
 KERNELS = "linearize.kernels.hybrid_linear"
 PER_TOKEN = ("map_query", "map_key", "log_decay")
 MAP_DIM = 10  # the maps may read something of another width
@@ -65,19 +59,19 @@ def poison_options(mix, mask):
 def test_equals_the_definition(span):
     inputs, mix = make_call(length=75, maps=False)
     options = {"window": span[0], "sinks": span[1], "return_state": True}
-    compare(inputs, mix, options, gradients=False)
+    compare(inputs, mix, options)
 
 
 @pytest.mark.parametrize("heads, groups, key_heads", [(4, 2, 4), (4, 2, 2), (3, 1, 1)])
 def test_grouped_heads_and_maps(heads, groups, key_heads):
     inputs, mix = make_call(heads, groups, key_heads, length=40)
-    compare(inputs, mix, {"window": 5, "sinks": 2, "window_reference": "max"}, gradients=False)
+    compare(inputs, mix, {"window": 5, "sinks": 2, "window_reference": "max"})
 
 
 def test_maps_read_their_own_tensors_without_a_gate():
     inputs, mix = make_call(key_heads=1, length=37)
     del mix["log_decay"]
-    compare(inputs, mix, {"window": 5, "sinks": 2, "return_state": True}, gradients=False)
+    compare(inputs, mix, {"window": 5, "sinks": 2, "return_state": True})
 
 
 @pytest.mark.parametrize("maps", [True, False], ids=["maps", "features"])
@@ -87,13 +81,13 @@ def test_padding(padding, maps):
     mask = make_mask(padding, 2, 21)
     mask[1, 9] = False
     options = {"window": 5, "sinks": 3, "attention_mask": mask, "return_state": True}
-    compare(poison(inputs, mask), poison_options(mix, mask), options, gradients=False)
+    compare(poison(inputs, mask), poison_options(mix, mask), options)
 
 
 def test_packed_sequences():
     inputs, mix = make_call(groups=2, key_heads=2)
     bounds = torch.tensor([0, 1, 1, 18, 43, 45], dtype=torch.int32)
-    compare(inputs, mix, {"window": 5, "sinks": 2, "cu_seqlens": bounds}, gradients=False)
+    compare(inputs, mix, {"window": 5, "sinks": 2, "cu_seqlens": bounds})
 
 
 @pytest.mark.parametrize("padding", [None, "left"])
@@ -109,7 +103,7 @@ def test_a_state_comes_in_and_goes_out(maps, key_heads, window, padding):
     if padding is not None:
         mask = make_mask(padding, 2, 40)
         second, other, options["attention_mask"] = poison(second, mask), poison_options(other, mask), mask
-    compare(second, other, {**options, "initial_state": before}, gradients=False)
+    compare(second, other, {**options, "initial_state": before})
 
 
 @pytest.mark.parametrize("maps", [True, False], ids=["maps", "features"])
@@ -138,7 +132,7 @@ def test_strong_decays_stay_finite_and_exact():
     inputs, mix = make_call(length=70, maps=False)
     mix["log_decay"] = mix["log_decay"] * 4
     mix["log_decay"][..., 50:] = -0.01
-    compare(inputs, mix, {"window": 5, "sinks": 2, "return_state": True}, gradients=False)
+    compare(inputs, mix, {"window": 5, "sinks": 2, "return_state": True})
 
 
 def test_refused_only_where_nothing_can_be_done():
@@ -170,6 +164,7 @@ STEP_CASES = [(True, 2, 3), (True, 1, 0), (False, 1, 4), (True, 1, 1)]
 
 
 @pytest.mark.parametrize("maps, key_heads, window", STEP_CASES, ids=str)
+@torch.no_grad()
 def test_one_token_in_one_launch(maps, key_heads, window, monkeypatch):
     inputs, mix = make_call(batch=2, length=12, maps=maps, key_heads=key_heads)
     mask = torch.ones(2, 12, dtype=torch.bool)
@@ -188,6 +183,7 @@ def test_one_token_in_one_launch(maps, key_heads, window, monkeypatch):
 
 
 @pytest.mark.parametrize("maps, key_heads, window", STEP_CASES, ids=str)
+@torch.no_grad()
 def test_steps_in_place(maps, key_heads, window, monkeypatch):
     inputs, mix = make_call(batch=2, length=12, maps=maps, key_heads=key_heads)
     mask = torch.ones(2, 12, dtype=torch.bool)
