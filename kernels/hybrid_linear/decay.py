@@ -35,8 +35,8 @@ def hybrid_linear_decay_fwd_kernel(
     inside = tl.arange(0, C)
     t = chunk * C + inside
     row = (batch.to(tl.int64) * E + head) * length + first
-    step = tl.load(log_decay + row + t, mask=t < count, other=0.0)
-    later = tl.load(log_decay + row + t + 1, mask=(t + 1 < count) & (inside < C - 1), other=0.0)
+    step = tl.load(log_decay + row + t, mask=t < count, other=0.0).to(tl.float32)
+    later = tl.load(log_decay + row + t + 1, mask=(t + 1 < count) & (inside < C - 1), other=0.0).to(tl.float32)
     # 2^-128 is 0 in float32: larger steps would only cost the sums their digits.
     step, later = tl.maximum(step * LOG2E, -128.0), tl.maximum(later * LOG2E, -128.0)
     tl.store(sums + row + t, tl.cumsum(step.to(tl.float64), 0).to(tl.float32), mask=t < count)

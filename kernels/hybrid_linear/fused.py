@@ -14,7 +14,6 @@ from .states import extend_keys, new_sinks, next_state
 # float16 and float32 are multiplied as float32: wider sums do not fit into shared memory.
 WIDEST = {torch.bfloat16: 256, torch.float16: 128, torch.float32: 128}
 MOST_SINKS = 64
-PER_TOKEN = ("map_query", "map_key", "log_decay")
 MOST_ROWS = 65535  # programs along the second side of a CUDA grid
 
 
@@ -77,13 +76,13 @@ def fused(
     if query.shape[2] == 0:  # as one padded token
         padded = [functional.pad(x, (0, 0) * (x.dim() - 3) + (0, 1)) if isinstance(x, Tensor) else x for x in inputs]
         options["attention_mask"] = query.new_zeros(query.shape[0], 1, dtype=torch.bool)
-        options |= zip(PER_TOKEN, padded[5:], strict=True)
+        options |= zip(("map_query", "map_key", "log_decay"), padded[5:], strict=True)
         output, state = fused(*padded[:5], **options, initial_state=initial_state, return_state=return_state)
         return output[:, :, :0], state
     train = torch.is_grad_enabled() and _needs_gradient(*inputs, window_weight, window_shift, initial_state)
     if query.shape[2] == 1 and initial_state is not None and return_state and not train:
-        per_token = dict(zip(PER_TOKEN, inputs[5:], strict=True))
-        return decode_step(*inputs[:5], **options, **per_token, state=initial_state)
+        reads = {"map_query": map_query, "map_key": map_key, "log_decay": log_decay}
+        return decode_step(query, key, value, query_features, key_features, **options, **reads, state=initial_state)
     attention_mask, inputs, restore = compacted(attention_mask, *inputs)
     query, key, value, query_features, key_features, _, map_key, _ = inputs
     rows = make_rows(query, attention_mask, cu_seqlens, None if initial_state is None else initial_state.count)
@@ -120,16 +119,15 @@ def _operands(call: Call, inputs, weight, shift, state) -> Operands:
         first_kv, first_z = state.kv, state.normalizer
     if not linear or call.window + call.sinks == 0:
         weight = shift = None
-    return Operands(
-        dense_rows(query),
-        dense_rows(key),
-        dense_rows(value),
-        *(dense_rows(x) for x in (feature_q, feature_k)),
-        *(dense(x) for x in (*query_map, *key_map, weight, shift)),
-        *(dense_rows(x) for x in (sink_key, sink_value)),
-        *(dense(x) for x in (first_kv, first_z)),
-        *(dense_rows(x) for x in (map_query, map_key)),
-        dense(log_decay),
+    return Operands._make(
+        (
+            *(dense_rows(x) for x in (query, key, value, feature_q, feature_k)),
+            *(dense(x) for x in (*query_map, *key_map, weight, shift)),
+            *(dense_rows(x) for x in (sink_key, sink_value)),
+            *(dense(x) for x in (first_kv, first_z)),
+            *(dense_rows(x) for x in (map_query, map_key)),
+            dense(log_decay),
+        )
     )
 
 

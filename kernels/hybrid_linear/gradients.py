@@ -1,6 +1,5 @@
 """The backward pass: three kernels, those of the maps, then the sums over query heads, sinks and window weights."""
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -76,12 +75,13 @@ def run_backward(
     found: Found = {}
     terms, grad_query, grad_feature_q, sink_parts = _query_side(this, found)
     back: tuple[Tensor | None, Tensor | None] = (None, None)
-    across = None
+    across: Tensor | None = None
     if linear and (inputs or features or needs.first_kv):
-        *back, across = _reverse(this, terms, found)
+        back, across = _reverse(this, terms, found)
     if inputs or features:
         grad_key, grad_value, grad_feature_k, key_terms = _key_side(this, terms, back)
         if needs.log_decay:
+            assert key_terms is not None and across is not None
             found["log_decay"] = _decay_gradient(this, terms, key_terms, across)
         _through_maps(this, found, (grad_query, grad_key), (grad_feature_q, grad_feature_k))
         if inputs and call.sinks:
@@ -153,7 +153,7 @@ def _query_side(this: Pass, found: Found):
     return terms, _turn(grad_query), _turn(grad_feature), (part_key, part_value)
 
 
-def _reverse(this: Pass, terms: Tensor, found: Found) -> tuple[Tensor, Tensor, Tensor | None]:
+def _reverse(this: Pass, terms: Tensor, found: Found) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
     """Launch the reverse walk: what the queries after each chunk send back, and the gradient of the state's sums.
 
     Returns:
@@ -190,13 +190,14 @@ def _reverse(this: Pass, terms: Tensor, found: Found) -> tuple[Tensor, Tensor, T
         if part is not None:
             total = _per_group(part, shape["E"])
             found[name] = total if last is None or across is not None else total + last
-    return sums, sums_z, across
+    return (sums, sums_z), across
 
 
 def _decay_gradient(this: Pass, terms: Tensor, key_terms: Tensor, across: Tensor) -> Tensor:
     """The gradient of log_decay, `(B, E, T)`."""
     ends, saved, blocks = None, this.saved, this.plan.queries
     if this.grad_kv is not None:
+        assert this.grad_z is not None and saved.last_kv is not None and saved.last_z is not None
         ends = (this.grad_kv * saved.last_kv).sum((2, 3)) + (this.grad_z * saved.last_z).sum(2)
     shared = this.plan.settings.values
     return decay_gradient(this.call.rows, blocks, terms, key_terms, across, ends, this.call.window, shared)
@@ -208,7 +209,7 @@ def _per_group(gradient: Tensor, groups: int) -> Tensor:
     return gradient if heads == groups else gradient.unflatten(1, (groups, heads // groups)).sum(2)
 
 
-def _key_side(this: Pass, terms: Tensor, back: Sequence[Tensor | None]) -> list[Tensor | None]:
+def _key_side(this: Pass, terms: Tensor, back: tuple[Tensor | None, Tensor | None]) -> list[Tensor | None]:
     """Launch the key kernel: gradients of keys, values `(B, G, T', .)` and key features `(B, E, T', F)`, and
     `(B, H, T')` phi_k . d phi_k of a memory that forgets."""
     call, plan, x, saved = this.call, this.plan, this.x, this.saved
