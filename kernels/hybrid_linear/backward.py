@@ -233,6 +233,8 @@ def hybrid_linear_bwd_reverse_kernel(
     if DECAY:
         memory = b64 * E + head // (H // E)
         decay += memory * length + first
+        held = tl.zeros((BF, BV), before.dtype.element_ty)  # no sums lie behind the last chunk
+        held_z = tl.zeros((BF,), tl.float32)
         if LAST:  # query heads that share a state: one of them sends its gradient
             sends = tl.where(head % (H // E) == 0, 1.0, 0.0)
             acc = tl.load(last_kv + (memory * F + f[:, None]) * V + e[None, :], in_f[:, None] & in_v[None, :], 0.0)
@@ -249,16 +251,17 @@ def hybrid_linear_bwd_reverse_kernel(
         if tile_v == 0:
             tl.store(sums_z + slot_index * F + f, acc_z, mask=in_f)
         if DECAY:
-            next_index = memory * slots + slot + c + 1
-            in_next = f < tl.where(c + 1 < chunks, F, 0)
-            held = tl.load(
-                before + next_index * (F * V) + f[:, None] * V + e[None, :], in_next[:, None] & in_v[None, :], 0.0
-            )
             product = tl.sum(acc * held.to(tl.float32), 1)
             if tile_v == 0:
-                product += acc_z * tl.load(before_z + next_index * F + f, in_next, 0.0)
+                product += acc_z * held_z
             place = ((tile_v * states + state) * slots + slot + c) * F + f
             tl.store(across + place, product, mask=in_f)
+            # Those before this chunk are what the next step needs: asked for here, they come beside its other loads.
+            held_index = memory * slots + slot + c
+            held = tl.load(
+                before + held_index * (F * V) + f[:, None] * V + e[None, :], in_f[:, None] & in_v[None, :], 0.0
+            )
+            held_z = tl.load(before_z + held_index * F + f, in_f, 0.0)
         t = c * C + tl.arange(0, C)
         real = t < count
         index = (first + t).to(tl.int64)[:, None]
