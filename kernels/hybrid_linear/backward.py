@@ -235,6 +235,7 @@ def hybrid_linear_bwd_reverse_kernel(
         decay += memory * length + first
         held = tl.zeros((BF, BV), before.dtype.element_ty)  # no sums lie behind the last chunk
         held_z = tl.zeros((BF,), tl.float32)
+        whole = tl.load(decay + count - 1, mask=count > 0, other=0.0)
         if LAST:  # query heads that share a state: one of them sends its gradient
             sends = tl.where(head % (H // E) == 0, 1.0, 0.0)
             acc = tl.load(last_kv + (memory * F + f[:, None]) * V + e[None, :], in_f[:, None] & in_v[None, :], 0.0)
@@ -272,11 +273,11 @@ def hybrid_linear_bwd_reverse_kernel(
         grad_den = tl.load(terms + 3 * plane + stat, mask=real, other=0.0)
         if DECAY:
             left = tl.exp2(tl.load(decay + t, mask=real, other=0.0))
-            whole = tl.exp2(tl.load(decay + tl.minimum(c * C + C, count) - 1))
             inverse *= left
             grad_den *= left
-            acc *= whole
-            acc_z *= whole
+            acc *= tl.exp2(whole)
+            acc_z *= tl.exp2(whole)
+            whole = tl.load(decay + tl.maximum(c * C - 1, 0))
         scaled = (grad.to(tl.float32) * inverse[:, None]).to(DOT)
         acc = tl.dot(tl.trans(phi.to(DOT)), scaled, acc, input_precision=PRECISION)
         acc_z += tl.sum(phi.to(tl.float32) * grad_den[:, None], 0)

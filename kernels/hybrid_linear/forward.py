@@ -58,6 +58,8 @@ def hybrid_linear_state_kernel(
     out = sums + (state * slots + slot) * (F * V) + f[:, None] * V + e[None, :]
     out_z = sums_z + (state * slots + slot) * F + f
     chunks = tl.cdiv(count, C)
+    if DECAY:  # of the whole chunk, always asked for a step before it is needed
+        whole = tl.load(decay + state * length + first + tl.minimum(C, count) - 1, mask=count > 0, other=0.0)
     for c in range(0, chunks):
         tl.store(out, acc.to(sums.dtype.element_ty), mask=in_f[:, None] & in_v[None, :])
         if tile_v == 0:
@@ -71,11 +73,11 @@ def hybrid_linear_state_kernel(
         v = tl.load(v_row + index * v_t, mask=inside & in_v[None, :], other=0.0)
         if DECAY:  # the keys that enter at this chunk's tokens, at its end
             entry = c * C + tl.arange(0, C)
-            whole = tl.load(decay + state * length + first + tl.minimum(c * C + C, count) - 1)
             after = tl.load(decay + decay_plane + state * length + first + entry, mask=entry < count, other=0.0)
             phi = phi.to(tl.float32) * tl.exp2(after)[:, None]
             acc *= tl.exp2(whole)
             acc_z *= tl.exp2(whole)
+            whole = tl.load(decay + state * length + first + tl.minimum(c * C + 2 * C, count) - 1)
         acc = tl.dot(tl.trans(phi.to(DOT)), v.to(DOT), acc, input_precision=PRECISION)
         acc_z += tl.sum(phi.to(tl.float32), 0)
     if (
