@@ -160,16 +160,21 @@ def steps_of(inputs, mix, mask, options):
         yield poison(pieces, real), poison_options(cut, real), real, output, state
 
 
+def step_case(maps, key_heads, window):
+    """Twelve tokens of two rows, two of them padding."""
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[0, [0, 5]] = False
+    inputs, mix = make_call(batch=2, length=12, maps=maps, key_heads=key_heads)
+    return inputs, mix, mask, {"window": window, "sinks": 2}
+
+
 STEP_CASES = [(True, 2, 3), (True, 1, 0), (False, 1, 4), (True, 1, 1)]
 
 
 @pytest.mark.parametrize("maps, key_heads, window", STEP_CASES, ids=str)
 @torch.no_grad()
 def test_one_token_in_one_launch(maps, key_heads, window, monkeypatch):
-    inputs, mix = make_call(batch=2, length=12, maps=maps, key_heads=key_heads)
-    mask = torch.ones(2, 12, dtype=torch.bool)
-    mask[0, [0, 5]] = False
-    options = {"window": window, "sinks": 2}
+    inputs, mix, mask, options = step_case(maps, key_heads, window)
     state = None
     for pieces, cut, real, output, expected in steps_of(inputs, mix, mask, options):
         call = {**options, **cut, "attention_mask": real, "return_state": True, "backend": "triton"}
@@ -185,10 +190,7 @@ def test_one_token_in_one_launch(maps, key_heads, window, monkeypatch):
 @pytest.mark.parametrize("maps, key_heads, window", STEP_CASES, ids=str)
 @torch.no_grad()
 def test_steps_in_place(maps, key_heads, window, monkeypatch):
-    inputs, mix = make_call(batch=2, length=12, maps=maps, key_heads=key_heads)
-    mask = torch.ones(2, 12, dtype=torch.bool)
-    mask[0, [0, 5]] = False
-    options = {"window": window, "sinks": 2}
+    inputs, mix, mask, options = step_case(maps, key_heads, window)
     none = [x[:, :, :0] if isinstance(x, torch.Tensor) else x for x in inputs]
     call = mix | {name: mix[name][:, :, :0] for name in PER_TOKEN if name in mix}
     state = hybrid_linear_attention(*none, **call, **options, return_state=True, backend="reference")[1]
