@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .op_dispatch import BACKEND_VARIABLE, find_kernel
-from .op_hybrid_linear import CONTRACT, PER_TOKEN, hybrid_linear_attention
+from .op_hybrid_linear import CONTRACT, hybrid_linear_attention
 from .op_hybrid_linear_chunked import HybridLinearState
 
 
@@ -121,13 +121,10 @@ def hybrid_linear_step_(
         log_weight: `window_weight` is its logarithm.
         count: `(B,)` int64, tokens before this one; the caller advances it.
         options: window_shift, window_reference, window, sinks, scaling, attention_mask `(B, 1)`, map_query, map_key
-            and log_decay; with one of the last three the ordinary op does the step.
+            and log_decay.
     """
     args = (query, key, value, query_features, key_features)
-    kernel = None
-    if all(options.get(name) is None for name in PER_TOKEN):
-        kernel = _decode_kernel(query, query_features, key_features, backend)
-        options = {name: x for name, x in options.items() if name not in PER_TOKEN}
+    kernel = _decode_kernel(query, query_features, key_features, backend)
     if kernel is not None:
         return kernel.decode_step_(
             *args, window_weight=window_weight, log_weight=log_weight, buffers=buffers, count=count, **options

@@ -4,11 +4,12 @@
     python scripts/benchmark_kernels.py --preset issue --output out/kernels
 
 Presets: `issue`, the bars' shapes (batch 1, 32 heads, D 128, F 128, window 64; T 2048, 8192, 32768); `full`, T 512 to
-65536, D 64 and 128, F 64, 128 and 256, as many key heads as query heads and a quarter of them; `smoke`, tiny, on any
-machine. fla tunes itself for minutes at first; `--limit_seconds` cuts a run short. DIR gets results.json and
-results.csv (after every row), table.md and kernels.png; `--report DIR [DIR ...] --page docs/results_kernels.md`
-writes the page from them, on any machine; the records of several runs of one machine are joined, the later ones
-winning, in the first DIR.
+65536, D 64 and 128, F 64, 128 and 256, as many key heads as query heads and a quarter of them; `gate`, at T 8192 the
+memory that forgets and maps of unrotated projections over the same calls without (times and their ratios); `smoke` and
+`gate-smoke`, tiny, on any machine. fla tunes itself for minutes at first; `--limit_seconds` cuts a run short. DIR gets
+results.json and results.csv (after every row), table.md and kernels.png; `--report DIR [DIR ...] --page
+docs/results_kernels.md` writes the page from them, on any machine; the records of several runs of one machine are
+joined, the later ones winning, in the first DIR.
 """
 
 import argparse
@@ -26,7 +27,19 @@ from pathlib import Path
 import kernel_measures as measures
 import kernel_report as report
 import torch
-from kernel_peers import CONTENDERS, DECODERS, Case, Contender, Inputs, Shape, draw
+from kernel_peers import (
+    CONTENDERS,
+    DECODERS,
+    GATE_CONTENDERS,
+    GATE_DECODERS,
+    IN_PLACE,
+    MAPS,
+    Case,
+    Contender,
+    Inputs,
+    Shape,
+    draw,
+)
 
 ROOT = Path(__file__).parents[1]
 SLOW_MS = 100.0  # a quadratic peer's forward; longer sequences are then left out
@@ -51,7 +64,18 @@ def smoke_shapes() -> list[Shape]:
     return [Shape(length, 32, 32, heads=2, groups=groups, window=16) for groups in (2, 1) for length in (64, 128)]
 
 
-PRESETS = {"issue": issue_shapes, "full": full_shapes, "smoke": smoke_shapes}
+def gate_shapes() -> list[Shape]:
+    return [Shape(8192)]
+
+
+PRESETS = {
+    "issue": issue_shapes,
+    "full": full_shapes,
+    "gate": gate_shapes,
+    "smoke": smoke_shapes,
+    "gate-smoke": lambda: smoke_shapes()[:1],
+}
+GATE_LIMITS = {report.FORWARD: 1.15, report.BOTH: 1.15, report.DECODE: 1.05}  # x the time of the same without
 
 
 class Benchmark:
@@ -62,6 +86,8 @@ class Benchmark:
         self.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
         self.deadline = time.monotonic() + args.limit_seconds
         self.slow: dict[str, str] = {}
+        self.gate = args.preset.startswith("gate")
+        self.smoke = args.preset.endswith("smoke")
         self.results: dict = {
             "command": command_line(args),
             "machine": machine(args),
@@ -76,6 +102,8 @@ class Benchmark:
         first, rest = shapes[:3], shapes[3:]
         self.measure_all(first, compiled=False)
         self.decode()
+        if self.gate:
+            return self.results
         self.drift()
         self.measure_all(rest, compiled=False)
         self.measure_all(shapes, compiled=True)  # last: torch.compile takes long and a limit may cut it off
@@ -94,7 +122,8 @@ class Benchmark:
         """Away from the bars' shape: those that do not read features once for all F; fla's linear ops, which tune
         themselves for minutes for each pair of widths, where F = D.
         """
-        chosen = [c for c in CONTENDERS if self.wanted(c.name) and c.compiled == compiled]
+        contenders = GATE_CONTENDERS if self.gate else CONTENDERS
+        chosen = [c for c in contenders if self.wanted(c.name) and c.compiled == compiled]
         if self.args.preset == "full" and not report.at_bar_shape(vars(shape)):
             chosen = [c for c in chosen if c.longest is None and (c.reads_features or shape.features == 128)]
             chosen = [c for c in chosen if c.op != "linear" or shape.features == shape.dim]
@@ -166,7 +195,7 @@ class Benchmark:
         if case.reference is None or "chunked" in contender.name:
             return {}
         at_bars = report.at_bar_shape(vars(shape)) and shape.length in ERROR_LENGTHS
-        if not (at_bars or (contender.ours and shape.length == 8192) or self.args.preset == "smoke"):
+        if not (at_bars or (contender.ours and shape.length == 8192) or self.smoke):
             return {}
         try:
             found = measures.relative_errors(case)
@@ -179,13 +208,12 @@ class Benchmark:
     # --- decoding
 
     def decode(self) -> None:
-        smoke = self.args.preset == "smoke"
-        context = 64 if smoke else CONTEXT
-        for groups in (2, 1) if smoke else (32, 8):
-            sizes = {"dim": 32, "features": 32, "heads": 2, "window": 16} if smoke else {}
+        context = 64 if self.smoke else CONTEXT
+        for groups in (2, 1) if self.smoke else (32, 8):
+            sizes = {"dim": 32, "features": 32, "heads": 2, "window": 16} if self.smoke else {}
             shape = Shape(context + 1, groups=groups, **sizes)
             inputs = draw(shape, self.device, self.dtype, self.args.seed)
-            for name, ours, build in DECODERS:
+            for name, ours, build in GATE_DECODERS if self.gate else DECODERS:
                 if not self.wanted(name):
                     continue
                 record = {"op": "decode", "contender": name, "ours": ours, "mode": report.DECODE}
@@ -204,8 +232,7 @@ class Benchmark:
 
     def drift(self) -> None:
         """32k tokens decoded one by one against their prefill."""
-        smoke = self.args.preset == "smoke"
-        shape = smoke_shapes()[0] if smoke else Shape(32768)
+        shape = smoke_shapes()[0] if self.smoke else Shape(32768)
         name = "ours: hybrid, features, 4 sinks"
         if not self.wanted(name):
             return
@@ -233,6 +260,22 @@ class Benchmark:
         if self.device == "cuda":
             gc.collect()
             torch.cuda.empty_cache()
+
+
+def gate_table(records: list[dict]) -> str:
+    """Times of each arm of `--preset gate` over those of the same call without gate and unrotated maps."""
+    rows = ["| | mode | key heads | x time | x time, graph | at most |", "| --- | --- | --- | --- | --- | --- |"]
+    for base in (r for r in records if r["contender"] in (MAPS, IN_PLACE) and "ms" in r):
+        for r in records:
+            same = all(r[name] == base[name] for name in ("mode", "length", "groups"))
+            if not same or not r["contender"].startswith(f"{base['contender']}, ") or "ms" not in r:
+                continue
+            ratios = [
+                f"{r[name] / base[name]:.3f}" if name in r and name in base else "" for name in ("ms", "graph_ms")
+            ]
+            cells = [r["contender"], r["mode"], str(r["groups"]), *ratios, str(GATE_LIMITS[r["mode"]])]
+            rows.append("| " + " | ".join(cells) + " |")
+    return "\n".join(rows) + "\n"
 
 
 def one_line(error: Exception) -> str:
@@ -294,14 +337,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     args = parse(arguments)
-    if args.device == "cpu" and args.preset != "smoke" and not args.report:
-        sys.exit("there is no GPU here: only --preset smoke runs on a CPU")
+    if args.device == "cpu" and not args.preset.endswith("smoke") and not args.report:
+        sys.exit("there is no GPU here: only --preset smoke and gate-smoke run on a CPU")
     folder = Path(args.report[0] if args.report else args.output)
     results = join_runs(map(Path, args.report)) if args.report else Benchmark(args).run()
     report.write_report(results, folder)
     if args.page:
         report.write_page(results, folder, Path(args.page))
     print((folder / "table.md").read_text())
+    if args.preset.startswith("gate"):
+        print(gate_table(results["records"]))
     return results
 
 

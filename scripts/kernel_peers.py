@@ -117,7 +117,34 @@ def features_or_maps(tensors: dict[str, Tensor], by_maps: bool) -> list:
     ]
 
 
-def hybrid(inputs: Inputs, backend: str = "triton", by_maps: bool = False, sinks: int = 0) -> Case:
+def draw_memory(inputs: Inputs, unrotated: bool, gate: bool) -> dict[str, Tensor]:
+    """What contract 2 adds: tensors of their own for the maps, and a gate per key head, `(G, T)`, which keeps half of
+    the memory over about 10 to 10000 tokens, as learned ones do."""
+    found = {}
+    generator = torch.Generator(inputs.query.device).manual_seed(2)
+    if unrotated:
+        for name, x in (("map_query", inputs.query), ("map_key", inputs.key)):
+            found[name] = torch.randn(x.shape, device=x.device, dtype=x.dtype, generator=generator)
+    if gate:
+        shape = (inputs.shape.groups, inputs.shape.length)
+        found["log_decay"] = -torch.randn(shape, device=inputs.query.device, generator=generator).sub(5).exp()
+    return found
+
+
+def memory_options(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The op's arguments for what `draw_memory` gives, or parts of it; one row."""
+    options = {name: tensors[name] for name in ("map_query", "map_key") if name in tensors}
+    return options | ({"log_decay": tensors["log_decay"][None]} if "log_decay" in tensors else {})
+
+
+def hybrid(
+    inputs: Inputs,
+    backend: str = "triton",
+    by_maps: bool = False,
+    sinks: int = 0,
+    unrotated: bool = False,
+    gate: bool = False,
+) -> Case:
     from linearize.modeling import hybrid_linear_attention
 
     tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
@@ -127,6 +154,7 @@ def hybrid(inputs: Inputs, backend: str = "triton", by_maps: bool = False, sinks
         tensors |= {"query_features": inputs.query_features, "key_features": inputs.key_features}
     tensors["window_weight"] = _per_head(inputs, WINDOW_WEIGHT)
     tensors["window_shift"] = _per_head(inputs, WINDOW_SHIFT)
+    tensors |= draw_memory(inputs, unrotated, gate)
 
     def run(t, backend=backend):
         output, _ = hybrid_linear_attention(
@@ -138,6 +166,7 @@ def hybrid(inputs: Inputs, backend: str = "triton", by_maps: bool = False, sinks
             window_shift=t["window_shift"],
             window=inputs.shape.window,
             sinks=sinks,
+            **memory_options(t),
             backend=backend,
         )
         return output
@@ -306,6 +335,17 @@ CONTENDERS = [
     ),
 ]
 
+MAPS = "ours: hybrid, maps"
+GATE_ARMS: dict[str, dict] = {"unrotated": {"unrotated": True}, "gate": {"gate": True}}
+GATE_ARMS |= {"unrotated, gate": {"unrotated": True, "gate": True}}
+GATE_CONTENDERS = [
+    Contender(MAPS, build=partial(hybrid, by_maps=True), by_maps=True, **HYBRID),
+    *(
+        Contender(f"{MAPS}, {name}", build=partial(hybrid, by_maps=True, **arm), by_maps=True, **HYBRID)
+        for name, arm in GATE_ARMS.items()
+    ),
+]
+
 
 # --- decoding: one token against what a context left behind
 
@@ -318,12 +358,18 @@ class Step:
     held: list[Tensor]
 
 
+_PAST_AND_LAST = (slice(None, -1), slice(-1, None))
+
+
 def _split_last(inputs: Inputs) -> tuple[list[Tensor], list[Tensor]]:
     whole = (inputs.query, inputs.key, inputs.value, inputs.query_features, inputs.key_features)
-    return [x[:, :, :-1].contiguous() for x in whole], [x[:, :, -1:].contiguous() for x in whole]
+    past, last = ([x[:, :, span].contiguous() for x in whole] for span in _PAST_AND_LAST)
+    return past, last
 
 
-def decode_hybrid(inputs: Inputs, by_maps: bool = False, in_place: bool = False) -> Step:
+def decode_hybrid(
+    inputs: Inputs, by_maps: bool = False, in_place: bool = False, unrotated: bool = False, gate: bool = False
+) -> Step:
     """To a new state, as the public op has it, or in place, as a model's captured step."""
     from linearize.modeling import hybrid_linear_attention
     from linearize.modeling.op_hybrid_linear_decode import hybrid_linear_step_, new_buffers
@@ -333,9 +379,12 @@ def decode_hybrid(inputs: Inputs, by_maps: bool = False, in_place: bool = False)
     options: dict = {"window_weight": _per_head(inputs, WINDOW_WEIGHT)}
     options |= {"window_shift": _per_head(inputs, WINDOW_SHIFT)}
     options |= {"window": inputs.shape.window, "sinks": 4, "backend": "triton"}
-    _, state = hybrid_linear_attention(*past[:3], *(maps or past[3:]), **options, return_state=True)
+    memory = memory_options(draw_memory(inputs, unrotated, gate))
+    before, at_last = ({name: x[:, :, span].contiguous() for name, x in memory.items()} for span in _PAST_AND_LAST)
+    _, state = hybrid_linear_attention(*past[:3], *(maps or past[3:]), **options, **before, return_state=True)
     assert state is not None
     last = [*last[:3], *(maps or last[3:])]
+    options |= at_last
     if not in_place:
         return Step(
             lambda: hybrid_linear_attention(*last, **options, initial_state=state, return_state=True)[0],
@@ -382,4 +431,12 @@ DECODERS: list[tuple[str, bool, Callable[[Inputs], Step]]] = [
     ("ours: cosine", True, decode_cosine),
     ("SDPA flash, KV cache", False, partial(decode_sdpa, backends=[SDPBackend.FLASH_ATTENTION])),
     ("SDPA cuDNN, KV cache", False, partial(decode_sdpa, backends=[SDPBackend.CUDNN_ATTENTION])),
+]
+IN_PLACE = "ours: hybrid, maps, 4 sinks, in place"
+GATE_DECODERS: list[tuple[str, bool, Callable[[Inputs], Step]]] = [
+    (IN_PLACE, True, partial(decode_hybrid, by_maps=True, in_place=True)),
+    *(
+        (f"{IN_PLACE}, {name}", True, partial(decode_hybrid, by_maps=True, in_place=True, **arm))
+        for name, arm in GATE_ARMS.items()
+    ),
 ]

@@ -15,7 +15,7 @@ its part, and the parts are added up. Legend as in `forward.py`.
 import triton
 import triton.language as tl
 
-from .forward import DENOMINATOR_FLOOR, LOG2E, MASS_LIMIT
+from .forward import DENOMINATOR_FLOOR, LOG2E, MASS_LIMIT, pair_decay
 from .rows import find_block, load_rows, row_span, store_rows
 
 
@@ -25,13 +25,14 @@ def row_terms(
     real, V: tl.constexpr, BV: tl.constexpr, SPAN: tl.constexpr, LINEAR: tl.constexpr, SHIFT: tl.constexpr,
     MAXIMUM: tl.constexpr,
 ):  # fmt: skip
-    """Per query: dy, share a, offset b, 1 / den, d den, d max, and d log weight and d shift before their sum."""
+    """Per query: dy, share a, offset b, 1 / den, d den, d max, d log weight and d shift before their sum, and
+    phi_q . d phi_q, what a common factor of all far keys gets: the opposite of what one of the mass gets."""
     grad = load_rows(grad_row, grad_t, grad_index, real, V, BV)
     y = load_rows(output + place, stride, index, real, V, BV)
     delta = tl.sum(grad.to(tl.float32) * y.to(tl.float32), 1)
     zero = tl.zeros_like(delta)
     share, offset = zero + 1, -delta
-    inverse, grad_den, grad_top, grad_weight, grad_shift = zero, zero, zero, zero, zero
+    inverse, grad_den, grad_top, grad_weight, grad_shift, grad_factor = zero, zero, zero, zero, zero, zero
     if LINEAR:
         den = tl.load(stats + 2 * plane + stat, mask=real, other=1.0)
         inverse = 1.0 / tl.maximum(den, DENOMINATOR_FLOOR)
@@ -60,12 +61,14 @@ def row_terms(
             else:
                 grad_level = factor * grad_weight
             offset = grad_level - share * (gap + delta)
-    return grad, share, offset, inverse, grad_den, grad_top, grad_weight, grad_shift
+            grad_factor = -grad_log_mass
+        grad_factor = tl.where(den >= DENOMINATOR_FLOOR, grad_factor, delta)
+    return grad, share, offset, inverse, grad_den, grad_top, grad_weight, grad_shift, grad_factor
 
 
 @triton.jit
 def hybrid_linear_bwd_query_kernel(
-    query, key, value, feature_k, sink_key, sink_value, sums, sums_z, weight, shift,
+    query, key, value, feature_k, sink_key, sink_value, sums, sums_z, decay, weight, shift,
     output, difference, grad_output, stats, best,
     grad_query, grad_feature, terms, part_weight, part_sink_key, part_sink_value,
     table, base, start, size, past,
@@ -75,9 +78,11 @@ def hybrid_linear_bwd_query_kernel(
     W: tl.constexpr, S: tl.constexpr, WB: tl.constexpr, C: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BS: tl.constexpr,
     KIND: tl.constexpr, PAST: tl.constexpr, SINKS_OF_ROW: tl.constexpr, LINEAR: tl.constexpr, SHIFT: tl.constexpr,
-    MAXIMUM: tl.constexpr, INPUTS: tl.constexpr, FEATURES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    MAXIMUM: tl.constexpr, DECAY: tl.constexpr, INPUTS: tl.constexpr, FEATURES: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """grad_query, grad_feature `(B, T, H, D | F)`; terms: planes of `(B, H, T)`, a, b, 1 / den, d den and d max."""
+    """grad_query, grad_feature `(B, T, H, D | F)`; terms: planes of `(B, H, T)`, a, b, 1 / den, d den, then where they
+    are needed d max and phi_q . d phi_q."""
     batch, head = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
     chunk, slot, first, count = find_block(
         tl.program_id(0) // (C // BQ), batch, table, base, number, start, size, length, KIND
@@ -107,7 +112,7 @@ def hybrid_linear_bwd_query_kernel(
     place = ((b64 * length + first) * H + head).to(tl.int64)
     key_first = key_offset if PAST else first
     v_row = value + b64 * v_b + group * v_h + key_first * v_t.to(tl.int64)
-    grad, share, offset, inverse, grad_den, grad_top, grad_weight, grad_shift = row_terms(
+    grad, share, offset, inverse, grad_den, grad_top, grad_weight, grad_shift, grad_factor = row_terms(
         output, difference, place * V, H * V, grad_output + b64 * go_b + head * go_h, go_t,
         stats, plane, weight, shift, head, stat, t, first + t, real, V, BV, W + S > 0, LINEAR, SHIFT,
         MAXIMUM,
@@ -117,6 +122,8 @@ def hybrid_linear_bwd_query_kernel(
     if LINEAR:
         tl.store(terms + 2 * plane + stat, inverse, mask=real)
         tl.store(terms + 3 * plane + stat, grad_den, mask=real)
+        if DECAY:
+            tl.store(terms + (5 if MAXIMUM else 4) * plane + stat, grad_factor, mask=real)
         if W + S > 0:
             total = tl.sum(tl.where(real, grad_weight, 0.0), 0) / tl.load(weight + head).to(tl.float32)
             tl.store(part_weight + 2 * part, total)
@@ -175,6 +182,10 @@ def hybrid_linear_bwd_query_kernel(
         acc_f = (
             tl.dot(grad, tl.trans(kv), input_precision=PRECISION) * inverse[:, None] + grad_den[:, None] * z[None, :]
         )
+        if DECAY:
+            decay += (b64 * E + head // (H // E)) * length + first
+            left = tl.load(decay + t, mask=real, other=0.0)
+            acc_f *= tl.exp2(left)[:, None]
         fk_row = feature_k + b64 * fk_b + (head // (H // E)) * fk_h + key_first * fk_t.to(tl.int64)
         for j0 in range(tl.maximum(chunk * C - WB, KLOW), tl.minimum(begin + BQ - W, count), BK):
             j = j0 + tl.arange(0, BK)
@@ -182,6 +193,8 @@ def hybrid_linear_bwd_query_kernel(
             v = load_rows(v_row, v_t, j, there, V, BV).to(DOT)
             fk = load_rows(fk_row, fk_t, j, there, F, BF).to(DOT)
             g = tl.dot(grad, tl.trans(v), input_precision=PRECISION) * inverse[:, None] + grad_den[:, None]
+            if DECAY:
+                g *= pair_decay(decay, left, j + W, count)
             g = tl.where(there[None, :] & (t[:, None] - j[None, :] >= W), g, 0.0)
             acc_f = tl.dot(g.to(DOT), fk, acc_f, input_precision=PRECISION)
         store_rows(grad_feature + place * F, H * F, t, real, acc_f, F, BF)
@@ -190,12 +203,18 @@ def hybrid_linear_bwd_query_kernel(
 @triton.jit
 def hybrid_linear_bwd_reverse_kernel(
     feature_q, grad_output, terms, sums, sums_z, first_kv, first_z,
+    decay, before, before_z, last_kv, last_z, across,
     start, size, base,
-    length, slots, plane, fq_b, fq_h, fq_t, go_b, go_h, go_t,
-    H: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
-    KIND: tl.constexpr, PAST: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    length, slots, plane, states, fq_b, fq_h, fq_t, go_b, go_h, go_t,
+    H: tl.constexpr, E: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, BF: tl.constexpr,
+    BV: tl.constexpr, KIND: tl.constexpr, PAST: tl.constexpr, DECAY: tl.constexpr, LAST: tl.constexpr,
+    DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums `(B H, slots, F, V)` and sums_z `(B H, slots, F)`: what the queries after each chunk send back."""
+    """sums `(B H, slots, F, V)` and sums_z `(B H, slots, F)`: what the queries after each chunk send back.
+
+    Of a memory that forgets, the state after the last token sends too (last_kv, last_z, its gradients), and `across`
+    `(tiles of V, B H, slots, F)` gets the products with the sums before the next chunk (before, before_z).
+    """
     tiles_v: tl.constexpr = (V + BV - 1) // BV
     tile_f, tile_v = tl.program_id(0) // tiles_v, tl.program_id(0) % tiles_v
     row, head = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
@@ -211,6 +230,17 @@ def hybrid_linear_bwd_reverse_kernel(
     fq_row = feature_q + b64 * fq_b + head * fq_h + f[None, :]
     go_row = grad_output + b64 * go_b + head * go_h + e[None, :]
     chunks = tl.cdiv(count, C)
+    if DECAY:
+        memory = b64 * E + head // (H // E)
+        decay += memory * length + first
+        held = tl.zeros((BF, BV), before.dtype.element_ty)  # no sums lie behind the last chunk
+        held_z = tl.zeros((BF,), tl.float32)
+        whole = tl.load(decay + count - 1, mask=count > 0, other=0.0)
+        if LAST:  # query heads that share a state: one of them sends its gradient
+            sends = tl.where(head % (H // E) == 0, 1.0, 0.0)
+            acc = tl.load(last_kv + (memory * F + f[:, None]) * V + e[None, :], in_f[:, None] & in_v[None, :], 0.0)
+            acc *= sends
+            acc_z = tl.load(last_z + memory * F + f, in_f, 0.0) * sends
     for i in range(0, chunks):
         c = chunks - 1 - i
         slot_index = state * slots + slot + c
@@ -221,6 +251,18 @@ def hybrid_linear_bwd_reverse_kernel(
         )
         if tile_v == 0:
             tl.store(sums_z + slot_index * F + f, acc_z, mask=in_f)
+        if DECAY:
+            product = tl.sum(acc * held.to(tl.float32), 1)
+            if tile_v == 0:
+                product += acc_z * held_z
+            place = ((tile_v * states + state) * slots + slot + c) * F + f
+            tl.store(across + place, product, mask=in_f)
+            # Those before this chunk are what the next step needs: asked for here, they come beside its other loads.
+            held_index = memory * slots + slot + c
+            held = tl.load(
+                before + held_index * (F * V) + f[:, None] * V + e[None, :], in_f[:, None] & in_v[None, :], 0.0
+            )
+            held_z = tl.load(before_z + held_index * F + f, in_f, 0.0)
         t = c * C + tl.arange(0, C)
         real = t < count
         index = (first + t).to(tl.int64)[:, None]
@@ -229,6 +271,13 @@ def hybrid_linear_bwd_reverse_kernel(
         stat = state * length + first + t
         inverse = tl.load(terms + 2 * plane + stat, mask=real, other=0.0)
         grad_den = tl.load(terms + 3 * plane + stat, mask=real, other=0.0)
+        if DECAY:
+            left = tl.exp2(tl.load(decay + t, mask=real, other=0.0))
+            inverse *= left
+            grad_den *= left
+            acc *= tl.exp2(whole)
+            acc_z *= tl.exp2(whole)
+            whole = tl.load(decay + tl.maximum(c * C - 1, 0))
         scaled = (grad.to(tl.float32) * inverse[:, None]).to(DOT)
         acc = tl.dot(tl.trans(phi.to(DOT)), scaled, acc, input_precision=PRECISION)
         acc_z += tl.sum(phi.to(tl.float32) * grad_den[:, None], 0)
@@ -240,18 +289,19 @@ def hybrid_linear_bwd_reverse_kernel(
 
 @triton.jit
 def hybrid_linear_bwd_key_kernel(
-    query, key, value, feature_q, feature_k, grad_output, terms, stats, best, sums, sums_z, last_kv, last_z,
-    grad_key, grad_value, grad_feature,
+    query, key, value, feature_q, feature_k, grad_output, terms, stats, best, sums, sums_z, last_kv, last_z, decay,
+    grad_key, grad_value, grad_feature, key_terms,
     table, base, query_base, start, size, past,
-    number, length, slots, key_offset, key_length, scale, scaling, plane,
+    number, length, slots, key_offset, key_length, scale, scaling, plane, decay_plane,
     q_b, q_h, q_t, k_b, k_h, k_t, v_b, v_h, v_t, fq_b, fq_h, fq_t, fk_b, fk_h, fk_t, go_b, go_h, go_t,
     H: tl.constexpr, G: tl.constexpr, E: tl.constexpr, D: tl.constexpr, V: tl.constexpr, F: tl.constexpr,
     W: tl.constexpr, S: tl.constexpr, WB: tl.constexpr, C: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr,
     KIND: tl.constexpr, PAST: tl.constexpr, LAST: tl.constexpr, LINEAR: tl.constexpr, MAXIMUM: tl.constexpr,
-    INPUTS: tl.constexpr, FEATURES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    DECAY: tl.constexpr, INPUTS: tl.constexpr, FEATURES: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients per query head: grad_key, grad_value, grad_feature `(B, T', H, D | V | F)`, T' with the ring."""
+    """Gradients per query head: grad_key, grad_value, grad_feature `(B, T', H, D | V | F)`, T' with the ring; of a
+    memory that forgets key_terms `(B, H, T')`, phi_k . d phi_k."""
     batch, head = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
     chunk, slot, first, count = find_block(
         tl.program_id(0) // (C // BN), batch, table, base, number, start, size, length, KIND
@@ -283,6 +333,15 @@ def hybrid_linear_bwd_key_kernel(
     f = tl.arange(0, BF)
     end = tl.minimum((chunk + 1) * C, count)
     later = (chunk + 1) * C < count
+    if DECAY:
+        if LAST:  # which the sums hold
+            later = chunk * C < count
+        decay += (b64 * E + head // (H // E)) * length + first
+        entry = j + W
+        enters = valid & (entry < count)
+        since = tl.load(decay + entry, mask=enters, other=0.0)
+        kept = tl.exp2(tl.load(decay + decay_plane + entry, mask=enters, other=0.0))
+        kept = tl.where(enters, kept, 0.0)
     sum_index = (b64 * H + head) * slots + slot + chunk
     folded = valid & (j < count - W)
     last_index = b64 * E + head // (H // E)
@@ -293,7 +352,9 @@ def hybrid_linear_bwd_key_kernel(
             kv = load_rows(sums + sum_index * (F * V), V, f, f < F, V, BV)
             z = tl.load(sums_z + sum_index * F + f, mask=f < F, other=0.0)
             acc = tl.dot(v, tl.trans(kv), acc, input_precision=PRECISION) + z[None, :]
-        if LAST:
+            if DECAY:
+                acc *= kept[:, None]
+        if LAST and not DECAY:
             kv = load_rows(last_kv + last_index * (F * V), V, f, f < F, V, BV).to(DOT)
             z = tl.load(last_z + last_index * F + f, mask=f < F, other=0.0)
             sent = tl.dot(v, tl.trans(kv), input_precision=PRECISION) + z[None, :]
@@ -306,10 +367,17 @@ def hybrid_linear_bwd_key_kernel(
             inverse = tl.load(terms + 2 * plane + stat + i, mask=real, other=0.0)
             grad_den = tl.load(terms + 3 * plane + stat + i, mask=real, other=0.0)
             g = tl.dot(v, tl.trans(grad), input_precision=PRECISION) * inverse[None, :] + grad_den[None, :]
+            if DECAY:
+                left = tl.load(decay + i, mask=real, other=0.0)
+                g *= tl.exp2(tl.minimum(left[None, :] - since[:, None], 0.0))
             g = tl.where(i[None, :] - j[:, None] >= W, g, 0.0)
             acc = tl.dot(g.to(DOT), phi, acc, input_precision=PRECISION)
         acc = tl.where(valid[:, None], acc, 0.0)
         store_rows(grad_feature + place * F, H * F, j, exists, acc, F, BF)
+        if DECAY:
+            fk = load_rows(feature_k + b64 * fk_b + (head // (H // E)) * fk_h, fk_t, key_first + j, valid, F, BF)
+            key_place = (b64 * H + head) * key_length + key_first + j
+            tl.store(key_terms + key_place, tl.sum(acc * fk.to(tl.float32), 1), mask=exists)
     if INPUTS:
         acc_v = tl.zeros((BN, BV), tl.float32)
         if W > 0:
@@ -340,8 +408,9 @@ def hybrid_linear_bwd_key_kernel(
             fk = load_rows(fk_row, fk_t, key_first + j, valid, F, BF).to(DOT)
             if later:
                 kv = load_rows(sums + sum_index * (F * V), V, f, f < F, V, BV)
-                acc_v = tl.dot(fk, kv, acc_v, input_precision=PRECISION)
-            if LAST:
+                sender = (fk.to(tl.float32) * kept[:, None]).to(DOT) if DECAY else fk
+                acc_v = tl.dot(sender, kv, acc_v, input_precision=PRECISION)
+            if LAST and not DECAY:
                 kv = load_rows(last_kv + last_index * (F * V), V, f, f < F, V, BV).to(DOT)
                 sent = tl.dot(fk, kv, input_precision=PRECISION)
                 acc_v += tl.where(folded[:, None] & sends_last, sent, 0.0)
@@ -352,6 +421,9 @@ def hybrid_linear_bwd_key_kernel(
                 phi = load_rows(fq_row, fq_t, i, real, F, BF).to(DOT)
                 inverse = tl.load(terms + 2 * plane + stat + i, mask=real, other=0.0)
                 pairs = tl.dot(fk, tl.trans(phi), input_precision=PRECISION) * inverse[None, :]
+                if DECAY:
+                    left = tl.load(decay + i, mask=real, other=0.0)
+                    pairs *= tl.exp2(tl.minimum(left[None, :] - since[:, None], 0.0))
                 pairs = tl.where(i[None, :] - j[:, None] >= W, pairs, 0.0)
                 acc_v = tl.dot(pairs.to(DOT), grad, acc_v, input_precision=PRECISION)
         store_rows(grad_value + place * V, H * V, j, exists, acc_v, V, BV)

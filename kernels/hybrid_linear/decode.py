@@ -8,7 +8,7 @@ No program of the kernel reads what another writes:
   reads the one of `count % 2` and writes the other. The caller advances `count`, once per token for all layers.
 
 Legend: B batch, H query heads, G key/value heads, HK state heads (H, or G when a group shares its key map), D head
-dim, Dv value dim, F features, f width of a map, W window, S sinks.
+dim, Dm width of what the maps read, Dv value dim, F features, f width of a map, W window, S sinks.
 """
 
 import torch
@@ -28,7 +28,6 @@ KEY_TILE = 4096  # elements of the window's keys, then values, that a program ho
 MAX_REGISTERS = 128  # of a thread, where that spills nothing: two programs of 8 warps share a multiprocessor
 PROGRAMS = 132  # fewer than this: value dimensions are divided further, down to MIN_BLOCK_DV
 MIN_BLOCK_DV = 32
-READ = 8  # fields of a state that the kernel knows: all but window_map_key, which it takes none of
 HEADS_TOGETHER: int | None = None  # heads of a row that run side by side; None is a group, which shares a window
 
 
@@ -40,8 +39,14 @@ def decode_unsupported(query: Tensor, query_features, key_features) -> str | Non
     if query.shape[-1] > MAX_DIM:
         return f"the decode kernel takes head dimensions up to {MAX_DIM} and this one is {query.shape[-1]}"
     for features in (query_features, key_features):
-        if features is not None and feature_count(features) > MAX_FEATURES:
+        if features is None:
+            continue
+        if feature_count(features) > MAX_FEATURES:
             return f"the decode kernel takes up to {MAX_FEATURES} features and these are {feature_count(features)}"
+        if not isinstance(features, Tensor) and features.weight.shape[1] > MAX_DIM:
+            return (
+                f"the decode kernel takes maps of up to {MAX_DIM} numbers, this one reads {features.weight.shape[1]}"
+            )
     return None
 
 
@@ -60,6 +65,9 @@ def decode_step(
     scaling: float | None,
     attention_mask: Tensor | None,
     state,
+    map_query: Tensor | None = None,
+    map_key: Tensor | None = None,
+    log_decay: Tensor | None = None,
 ) -> tuple[Tensor, State]:
     """One token per row from an old state to a new one, in one launch; arguments as in `hybrid_linear_attention`.
 
@@ -67,6 +75,7 @@ def decode_step(
         query: `(B, H, 1, D)`; key `(B, G, 1, D)`; value `(B, G, 1, Dv)`; features `(B, heads, 1, F)`, maps or None.
         attention_mask: `(B, 1)`, 0 leaves the row's state as it is and gives 0.
         state: fields of `HybridLinearState`; not changed.
+        map_query, map_key, log_decay: `(B, H, 1, Dm)`, `(B, G, 1, Dm)`, `(B, HK, 1)` or None.
 
     Returns:
         Output `(B, H, 1, Dv)` in the query's dtype, and the new state's fields.
@@ -74,7 +83,7 @@ def decode_step(
     old = State._make(map(dense, state))
     new = State._make(None if x is None else torch.empty_like(x) for x in old)
     output = _launch(
-        (query, key, value, query_features, key_features),
+        (query, key, value, query_features, key_features, map_query, map_key, log_decay),
         (window_weight, window_shift, window_reference, window, sinks, scaling, attention_mask),
         old,
         new,
@@ -100,6 +109,9 @@ def decode_step_(
     attention_mask: Tensor | None,
     buffers,
     count: Tensor,
+    map_query: Tensor | None = None,
+    map_key: Tensor | None = None,
+    log_decay: Tensor | None = None,
     log_weight: bool = False,
 ) -> Tensor:
     """One token per row that changes the buffers in place, in one launch; CUDA graphs replay it.
@@ -107,16 +119,18 @@ def decode_step_(
     Args: those of `decode_step`, and
         buffers: contiguous fields. kv `(B, HK, F, Dv)` and normalizer `(2, B, HK, F)`, float32, half `count % 2`
             of a row being its current one; ring key `(B, G, R, D)`, value `(B, G, R, Dv)` and features `(B, HK, R, F)`
-            (None with a map), R = W + 1 (0 when W = 0), token j in slot j % R; sink key and value `(B, G, S, *)`.
+            (None with a map), R = W + 1 (0 when W = 0), token j in slot j % R; sink key and value `(B, G, S, *)`;
+            ring_map_key `(B, G, R, Dm)` or None.
         count: `(B,)` int64, each row's tokens before this one; the caller advances it.
         log_weight: `window_weight` is its logarithm.
 
     Returns:
         Output `(B, H, 1, Dv)` in the query's dtype.
     """
-    held = State._make((*buffers[: READ - 1], count, None))
+    *fields, ring_map_key = buffers
+    held = State._make((*fields, count, ring_map_key))
     return _launch(
-        (query, key, value, query_features, key_features),
+        (query, key, value, query_features, key_features, map_query, map_key, log_decay),
         (window_weight, window_shift, window_reference, window, sinks, scaling, attention_mask),
         held,
         held,
@@ -133,9 +147,9 @@ def feature_count(features) -> int:
 
 
 def _launch(inputs, options, old: State, new: State, *, in_place: bool, log_weight: bool) -> Tensor:
-    query, key, value, query_features, key_features = inputs
+    query, key, value, query_features, key_features, map_query, map_key, log_decay = inputs
     window_weight, window_shift, window_reference, window, sinks, scaling, mask = options
-    query, key, value = map(dense_rows, (query, key, value))
+    query, key, value, map_query, map_key = map(dense_rows, (query, key, value, map_query, map_key))
     batch, heads, _, dim = query.shape
     groups, value_dim, state_heads = key.shape[1], value.shape[-1], old.kv.shape[1]
     query_given, query_map, query_activation = _split_features(query_features)
@@ -145,21 +159,23 @@ def _launch(inputs, options, old: State, new: State, *, in_place: bool, log_weig
     if mask is not None:
         mask = mask.view(torch.uint8) if mask.dtype == torch.bool else (mask != 0).view(torch.uint8)
     output = torch.empty(batch, heads, 1, value_dim, dtype=query.dtype, device=query.device)
+    map_dim = dim if map_query is None else map_query.shape[-1]
     blocks, limits = _blocks(
-        batch * state_heads, heads // state_heads, dim, value_dim, halves, count // halves, window, sinks
+        batch * state_heads, heads // state_heads, dim, map_dim, value_dim, halves, count // halves, window, sinks
     )
     grid = (batch * state_heads * cdiv(value_dim, blocks["BLOCK_DV"]),)
     weights = (dense(x) for x in (*query_map, *key_map, window_weight, window_shift))
-    tensors = (query, key, value, query_given, key_given, *weights, mask)
+    per_token = (query, key, value, query_given, key_given, map_query, map_key, log_decay)
+    tensors = (*per_token, *weights, mask)
     launch(
         hybrid_linear_decode_kernel,
         grid,
         (
-            *(query if x is None else x for x in (*tensors, *old[:READ], *new[:READ])),  # what is absent is never read
+            *(query if x is None else x for x in (*tensors, *old, *new)),  # what is absent is never read
             output,
         ),
         (
-            *(stride for x in (query, key, value, query_given, key_given) for stride in _strides(x)),
+            *(stride for x in per_token for stride in _strides(x)),
             0 if mask is None else mask.stride(0),
             old.normalizer.stride(0) if in_place else 0,
             dim**-0.5 if scaling is None else scaling,
@@ -170,6 +186,7 @@ def _launch(inputs, options, old: State, new: State, *, in_place: bool, log_weig
             "G": groups,
             "HK": state_heads,
             "D": dim,
+            "DM": map_dim,
             "DV": value_dim,
             "W": window,
             "S": sinks,
@@ -183,6 +200,8 @@ def _launch(inputs, options, old: State, new: State, *, in_place: bool, log_weig
             "KEY_MAGNITUDE": key_map[2] is not None,
             "HAS_SHIFT": window_shift is not None,
             "HAS_MASK": mask is not None,
+            "MAPPED": map_key is not None,
+            "DECAY": log_decay is not None,
             "LOG_WEIGHT": log_weight,
             "MAXIMUM": window_reference == "max",
             "IN_PLACE": in_place,
@@ -205,9 +224,11 @@ def _strides(x: Tensor | None) -> tuple[int, int]:
     return (0, 0) if x is None else (x.stride(0), x.stride(1))
 
 
-def _blocks(programs: int, ratio: int, dim: int, value_dim: int, halves: int, width: int, window: int, sinks: int):
+def _blocks(
+    programs: int, ratio: int, dim: int, map_dim: int, value_dim: int, halves: int, width: int, window: int, sinks: int
+):
     """Tile sizes by shape: the sums fit a program's registers, and a small batch still fills the device."""
-    dim2, width2 = next_power_of_2(dim), next_power_of_2(max(width, 1))
+    dim2, map_dim2, width2 = (next_power_of_2(max(size, 1)) for size in (dim, map_dim, width))
     value2 = next_power_of_2(value_dim)
     block_dv = min(value2, max(TILE // (halves * width2), 16))
     while block_dv > MIN_BLOCK_DV and programs * cdiv(value_dim, block_dv) * 2 <= PROGRAMS:
@@ -215,9 +236,10 @@ def _blocks(programs: int, ratio: int, dim: int, value_dim: int, halves: int, wi
     tokens = max(KEY_TILE // max(dim2, block_dv), 16)
     blocks = {
         "D2": dim2,
+        "DM2": map_dim2,
         "F2": width2,
         "BLOCK_DV": block_dv,
-        "BLOCK_D": min(dim2, max(MAP_TILE // width2, 16)),
+        "BLOCK_D": min(map_dim2, max(MAP_TILE // width2, 16)),
         "BLOCK_W": min(next_power_of_2(max(window, 1)), tokens),
         "BLOCK_S": min(next_power_of_2(max(sinks, 1)), tokens),
     }

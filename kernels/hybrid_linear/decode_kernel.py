@@ -127,6 +127,9 @@ def hybrid_linear_decode_kernel(
     value,
     query_given,
     key_given,
+    map_query,
+    map_key,
+    log_decay,
     query_weight,
     query_bias,
     query_magnitude,
@@ -144,6 +147,7 @@ def hybrid_linear_decode_kernel(
     sink_key,
     sink_value,
     count,
+    ring_map_key,
     new_kv,
     new_normalizer,
     new_ring_key,
@@ -152,6 +156,7 @@ def hybrid_linear_decode_kernel(
     new_sink_key,
     new_sink_value,
     new_count,
+    new_ring_map_key,
     output,
     query_stride_b,
     query_stride_h,
@@ -163,6 +168,12 @@ def hybrid_linear_decode_kernel(
     query_given_stride_h,
     key_given_stride_b,
     key_given_stride_h,
+    map_query_stride_b,
+    map_query_stride_h,
+    map_key_stride_b,
+    map_key_stride_h,
+    log_decay_stride_b,
+    log_decay_stride_h,
     mask_stride,
     normalizer_half,
     scaling,
@@ -172,6 +183,8 @@ def hybrid_linear_decode_kernel(
     HK: tl.constexpr,
     D: tl.constexpr,
     D2: tl.constexpr,
+    DM: tl.constexpr,
+    DM2: tl.constexpr,
     DV: tl.constexpr,
     W: tl.constexpr,
     S: tl.constexpr,
@@ -186,6 +199,8 @@ def hybrid_linear_decode_kernel(
     KEY_MAGNITUDE: tl.constexpr,
     HAS_SHIFT: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    MAPPED: tl.constexpr,
+    DECAY: tl.constexpr,
     LOG_WEIGHT: tl.constexpr,
     MAXIMUM: tl.constexpr,
     IN_PLACE: tl.constexpr,
@@ -233,24 +248,33 @@ def hybrid_linear_decode_kernel(
         half = (t64 % 2) * normalizer_half if IN_PLACE else 0
         sums = tl.load(kv + state_head * (F * DV) + at, mask=at_ok, other=0.0, cache_modifier=".cg")
         norm = tl.load(normalizer + half + state_head * F + row, mask=row_ok, other=0.0)
+        if DECAY:
+            forget = tl.load(log_decay + b * log_decay_stride_b + hk * log_decay_stride_h).to(tl.float32)
+            forget = tl.where(real, tl.exp(forget), 1.0)
+            sums *= forget
+            norm *= forget
         key_given += b * key_given_stride_b + hk * key_given_stride_h
         left_key, left_value, left_features = key, value, key_given
+        if MAPPED:
+            map_key += b * map_key_stride_b + g * map_key_stride_h
+            ring_map_key += group * (RING * DM)
+            left_key = map_key
         if W > 0:
             slot = (leaving + RING) % RING
-            left_key, left_value = ring_key + slot * D, ring_value + slot * DV
+            left_key, left_value = ring_map_key + slot * DM if MAPPED else ring_key + slot * D, ring_value + slot * DV
             if KEY_ACTIVATION == 0:
                 left_features = ring_features + (state_head * RING + slot) * F
         phi = _features(
             left_key,
             folds,
             left_features,
-            key_weight + hk * (D * (F if KEY_ACTIVATION > 2 else WIDTH)),
+            key_weight + hk * (DM * (F if KEY_ACTIVATION > 2 else WIDTH)),
             key_bias + hk * (F if KEY_ACTIVATION > 2 else WIDTH),
-            key_magnitude + hk * D,
+            key_magnitude + hk * DM,
             row,
             row_ok,
-            D,
-            D2,
+            DM,
+            DM2,
             WIDTH,
             F2,
             HALVES,
@@ -293,16 +317,16 @@ def hybrid_linear_decode_kernel(
             y = soft / tl.where(total > 0, total, 1.0)
         if F > 0:
             phi = _features(
-                q,
+                map_query + b * map_query_stride_b + h * map_query_stride_h if MAPPED else q,
                 real,
                 query_given + b * query_given_stride_b + h * query_given_stride_h,
-                query_weight + h * (D * (F if QUERY_ACTIVATION > 2 else WIDTH)),
+                query_weight + h * (DM * (F if QUERY_ACTIVATION > 2 else WIDTH)),
                 query_bias + h * (F if QUERY_ACTIVATION > 2 else WIDTH),
-                query_magnitude + h * D,
+                query_magnitude + h * DM,
                 row,
                 row_ok,
-                D,
-                D2,
+                DM,
+                DM2,
                 WIDTH,
                 F2,
                 HALVES,
@@ -332,6 +356,10 @@ def hybrid_linear_decode_kernel(
                 tl.store(ring_value + ring_place * DV + dv, own_value, mask=dv < keep * DV)
                 if split == 0:
                     tl.store(ring_key + ring_place * D + d, own_key, mask=d < keep * D)
+                    if MAPPED:
+                        dm = tl.arange(0, DM2)
+                        own_map_key = tl.load(map_key + dm, mask=dm < keep * DM, other=0.0)
+                        tl.store(ring_map_key + ring_place * DM + dm, own_map_key, mask=dm < keep * DM)
             if S > 0:
                 keep = tl.where(sink_place >= 0, 1, 0)
                 tl.store(sink_value + sink_place * DV + dv, own_value, mask=dv < keep * DV)
@@ -354,6 +382,9 @@ def hybrid_linear_decode_kernel(
                 new_sink_key += group * (S * D)
                 _copy_slots(ring_key, new_ring_key, key, ring_place, W, D, BLOCK_W, 0, D, D2)
                 _copy_slots(sink_key, new_sink_key, key, sink_place, S, D, BLOCK_S, 0, D, D2)
+                if MAPPED:
+                    new_ring_map_key += group * (W * DM)
+                    _copy_slots(ring_map_key, new_ring_map_key, map_key, ring_place, W, DM, BLOCK_W, 0, DM, DM2)
         if F > 0:
             if KEY_ACTIVATION == 0:
                 if split == 0:

@@ -2,9 +2,9 @@
 
 `state`: one program per (row, feature head, tile of the F x V sums) walks the row's keys once and leaves the sums
 before each chunk of C queries; a key enters them when it is out of the window of all those queries, that is before
-`c C - W'`, W' = W rounded up to key blocks. `output`: one program per (block of queries, head) does the window and
-the sinks by online softmax, scales the result by its mass, adds phi_q times the sums and the far keys of its own chunk
-one by one, and divides by the shared denominator.
+`c C - W'`, W' = W rounded up to key blocks, or W itself where the memory forgets (`decay.py`). `output`: one program
+per (block of queries, head) does the window and the sinks by online softmax, scales the result by its mass, adds phi_q
+times the sums and the far keys of its own chunk one by one, and divides by the shared denominator.
 
 Legend: B batch, H query heads, G key/value heads, E feature heads (H or G), T tokens, D head dim, V value dim,
 F features, W window, S sinks, C chunk. Scores are kept in base 2.
@@ -24,13 +24,14 @@ DENOMINATOR_FLOOR = tl.constexpr(1e-20)
 
 @triton.jit
 def hybrid_linear_state_kernel(
-    feature_k, value, first_kv, first_z, sums, sums_z, last_kv, last_z,
+    feature_k, value, decay, first_kv, first_z, sums, sums_z, last_kv, last_z,
     start, size, past, base,
-    length, slots, key_offset,
+    length, slots, key_offset, decay_plane,
     fk_b, fk_h, fk_t, v_b, v_h, v_t,
     E: tl.constexpr, G: tl.constexpr, F: tl.constexpr, V: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
     WB: tl.constexpr, C: tl.constexpr, BF: tl.constexpr, BV: tl.constexpr,
-    KIND: tl.constexpr, PAST: tl.constexpr, FINAL: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    KIND: tl.constexpr, PAST: tl.constexpr, DECAY: tl.constexpr, FINAL: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """sums `(B E, slots, F, V)` in DOT's dtype and sums_z `(B E, slots, F)`: what precedes each chunk."""
     tiles_v: tl.constexpr = (V + BV - 1) // BV
@@ -57,6 +58,8 @@ def hybrid_linear_state_kernel(
     out = sums + (state * slots + slot) * (F * V) + f[:, None] * V + e[None, :]
     out_z = sums_z + (state * slots + slot) * F + f
     chunks = tl.cdiv(count, C)
+    if DECAY:  # of the whole chunk, always asked for a step before it is needed
+        whole = tl.load(decay + state * length + first + tl.minimum(C, count) - 1, mask=count > 0, other=0.0)
     for c in range(0, chunks):
         tl.store(out, acc.to(sums.dtype.element_ty), mask=in_f[:, None] & in_v[None, :])
         if tile_v == 0:
@@ -68,9 +71,18 @@ def hybrid_linear_state_kernel(
         index = (key_first + t).to(tl.int64)[:, None]
         phi = tl.load(fk_row + index * fk_t, mask=inside & in_f[None, :], other=0.0)
         v = tl.load(v_row + index * v_t, mask=inside & in_v[None, :], other=0.0)
+        if DECAY:  # the keys that enter at this chunk's tokens, at its end
+            entry = c * C + tl.arange(0, C)
+            after = tl.load(decay + decay_plane + state * length + first + entry, mask=entry < count, other=0.0)
+            phi = phi.to(tl.float32) * tl.exp2(after)[:, None]
+            acc *= tl.exp2(whole)
+            acc_z *= tl.exp2(whole)
+            whole = tl.load(decay + state * length + first + tl.minimum(c * C + 2 * C, count) - 1)
         acc = tl.dot(tl.trans(phi.to(DOT)), v.to(DOT), acc, input_precision=PRECISION)
         acc_z += tl.sum(phi.to(tl.float32), 0)
-    if FINAL:  # the keys that left the window of the last token, but not of the last chunk's first one
+    if (
+        FINAL
+    ):  # the keys that left the window of the last token, but not of the last chunk's first one; with WB = W none
         t = chunks * C - WB + tl.arange(0, C)
         inside = ((t >= lowest) & (t < count - W))[:, None]
         index = (key_first + t).to(tl.int64)[:, None]
@@ -106,7 +118,7 @@ def track_best(best, top, s, code):
 
 @triton.jit
 def hybrid_linear_fwd_kernel(
-    query, key, value, feature_q, feature_k, sink_key, sink_value, sums, sums_z, weight, shift,
+    query, key, value, feature_q, feature_k, sink_key, sink_value, sums, sums_z, decay, weight, shift,
     output, difference, stats, best,
     table, base, start, size, past,
     number, length, slots, key_offset, scale, plane, sk_b, sk_h, sk_t, sv_b, sv_h, sv_t,
@@ -115,7 +127,7 @@ def hybrid_linear_fwd_kernel(
     W: tl.constexpr, S: tl.constexpr, WB: tl.constexpr, C: tl.constexpr,
     BQ: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr, BV: tl.constexpr, BF: tl.constexpr, BS: tl.constexpr,
     KIND: tl.constexpr, PAST: tl.constexpr, SINKS_OF_ROW: tl.constexpr, LINEAR: tl.constexpr, SHIFT: tl.constexpr,
-    MAXIMUM: tl.constexpr, SAVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    MAXIMUM: tl.constexpr, DECAY: tl.constexpr, SAVE: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """output, difference `(B, T, H, V)`; stats and best as in `function.Saved`."""
     batch, head = tl.program_id(1) // H, (tl.program_id(1) % H).to(tl.int64)
@@ -192,12 +204,14 @@ def hybrid_linear_fwd_kernel(
                     tl.store(stats + 3 * plane + stat, r, mask=real)
                     tl.store(best + stat, code, mask=real)
     if LINEAR:
+        if DECAY:
+            decay += (b64 * E + head // (H // E)) * length + first
         acc, den = add_linear_branch(
             acc, den, feature_q + b64 * fq_b + head * fq_h, fq_t,
             feature_k + b64 * fk_b + (head // (H // E)) * fk_h + key_first * fk_t.to(tl.int64), fk_t,
             v_row, v_t,
-            sums, sums_z, (b64 * E + head // (H // E)) * slots + slot + chunk, t, first, real, begin, count, lowest,
-            tl.maximum(chunk * C - WB, KLOW), W, V, F, BQ, BK, BV, BF, DOT, PRECISION,
+            sums, sums_z, (b64 * E + head // (H // E)) * slots + slot + chunk, decay, t, first, real, begin, count,
+            lowest, tl.maximum(chunk * C - WB, KLOW), W, V, F, BQ, BK, BV, BF, DECAY, DOT, PRECISION,
         )  # fmt: skip
         if SAVE:
             tl.store(stats + 2 * plane + stat, den, mask=real)
@@ -209,25 +223,38 @@ def hybrid_linear_fwd_kernel(
 
 
 @triton.jit
+def pair_decay(decay_row, left, entry, count):
+    """What is left for queries, whose sums are `left`, of keys that entered at `entry`: `(queries, keys)`."""
+    since = tl.load(decay_row + entry, mask=(entry >= 0) & (entry < count), other=0.0)
+    return tl.exp2(tl.minimum(left[:, None] - since[None, :], 0.0))
+
+
+@triton.jit
 def add_linear_branch(
-    acc, den, fq_row, fq_t, fk_row, fk_t, v_row, v_t, sums, sums_z, sum_index, t, first, real, begin, count, lowest,
-    from_key, W: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
-    BV: tl.constexpr, BF: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+    acc, den, fq_row, fq_t, fk_row, fk_t, v_row, v_t, sums, sums_z, sum_index, decay_row, t, first, real, begin,
+    count, lowest, from_key, W: tl.constexpr, V: tl.constexpr, F: tl.constexpr, BQ: tl.constexpr, BK: tl.constexpr,
+    BV: tl.constexpr, BF: tl.constexpr, DECAY: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add numerator and denominator of the far keys: by the sums before the chunk, then one by one."""
     f = tl.arange(0, BF)
     phi = load_rows(fq_row, fq_t, first + t, real, F, BF)
     z = tl.load(sums_z + sum_index * F + f, mask=f < F, other=0.0)
-    den += tl.sum(phi.to(tl.float32) * z[None, :], 1)
+    reading = phi
+    if DECAY:
+        left = tl.load(decay_row + t, mask=real, other=0.0)
+        reading = phi.to(tl.float32) * tl.exp2(left)[:, None]
+    den += tl.sum(reading.to(tl.float32) * z[None, :], 1)
     phi = phi.to(DOT)
     kv = load_rows(sums + sum_index * (F * V), V, f, f < F, V, BV)
-    acc = tl.dot(phi, kv, acc, input_precision=PRECISION)
+    acc = tl.dot(reading.to(DOT), kv, acc, input_precision=PRECISION)
     for j0 in range(from_key, tl.minimum(begin + BQ - W, count), BK):
         j = j0 + tl.arange(0, BK)
         there = (j >= lowest) & (j < count)
         fk = load_columns(fk_row, fk_t, j, there, F, BF).to(DOT)
         v = load_rows(v_row, v_t, j, there, V, BV).to(DOT)
         pairs = tl.dot(phi, fk, input_precision=PRECISION)
+        if DECAY:
+            pairs *= pair_decay(decay_row, left, j + W, count)
         pairs = tl.where(there[None, :] & (t[:, None] - j[None, :] >= W), pairs, 0.0)
         den += tl.sum(pairs, 1)
         acc = tl.dot(pairs.to(DOT), v, acc, input_precision=PRECISION)

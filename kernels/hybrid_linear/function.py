@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..launching import cdiv, launch, tile_side, triton_type
 from ..triton_support import product_precision
+from .decay import decay_sums
 from .forward import hybrid_linear_fwd_kernel, hybrid_linear_state_kernel
 from .maps import map_features
 from .rows import PLAIN, SPANS, Blocks, Rows, make_blocks
@@ -51,6 +52,9 @@ class Operands(NamedTuple):
     sink_value: Tensor | None
     first_kv: Tensor | None
     first_z: Tensor | None
+    map_query: Tensor | None
+    map_key: Tensor | None
+    log_decay: Tensor | None
 
 
 class Launch(NamedTuple):
@@ -111,17 +115,19 @@ class Settings(NamedTuple):
 @functools.lru_cache(maxsize=256)
 def make_settings(
     tiles: Tiles, dtype, heads, groups, feature_heads, dim, value_dim, width, window, sinks, kind, past, linear, shift,
-    maximum,
+    maximum, decay,
 ) -> Settings:  # fmt: skip
     """Settings of a call with these dtypes, sizes and switches."""
     dot, precision = product_precision(dtype)
     grain = max(launch.inner for launch in tiles[2:])
-    reach = cdiv(window, grain) * grain
+    # The keys that enter a memory that forgets at a chunk's tokens are those of one chunk.
+    reach = window if decay else cdiv(window, grain) * grain
     values = {
         "H": heads, "G": groups, "E": feature_heads, "D": dim, "V": value_dim, "F": width,
         "W": window, "S": sinks, "WB": reach, "C": tiles.chunk,
         "BD": tile_side(dim), "BV": tile_side(value_dim), "BF": tile_side(width), "BS": tile_side(sinks),
         "SINKS_OF_ROW": not past, "SHIFT": shift, "MAXIMUM": maximum, "KIND": kind, "PAST": past, "LINEAR": linear,
+        "DECAY": decay,
         "DOT": triton_type(dot), "PRECISION": precision,
     }  # fmt: skip
     return Settings(tiles, reach, values)
@@ -135,15 +141,15 @@ class Plan(NamedTuple):
     keys: Blocks
 
 
-def make_plan(call: Call, query, value, feature_q, feature_k, groups: int, shift) -> Plan:
+def make_plan(call: Call, x: Operands, feature_q, feature_k) -> Plan:
     """Plan a call; features are None for the softmax branch alone."""
-    heads, dim, value_dim, rows = query.shape[1], query.shape[3], value.shape[3], call.rows
+    heads, dim, value_dim, rows = x.query.shape[1], x.query.shape[3], x.value.shape[3], call.rows
     linear = feature_q is not None
     width, feature_heads = (feature_q.shape[3], feature_k.shape[1]) if linear else (16, heads)
-    tiles = choose_tiles(product_precision(query.dtype)[0], max(dim, value_dim, width))
+    tiles = choose_tiles(product_precision(x.query.dtype)[0], max(dim, value_dim, width))
     settings = make_settings(
-        tiles, query.dtype, heads, groups, feature_heads, dim, value_dim, width, call.window, call.sinks, rows.kind,
-        rows.past is not None, linear, shift is not None, call.maximum,
+        tiles, x.query.dtype, heads, x.key.shape[1], feature_heads, dim, value_dim, width, call.window, call.sinks,
+        rows.kind, rows.past is not None, linear, x.shift is not None, call.maximum, x.log_decay is not None,
     )  # fmt: skip
     return Plan(settings, make_blocks(rows, tiles.chunk), make_blocks(rows, tiles.chunk, settings.reach))
 
@@ -159,7 +165,7 @@ def new_buffer(*shape: int, whole: bool, like: Tensor, dtype=None) -> Tensor:
     return make(shape, dtype=dtype or like.dtype, device=like.device)
 
 
-def run_sums(plan: Plan, call: Call, value, feature_k, first_kv, first_z):
+def run_sums(plan: Plan, call: Call, value, feature_k, first_kv, first_z, decay):
     """The sums before each chunk; and after the last token when the call asks for them."""
     settings, rows = plan.settings, call.rows
     heads, width, value_dim = feature_k.shape[1], feature_k.shape[3], value.shape[3]
@@ -175,9 +181,9 @@ def run_sums(plan: Plan, call: Call, value, feature_k, first_kv, first_z):
     launch(
         hybrid_linear_state_kernel,
         (cdiv(width, block_f) * cdiv(value_dim, block_v), rows.number * heads),
-        (feature_k, value, first_kv, first_z, sums, sums_z, last_kv, last_z, rows.start, rows.size, rows.past,
+        (feature_k, value, decay, first_kv, first_z, sums, sums_z, last_kv, last_z, rows.start, rows.size, rows.past,
          plan.queries.base),
-        (rows.length, plan.queries.total, call.window, *strides(feature_k, value)),
+        (rows.length, plan.queries.total, call.window, batch * rows.length, *strides(feature_k, value)),
         {"BF": block_f, "BV": block_v, "FINAL": call.final},
         *settings.tiles.sums[2:],
         shared=settings.values,
@@ -196,16 +202,20 @@ class Saved(NamedTuple):
 
     Fields: output and difference `(B, T, H, V)`, the softmax branch's output less the whole; stats `(3 or 4, B, H, T)`
     float32, log-sum-exp, mass, denominator and, where the level is the maximum, that maximum; best `(B, H, T)` int32,
-    the key that holds the maximum (counted as in `rows.py`, or 2^30 + number of a sink).
+    the key that holds the maximum (counted as in `rows.py`, or 2^30 + number of a sink); decay `(2, B, E, T)` float32,
+    as `decay_sums` gives it; last_kv, last_z, the sums after the last token where they forget.
     """
 
     output: Tensor
     difference: Tensor | None
     stats: Tensor | None
     best: Tensor | None
+    decay: Tensor | None = None
+    last_kv: Tensor | None = None
+    last_z: Tensor | None = None
 
 
-def run_forward(plan: Plan, call: Call, x: Operands, feature_q, feature_k, sums, sums_z, save: bool):
+def run_forward(plan: Plan, call: Call, x: Operands, feature_q, feature_k, sums, sums_z, decay, save: bool):
     """The output `(B, T, H, V)` and, with `save`, what the backward needs."""
     settings, rows, blocks = plan.settings, call.rows, plan.queries
     batch, heads, length, _ = x.query.shape
@@ -223,8 +233,8 @@ def run_forward(plan: Plan, call: Call, x: Operands, feature_q, feature_k, sums,
     launch(
         hybrid_linear_fwd_kernel,
         (blocks.total * (settings.tiles.chunk // sizes.block), batch * heads),
-        (x.query, x.key, x.value, feature_q, feature_k, sink_key, sink_value, sums, sums_z, x.weight, x.shift,
-         output, difference, stats, best, blocks.row, blocks.base, rows.start, rows.size, rows.past),
+        (x.query, x.key, x.value, feature_q, feature_k, sink_key, sink_value, sums, sums_z, decay, x.weight,
+         x.shift, output, difference, stats, best, blocks.row, blocks.base, rows.start, rows.size, rows.past),
         (rows.number, length, plan.queries.total, call.window, call.scaling * LOG2E, batch * heads * length,
          *strides(*tensors)),
         {"BQ": sizes.block, "BK": sizes.inner, "SAVE": save},
@@ -233,17 +243,21 @@ def run_forward(plan: Plan, call: Call, x: Operands, feature_q, feature_k, sums,
         None if save else sizes.registers,  # two outputs at a time need them all
         shared=settings.values,
     )  # fmt: skip
-    return output, Saved(output, difference, stats, best)
+    return output, Saved(output, difference, stats, best, decay)
 
 
 def run(call: Call, x: Operands, save: bool):
     """Launch the forward: the output `(B, H, T, V)`, last kv and normalizer or None; with `save` plan, sums, rest."""
     feature_q, feature_k = make_features(call, x)
-    plan = make_plan(call, x.query, x.value, feature_q, feature_k, x.key.shape[1], x.shift)
-    sums = sums_z = last_kv = last_z = None
+    plan = make_plan(call, x, feature_q, feature_k)
+    sums = sums_z = last_kv = last_z = decay = None
+    if x.log_decay is not None:
+        decay = decay_sums(call.rows, plan.queries, x.log_decay, plan.settings.values)
     if feature_q is not None:
-        sums, sums_z, last_kv, last_z = run_sums(plan, call, x.value, feature_k, x.first_kv, x.first_z)
-    output, saved = run_forward(plan, call, x, feature_q, feature_k, sums, sums_z, save)
+        sums, sums_z, last_kv, last_z = run_sums(plan, call, x.value, feature_k, x.first_kv, x.first_z, decay)
+    output, saved = run_forward(plan, call, x, feature_q, feature_k, sums, sums_z, decay, save)
+    if decay is not None:
+        saved = saved._replace(last_kv=last_kv, last_z=last_z)
     return output.transpose(1, 2), last_kv, last_z, (plan, sums, sums_z, saved)
 
 
@@ -298,6 +312,12 @@ def make_features(call: Call, x: Operands) -> tuple[Tensor | None, Tensor | None
     dot, _ = product_precision(x.query.dtype)
     query_map, key_map = maps_of(call, x)
     query_span, key_span = map_spans(call)
-    feature_q = x.feature_q if query_map is None else map_features(x.query, query_map, dot, span=query_span)
-    feature_k = x.feature_k if key_map is None else map_features(x.key, key_map, dot, span=key_span)
+    query, key = map_sources(x)
+    feature_q = x.feature_q if query_map is None else map_features(query, query_map, dot, span=query_span)
+    feature_k = x.feature_k if key_map is None else map_features(key, key_map, dot, span=key_span)
     return feature_q, feature_k
+
+
+def map_sources(x: Operands) -> tuple[Tensor, Tensor]:
+    """What the query's and the key's map read."""
+    return (x.query, x.key) if x.map_query is None or x.map_key is None else (x.map_query, x.map_key)

@@ -24,9 +24,9 @@ def unsupported(query, key, value, query_features, key_features, **options) -> s
         return reason
     if not options.get("causal", True):
         return "the Triton kernels are causal; a bidirectional call runs the chunked path"
-    if given := [name for name in ("map_key", "log_decay") if options.get(name) is not None]:
-        return f"the Triton kernels take no {given[0]} (maps before position, a memory that forgets)"
     widths = {"head dimension": query.shape[-1], "value dimension": value.shape[-1]}
+    if options.get("map_query") is not None:
+        widths["dimension of what the maps read"] = options["map_query"].shape[-1]
     if query_features is not None:
         widths["feature count"] = max(feature_count(query_features), feature_count(key_features))
     dtype = common_dtype(query, key, value)
@@ -66,24 +66,25 @@ def fused(
     map_key=None,
     log_decay=None,
 ):
-    """Hybrid linear attention by Triton kernels; arguments and returns of `hybrid_linear_attention`, the last three
-    None."""
+    """Hybrid linear attention by Triton kernels; arguments and returns of `hybrid_linear_attention`."""
     options = {
         "window_weight": window_weight, "window_shift": window_shift, "window_reference": window_reference,
         "window": window, "sinks": sinks, "scaling": query.shape[-1] ** -0.5 if scaling is None else scaling,
         "attention_mask": attention_mask,
     }  # fmt: skip
-    inputs = (query, key, value, query_features, key_features)
+    inputs = (query, key, value, query_features, key_features, map_query, map_key, log_decay)
     if query.shape[2] == 0:  # as one padded token
-        padded = [functional.pad(x, (0, 0, 0, 1)) if isinstance(x, Tensor) else x for x in inputs]
+        padded = [functional.pad(x, (0, 0) * (x.dim() - 3) + (0, 1)) if isinstance(x, Tensor) else x for x in inputs]
         options["attention_mask"] = query.new_zeros(query.shape[0], 1, dtype=torch.bool)
-        output, state = fused(*padded, **options, initial_state=initial_state, return_state=return_state)
+        options |= zip(("map_query", "map_key", "log_decay"), padded[5:], strict=True)
+        output, state = fused(*padded[:5], **options, initial_state=initial_state, return_state=return_state)
         return output[:, :, :0], state
     train = torch.is_grad_enabled() and _needs_gradient(*inputs, window_weight, window_shift, initial_state)
     if query.shape[2] == 1 and initial_state is not None and return_state and not train:
-        return decode_step(*inputs, **options, state=initial_state)
+        reads = {"map_query": map_query, "map_key": map_key, "log_decay": log_decay}
+        return decode_step(query, key, value, query_features, key_features, **options, **reads, state=initial_state)
     attention_mask, inputs, restore = compacted(attention_mask, *inputs)
-    query, key, value, query_features, key_features = inputs
+    query, key, value, query_features, key_features, _, map_key, _ = inputs
     rows = make_rows(query, attention_mask, cu_seqlens, None if initial_state is None else initial_state.count)
     linear = query_features is not None
     activations = (getattr(query_features, "activation", None), getattr(key_features, "activation", None))
@@ -97,32 +98,36 @@ def fused(
     output = restore(output).to(query.dtype)
     if not return_state:
         return output, None
-    return output, next_state(rows, window, sinks, initial_state, (query, key, value, key_features), last_kv, last_z)
+    tensors = (query, key, value, key_features, map_key)
+    return output, next_state(rows, window, sinks, initial_state, tensors, last_kv, last_z)
 
 
 def _operands(call: Call, inputs, weight, shift, state) -> Operands:
     """The tensors of a call as the kernels read them: dense, in one dtype, the state's ring before the keys."""
-    query, key, value, query_features, key_features = inputs
+    query, key, value, query_features, key_features, map_query, map_key, log_decay = inputs
     dtype = common_dtype(query, key, value)
     query, key, value = (x.to(dtype) for x in (query, key, value))
+    map_query, map_key = (None if x is None else x.to(dtype) for x in (map_query, map_key))
     (feature_q, query_map), (feature_k, key_map) = _split(query_features), _split(key_features)
     sink_key = sink_value = first_kv = first_z = None
     if state is not None:
         sink_key, sink_value = new_sinks(call.rows, call.sinks, state, key, value)
-        key, value, feature_k = extend_keys(call.rows, call.window, state, key, value, feature_k)
+        news = (key, value, feature_k, map_key)
+        key, value, feature_k, map_key = extend_keys(call.rows, call.window, state, *news)
     linear = query_features is not None
     if linear and state is not None:
         first_kv, first_z = state.kv, state.normalizer
     if not linear or call.window + call.sinks == 0:
         weight = shift = None
-    return Operands(
-        dense_rows(query),
-        dense_rows(key),
-        dense_rows(value),
-        *(dense_rows(x) for x in (feature_q, feature_k)),
-        *(dense(x) for x in (*query_map, *key_map, weight, shift)),
-        *(dense_rows(x) for x in (sink_key, sink_value)),
-        *(dense(x) for x in (first_kv, first_z)),
+    return Operands._make(
+        (
+            *(dense_rows(x) for x in (query, key, value, feature_q, feature_k)),
+            *(dense(x) for x in (*query_map, *key_map, weight, shift)),
+            *(dense_rows(x) for x in (sink_key, sink_value)),
+            *(dense(x) for x in (first_kv, first_z)),
+            *(dense_rows(x) for x in (map_query, map_key)),
+            dense(log_decay),
+        )
     )
 
 

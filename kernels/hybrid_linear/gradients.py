@@ -8,6 +8,7 @@ from torch import Tensor
 from ..launching import cdiv, dense, dense_rows, launch
 from ..triton_support import product_precision
 from .backward import hybrid_linear_bwd_key_kernel, hybrid_linear_bwd_query_kernel, hybrid_linear_bwd_reverse_kernel
+from .decay import decay_gradient
 from .function import (
     LOG2E,
     Call,
@@ -15,6 +16,7 @@ from .function import (
     Plan,
     Saved,
     make_features,
+    map_sources,
     map_spans,
     maps_of,
     new_buffer,
@@ -31,8 +33,8 @@ class Pass(NamedTuple):
     """What the launches of one backward pass share.
 
     Fields: feature_q, feature_k `(B, H | E, T, F)` or None; sums, sums_z, the forward's before each chunk;
-    grad `(B, H, T, V)`; grad_kv, grad_z, gradients of the last sums or None; inputs, features, whether gradients of
-    query, key and value, of the features, and of weight and shift are needed.
+    grad `(B, H, T, V)`; grad_kv, grad_z, gradients of the last sums or None; needs, which operands need a gradient;
+    inputs, features, whether those of query, key and value, and of the features are to be computed.
     """
 
     call: Call
@@ -46,9 +48,9 @@ class Pass(NamedTuple):
     grad: Tensor
     grad_kv: Tensor | None
     grad_z: Tensor | None
+    needs: Operands
     inputs: bool
     features: bool
-    mix: bool
 
 
 def run_backward(
@@ -64,19 +66,23 @@ def run_backward(
     linear = plan.settings.values["LINEAR"]
     inputs = any((needs.query, needs.key, needs.value, needs.sink_key, needs.sink_value))
     maps_need = any((needs.q_weight, needs.q_bias, needs.q_magnitude, needs.k_weight, needs.k_bias, needs.k_magnitude))
-    through_maps = inputs and any(name is not None for name in call.activations)
-    features = linear and bool(needs.feature_q or needs.feature_k or maps_need or through_maps)
+    read_maps = bool(needs.map_query or needs.map_key) or (inputs and x.map_query is None)
+    through_maps = read_maps and any(name is not None for name in call.activations)
+    features = linear and bool(needs.feature_q or needs.feature_k or maps_need or through_maps or needs.log_decay)
     this = Pass(
-        call, plan, x, *make_features(call, x), sums, sums_z, saved, grad, grad_kv, grad_z,
-        inputs, features, mix=bool(needs.weight or needs.shift),
+        call, plan, x, *make_features(call, x), sums, sums_z, saved, grad, grad_kv, grad_z, needs, inputs, features
     )  # fmt: skip
     found: Found = {}
     terms, grad_query, grad_feature_q, sink_parts = _query_side(this, found)
     back: tuple[Tensor | None, Tensor | None] = (None, None)
+    across: Tensor | None = None
     if linear and (inputs or features or needs.first_kv):
-        back = _reverse(this, terms, found)
+        back, across = _reverse(this, terms, found)
     if inputs or features:
-        grad_key, grad_value, grad_feature_k = _key_side(this, terms, back)
+        grad_key, grad_value, grad_feature_k, key_terms = _key_side(this, terms, back)
+        if needs.log_decay:
+            assert key_terms is not None and across is not None
+            found["log_decay"] = _decay_gradient(this, terms, key_terms, across)
         _through_maps(this, found, (grad_query, grad_key), (grad_feature_q, grad_feature_k))
         if inputs and call.sinks:
             _add_sinks(this, found, sink_parts, (grad_key, grad_value))
@@ -106,7 +112,7 @@ def _query_side(this: Pass, found: Found):
     """Launch the query kernel; the window's gradients are left in `found`.
 
     Returns:
-        Terms `(4 or 5, B, H, T)` float32; gradients of queries and query features `(B, H, T, D | F)` or None; the
+        Terms `(4 to 6, B, H, T)` float32; gradients of queries and query features `(B, H, T, D | F)` or None; the
         blocks' parts of the gradients of sink keys and values `(B H, programs, S, D | V)`, or twice None.
     """
     call, plan, x, saved = this.call, this.plan, this.x, this.saved
@@ -115,7 +121,7 @@ def _query_side(this: Pass, found: Found):
     batch, heads, length, dim = x.query.shape
     plain, spans = rows.kind == PLAIN, call.window + call.sinks > 0
     programs = plan.queries.total * (settings.tiles.chunk // sizes.block)
-    planes = 5 if call.maximum else 4
+    planes = 4 + call.maximum + shape["DECAY"]
     terms = torch.empty(planes, batch, heads, length, dtype=torch.float32, device=x.query.device)
     grad_query = grad_feature = part_weight = part_key = part_value = None
     if this.inputs:
@@ -132,7 +138,7 @@ def _query_side(this: Pass, found: Found):
     launch(
         hybrid_linear_bwd_query_kernel,
         (programs, batch * heads),
-        (x.query, x.key, x.value, this.feature_k, *sinks, this.sums, this.sums_z, x.weight, x.shift,
+        (x.query, x.key, x.value, this.feature_k, *sinks, this.sums, this.sums_z, saved.decay, x.weight, x.shift,
          saved.output, saved.difference, this.grad, saved.stats, saved.best,
          grad_query, grad_feature, terms, part_weight, part_key, part_value,
          plan.queries.row, plan.queries.base, rows.start, rows.size, rows.past),
@@ -142,13 +148,18 @@ def _query_side(this: Pass, found: Found):
         *sizes[2:],
         shared=shape,
     )  # fmt: skip
-    if part_weight is not None and this.mix:
+    if part_weight is not None and (this.needs.weight or this.needs.shift):
         found["weight"], found["shift"] = part_weight.view(batch, heads, programs, 2).sum((0, 2)).unbind(1)
     return terms, _turn(grad_query), _turn(grad_feature), (part_key, part_value)
 
 
-def _reverse(this: Pass, terms: Tensor, found: Found) -> tuple[Tensor, Tensor]:
-    """Launch the reverse walk: what the queries after each chunk send back, and the gradient of the state's sums."""
+def _reverse(this: Pass, terms: Tensor, found: Found) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+    """Launch the reverse walk: what the queries after each chunk send back, and the gradient of the state's sums.
+
+    Returns:
+        The sums `(B H, slots, F, V)` and `(B H, slots, F)`, and of a memory that forgets their products with the
+        forward's, `(tiles of V, B H, slots, F)`, else None.
+    """
     call, plan, x = this.call, this.plan, this.x
     settings, rows, shape = plan.settings, call.rows, plan.settings.values
     batch, heads, length, _ = x.query.shape
@@ -161,20 +172,35 @@ def _reverse(this: Pass, terms: Tensor, found: Found) -> tuple[Tensor, Tensor]:
         first_kv = terms.new_empty(batch, heads, width, value_dim)
         first_z = terms.new_empty(batch, heads, width)
     block_f, block_v = sum_blocks(settings)
+    across = None
+    if shape["DECAY"]:
+        across = terms.new_empty(cdiv(value_dim, block_v), batch * heads, slots, width)
     launch(
         hybrid_linear_bwd_reverse_kernel,
         (cdiv(width, block_f) * cdiv(value_dim, block_v), rows.number * heads),
-        (this.feature_q, this.grad, terms, sums, sums_z, first_kv, first_z, rows.start, rows.size, plan.queries.base),
-        (length, slots, batch * heads * length, *strides(this.feature_q, this.grad)),
-        {"BF": block_f, "BV": block_v},
+        (this.feature_q, this.grad, terms, sums, sums_z, first_kv, first_z,
+         this.saved.decay, this.sums, this.sums_z, this.grad_kv, this.grad_z, across,
+         rows.start, rows.size, plan.queries.base),
+        (length, slots, batch * heads * length, batch * heads, *strides(this.feature_q, this.grad)),
+        {"BF": block_f, "BV": block_v, "LAST": this.grad_kv is not None},
         *settings.tiles.sums[2:],
         shared=shape,
     )  # fmt: skip
     for name, part, last in (("first_kv", first_kv, this.grad_kv), ("first_z", first_z, this.grad_z)):
         if part is not None:
             total = _per_group(part, shape["E"])
-            found[name] = total if last is None else total + last
-    return sums, sums_z
+            found[name] = total if last is None or across is not None else total + last
+    return (sums, sums_z), across
+
+
+def _decay_gradient(this: Pass, terms: Tensor, key_terms: Tensor, across: Tensor) -> Tensor:
+    """The gradient of log_decay, `(B, E, T)`."""
+    ends, saved, blocks = None, this.saved, this.plan.queries
+    if this.grad_kv is not None:
+        assert this.grad_z is not None and saved.last_kv is not None and saved.last_z is not None
+        ends = (this.grad_kv * saved.last_kv).sum((2, 3)) + (this.grad_z * saved.last_z).sum(2)
+    shared = this.plan.settings.values
+    return decay_gradient(this.call.rows, blocks, terms, key_terms, across, ends, this.call.window, shared)
 
 
 def _per_group(gradient: Tensor, groups: int) -> Tensor:
@@ -184,53 +210,67 @@ def _per_group(gradient: Tensor, groups: int) -> Tensor:
 
 
 def _key_side(this: Pass, terms: Tensor, back: tuple[Tensor | None, Tensor | None]) -> list[Tensor | None]:
-    """Launch the key kernel: gradients of keys, values `(B, G, T', .)` and key features `(B, E, T', F)`."""
+    """Launch the key kernel: gradients of keys, values `(B, G, T', .)` and key features `(B, E, T', F)`, and
+    `(B, H, T')` phi_k . d phi_k of a memory that forgets."""
     call, plan, x, saved = this.call, this.plan, this.x, this.saved
     settings, rows, sizes, blocks = plan.settings, call.rows, plan.settings.tiles.key, plan.keys
     shape = settings.values
     batch, heads, length, dim = x.query.shape
     key_length, plain = x.key.shape[2], rows.kind == PLAIN
-    grad_key = grad_value = grad_feature = None
+    grad_key = grad_value = grad_feature = key_terms = None
     if this.inputs:
         grad_key = new_buffer(batch, key_length, heads, dim, whole=plain and call.window > 0, like=x.key)
         grad_value = new_buffer(batch, key_length, heads, shape["V"], whole=plain, like=x.value)
     if this.features:
         dtype = _feature_dtype(this, x.feature_k)
         grad_feature = new_buffer(batch, key_length, heads, shape["F"], whole=plain, like=x.key, dtype=dtype)
+        if shape["DECAY"]:
+            key_terms = terms.new_empty(batch, heads, key_length)
     last = shape["LINEAR"] and this.grad_kv is not None
     launch(
         hybrid_linear_bwd_key_kernel,
         (blocks.total * (settings.tiles.chunk // sizes.block), batch * heads),
         (x.query, x.key, x.value, this.feature_q, this.feature_k, this.grad, terms, saved.stats, saved.best, *back,
-         this.grad_kv if last else None, this.grad_z if last else None, grad_key, grad_value, grad_feature,
+         this.grad_kv if last else None, this.grad_z if last else None, saved.decay,
+         grad_key, grad_value, grad_feature, key_terms,
          blocks.row, blocks.base, plan.queries.base, rows.start, rows.size, rows.past),
         (rows.number, length, plan.queries.total, call.window, key_length, call.scaling * LOG2E, call.scaling,
-         batch * heads * length, *strides(x.query, x.key, x.value, this.feature_q, this.feature_k, this.grad)),
+         batch * heads * length, batch * shape["E"] * length,
+         *strides(x.query, x.key, x.value, this.feature_q, this.feature_k, this.grad)),
         {"BN": sizes.block, "BM": sizes.inner, "LAST": last, "INPUTS": this.inputs, "FEATURES": this.features},
         *sizes[2:],
         shared=shape,
     )  # fmt: skip
     gradients = zip((grad_key, grad_value, grad_feature), (shape["G"], shape["G"], shape["E"]), strict=True)
-    return [None if g is None else _per_group(g.transpose(1, 2), groups) for g, groups in gradients]
+    return [*(None if g is None else _per_group(g.transpose(1, 2), groups) for g, groups in gradients), key_terms]
 
 
 def _through_maps(this: Pass, found: Found, grad_inputs, grad_features) -> None:
-    """Gradients of features or of their maps; a map's gradient of query or key is added to the one at hand."""
+    """Gradients of features or of their maps, and of what the maps read: tensors of their own, or query and key,
+    whose gradients at hand it is added to."""
+    own = this.x.map_query is not None
+    if own:
+        grad_inputs = (None, None)
+    names = ("map_query", "map_key") if own else ("query", "key")
     sides = zip(
-        "qk", maps_of(this.call, this.x), map_spans(this.call), (this.x.query, this.x.key), grad_inputs, grad_features,
+        names, maps_of(this.call, this.x), map_spans(this.call), map_sources(this.x), grad_inputs, grad_features,
         strict=True,
     )  # fmt: skip
-    for letter, map_, span, source, target, grad in sides:
+    for name, map_, span, source, target, grad in sides:
+        letter = "q" if name.endswith("query") else "k"
         if map_ is None or grad is None:
             found[f"feature_{letter}"] = grad
             continue
-        add, heads = target, grad.shape[1]
-        if target is not None and target.shape[1] != heads:  # the map has more heads than its input
-            add = source.new_zeros(source.shape[0], heads, *source.shape[2:])
-        parts = map_backward(source, map_, grad, grad_x=add, span=span)
-        if add is not target:
-            target += _per_group(add, target.shape[1])
-        found |= {f"{letter}_{name}": part for name, part in zip(("weight", "bias", "magnitude"), parts, strict=True)}
+        batch, _, length, dim = source.shape
+        heads, buffer = grad.shape[1], target
+        if (own and getattr(this.needs, name)) or (target is not None and target.shape[1] != heads):
+            buffer = torch.empty(batch, length, heads, dim, dtype=source.dtype, device=source.device).transpose(1, 2)
+        parts = map_backward(source, map_, grad, grad_x=buffer, span=span, add=buffer is target)
+        if own and buffer is not None:
+            found[name] = _per_group(buffer, source.shape[1])
+        elif buffer is not target:
+            target += _per_group(buffer, target.shape[1])
+        found |= {f"{letter}_{part}": g for part, g in zip(("weight", "bias", "magnitude"), parts, strict=True)}
 
 
 def _add_sinks(this: Pass, found: Found, parts, gradients) -> None:

@@ -138,12 +138,13 @@ def feature_map_bwd_kernel(
     out_stride_batch, out_stride_head, out_stride_token,
     tokens, heads, ratio, row_tiles, tiles, run, partial_stride, bias_place, magnitude_place,
     D: tl.constexpr, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr, BIAS: tl.constexpr, MAGNITUDE: tl.constexpr,
-    SPAN: tl.constexpr, INPUT: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_D: tl.constexpr,
-    BLOCK_F: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
+    SPAN: tl.constexpr, INPUT: tl.constexpr, ADD: tl.constexpr, WEIGHTS: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, PRODUCT: tl.constexpr,
 ):  # fmt: skip
     """Program (h, s, c): map head h, tiles `[s run, (s + 1) run)`, and the c-th block of D for what it writes.
 
-    It adds dL/dx to grad_x (INPUT) and writes its sums of the map's gradients to row s of partial (WEIGHTS):
+    It writes dL/dx to grad_x (INPUT), added to what is there or not (ADD), and its sums of the map's gradients to row
+    s of partial (WEIGHTS):
     all heads' dW `(HM, D, f)`, then db `(HM, f)`, then dmagnitude `(HM, D)`. PRODUCT: dtype of those products.
     """
     head = tl.program_id(0)
@@ -195,8 +196,12 @@ def feature_map_bwd_kernel(
                 update += grad_level[:, None] * m[None, :]
             out = grad_x + batch * out_stride_batch + head.to(tl.int64) * out_stride_head
             out += row * out_stride_token + dim[None, :]
-            update += tl.load(out, mask=inside, other=0.0).to(tl.float32)
-            tl.store(out, update.to(grad_x.dtype.element_ty), mask=inside)
+            if ADD:
+                update += tl.load(out, mask=inside, other=0.0).to(tl.float32)
+                tl.store(out, update.to(grad_x.dtype.element_ty), mask=inside)
+            else:
+                update = tl.where(real[:, None], update, 0.0)
+                tl.store(out, update.to(grad_x.dtype.element_ty), mask=exists[:, None] & (dim < D)[None, :])
     if WEIGHTS:
         sums = partial + segment.to(tl.int64) * partial_stride
         place = head.to(tl.int64) * D * WIDTH + dim[:, None] * WIDTH + column[None, :]
@@ -300,12 +305,14 @@ def map_backward(
     span=None,
     need_weights: bool = True,
     sizes: Sizes | None = None,
+    add: bool = True,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of `map_features`, given `grad_features` = dL/dphi `(B, HM, T, F)`, float32 or x's dtype.
 
     Args:
         x, maps, span, sizes: as for `map_features`; no gradient comes from or goes to tokens outside the span.
         grad_x: `(B, HM, T, D)`, x's dtype or float32, last stride 1: dL/dx per map head is added to it in place.
+        add: False writes it there instead, 0 outside the span.
         need_weights: whether to compute the map's gradients.
 
     Returns:
@@ -328,7 +335,7 @@ def map_backward(
             (*x.stride()[:3], *grad_features.stride()[:3], *target.stride()[:3],
              x.shape[2], heads, heads // x.shape[1], row_tiles, tiles, run,
              sum(places), places[0], places[0] + places[1]),
-            {**shape, "SPAN": span is not None, "INPUT": grad_x is not None, "WEIGHTS": need_weights,
+            {**shape, "SPAN": span is not None, "INPUT": grad_x is not None, "ADD": add, "WEIGHTS": need_weights,
              "ROWS": sizes.rows, "PRODUCT": triton_type(product_precision(x.dtype)[0])},
             sizes.warps,
             sizes.stages,

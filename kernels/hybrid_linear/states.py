@@ -10,14 +10,16 @@ from .reference import State
 from .rows import SPANS, Rows
 
 
-def extend_keys(rows: Rows, window: int, state, key: Tensor, value: Tensor, features: Tensor | None):
+def extend_keys(
+    rows: Rows, window: int, state, key: Tensor, value: Tensor, features: Tensor | None, map_key: Tensor | None
+):
     """Put the ring, oldest key first, before this call's keys; each row's real keys follow it directly.
 
     Args:
-        key, value, features: of this call, `(B, heads, T, .)`; features may be None.
+        key, value, features, map_key: of this call, `(B, heads, T, .)`; the last two may be None.
 
     Returns:
-        The same three with W + T places.
+        The same four with W + T places.
     """
     assert rows.past is not None
     order = (rows.past[:, None] + torch.arange(window, device=key.device)) % max(window, 1)
@@ -29,8 +31,12 @@ def extend_keys(rows: Rows, window: int, state, key: Tensor, value: Tensor, feat
             new = _take(new, place.long())
         return torch.cat([_take(ring, order).to(new.dtype), new], dim=2)
 
-    extended = None if features is None else extend(state.window_features, features)
-    return extend(state.window_key, key), extend(state.window_value, value), extended
+    return (
+        extend(state.window_key, key),
+        extend(state.window_value, value),
+        None if features is None else extend(state.window_features, features),
+        None if map_key is None else extend(state.window_map_key, map_key),
+    )
 
 
 def new_sinks(rows: Rows, sinks: int, state, key: Tensor, value: Tensor) -> list[Tensor]:
@@ -43,10 +49,10 @@ def next_state(rows: Rows, window: int, sinks: int, state, tensors, kv, normaliz
     """The state after this call.
 
     Args:
-        state: the one before, or None. tensors: query, key, value and key features (a tensor, a map or None) of the
-            call. kv, normalizer: the sums after the call, None without features.
+        state: the one before, or None. tensors: query, key, value, key features (a tensor, a map or None) and map_key
+            or None of the call. kv, normalizer: the sums after the call, None without features.
     """
-    query, key, value, key_features = tensors
+    query, key, value, key_features, map_key = tensors
     if kv is None:
         kv, normalizer = _no_sums(state, query, value)
     past = torch.zeros(rows.batch, dtype=torch.int64, device=query.device) if rows.past is None else rows.past
@@ -75,6 +81,7 @@ def next_state(rows: Rows, window: int, sinks: int, state, tensors, kv, normaliz
         slots("sink_key", key, first, key.dtype),
         slots("sink_value", value, first, value.dtype),
         end,
+        None if map_key is None else slots("window_map_key", map_key, newest, map_key.dtype),
     )
 
 

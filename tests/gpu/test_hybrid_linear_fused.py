@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import torch
+from cuda_checks import assert_capturable
 from tiny_models import make_student, make_teacher, perturb
 
 import linearize.modeling.op_dispatch as dispatch
@@ -169,25 +170,7 @@ def test_no_host_synchronisation_and_graph_capture():
         output, _ = hybrid_linear_attention(*inputs, *maps, **mix, sinks=4, attention_mask=mask, backend="triton")
         return [output.detach(), *torch.autograd.grad(output.sum(), leaves)]
 
-    expected = step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        step()
-    stream.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for x in captured:
-        x.fill_(torch.nan)
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert_capturable(step)
 
 
 def test_models_run_the_kernels_by_default(monkeypatch, caplog):

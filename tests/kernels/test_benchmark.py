@@ -89,6 +89,20 @@ def record(report, name, length, mode="forward", op="hybrid", **figures):
     return common | report.BAR_SHAPE | figures
 
 
+def test_gate_ratios(benchmark):
+    """Each arm over the same call without gate and unrotated maps: same mode and key heads."""
+    report, maps = benchmark.report, benchmark.MAPS
+    records = [
+        record(report, maps, 8192, ms=1.0, graph_ms=0.5),
+        record(report, f"{maps}, gate", 8192, ms=1.1),
+        record(report, f"{maps}, gate", 8192, "forward+backward", ms=7.0),
+        record(report, benchmark.IN_PLACE, 8192, "decode", ms=2.0),
+        record(report, f"{benchmark.IN_PLACE}, gate", 8192, "decode", ms=2.5) | {"groups": 8},
+    ]
+    rows = benchmark.gate_table(records).splitlines()
+    assert rows[2:] == [f"| {maps}, gate | forward | 32 | 1.100 |  | 1.15 |"]
+
+
 def test_bars(scripts):
     report = scripts("kernel_report")
     ours, fla = "ours: hybrid, features", "fla chunk_linear_attn"

@@ -1,6 +1,5 @@
 """Contract 2 of the op: a memory that forgets, and maps that read other tensors than the scores do."""
 
-import importlib
 import itertools
 
 import pytest
@@ -360,16 +359,6 @@ def test_maps_without_weights_and_states_that_do_not_fit_are_refused():
     assert state.window_map_key is None
     with pytest.raises(ValueError, match="holds no keys of map_key"):
         hybrid_linear_attention(*inputs, **options, initial_state=state)
-
-
-def test_the_kernels_say_what_they_do_not_take(monkeypatch):
-    """Before anything is launched: an explicit backend is refused by the reason, auto warns and runs chunked."""
-    fused = importlib.import_module("linearize.kernels.hybrid_linear.fused")  # the package has a function of that name
-    monkeypatch.setattr(fused, "unavailable", lambda *tensors: None)
-    inputs, options = make_call(dtype=torch.float32)
-    assert "map_key" in fused.unsupported(*inputs, **options)
-    assert "log_decay" in fused.unsupported(*inputs, **options | {"map_query": None, "map_key": None})
-    assert fused.unsupported(*inputs, **dict.fromkeys(op.PER_TOKEN)) is None
 
 
 def test_the_state_ends_with_the_new_field():

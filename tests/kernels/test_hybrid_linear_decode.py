@@ -7,6 +7,7 @@ import torch
 from tiny_models import make_student, make_teacher, perturb
 
 import linearize.kernels.hybrid_linear.decode as decode
+import linearize.modeling.op_hybrid_linear_decode as in_place
 from linearize.kernels.hybrid_linear import reference
 from linearize.kernels.triton_support import interpreting
 from linearize.modeling import FeatureMapWeights, HybridLinearState
@@ -215,15 +216,19 @@ def test_unsupported_calls_give_a_reason():
     assert "these are 258" in decode.decode_unsupported(torch.zeros(1, 1, 1, 8), wide, wide)
 
 
-def test_a_model_decodes_by_the_kernel():
+@pytest.mark.parametrize("memory", [{}, {"map_input": "projections", "gate": "token", "gate_bias": 1.0}], ids=str)
+def test_a_model_decodes_by_the_kernel(memory, monkeypatch):
     """A session's steps reach the kernel through the run-time backend, and give what the chunked path gives."""
     teacher = make_teacher(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
-    student = make_student(teacher, {"linear": {"type": "linear", "window": 2, "sinks": 1, "feature_dim": 8}})
+    options = {"type": "linear", "window": 2, "sinks": 1, "feature_dim": 8, **memory}
+    student = make_student(teacher, {"linear": options})
     perturb(student)
     tokens, logits = torch.tensor([[5, 6, 7, 8, 9], [9, 3, 4, 5, 6]]), {}
     for backend in ("chunked", "triton"):
         student.set_op_backend(backend)
         session = DecodingSession(student, 2)
         logits[backend] = torch.stack([session.step(tokens[:, i]).clone() for i in range(5)])
+        if backend == "chunked":
+            monkeypatch.setattr(in_place, "hybrid_linear_attention", None)  # the kernel's steps do not call it
     assert not torch.equal(logits["triton"], logits["chunked"])
     assert (logits["triton"] - logits["chunked"]).abs().max() <= 1e-5 * logits["chunked"].abs().max()
