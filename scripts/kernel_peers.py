@@ -170,6 +170,18 @@ def landmark(inputs: Inputs, backend: str = "triton") -> Case:
     return Case(tensors, run, partial(run, backend="chunked"))
 
 
+def salient(inputs: Inputs, backend: str = "triton") -> Case:
+    """With the op's own sinks and kept tokens."""
+    from linearize.modeling import salient_attention
+
+    tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
+
+    def run(t, backend=backend):
+        return salient_attention(t["query"], t["key"], t["value"], window=inputs.shape.window, backend=backend)[0]
+
+    return Case(tensors, run, partial(run, backend="chunked"))
+
+
 # --- PyTorch's
 
 
@@ -287,6 +299,7 @@ CONTENDERS = [
     Contender("ours: hybrid, features, 4 sinks", build=partial(hybrid, sinks=4), sinks=4, **HYBRID),
     Contender("ours: cosine", build=cosine, **COSINE),
     Contender("ours: landmark", "landmark", landmark, ours=True, quadratic=True),
+    Contender("ours: salient", "salient", salient, ours=True),
     Contender("SDPA flash", "softmax", partial(sdpa, backend=SDPBackend.FLASH_ATTENTION), quadratic=True),
     Contender("SDPA cuDNN", "softmax", partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION), quadratic=True),
     Contender("fla chunk_simple_gla", "cosine", fla_simple_gla),
@@ -296,6 +309,7 @@ CONTENDERS = [
     Contender(
         "ours: cosine, chunked PyTorch", "cosine", partial(cosine, backend="chunked"), ours=True, **PYTORCH_PATH
     ),
+    Contender("ours: salient, chunked PyTorch", "salient", partial(salient, backend="chunked"), ours=True),
     Contender(
         "FlexAttention, block window",
         "window",

@@ -259,13 +259,14 @@ def run_backward(call: Call, query, key, value, lists, until, output, level, gra
 
 def run_key_backward(call: Call, plan: Plan, query, key, value, lists, until, level, delta, grad):
     """Gradients of key and value."""
-    rows, span, far = key.shape[0] * key.shape[1], plan.tiles.backward_span, [None, None]
-    if call.sinks + call.kept:
+    rows, span, held = key.shape[0] * key.shape[1], plan.tiles.backward_span, call.sinks + call.kept
+    far: list[Tensor | None] = [None, None]
+    if held:
         far = [torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (key, value)]
         sizes = plan.tiles.far
         launch(
             salient_bwd_far_kernel,
-            (plan.blocks.total * cdiv(call.sinks + call.kept, sizes.keys), rows),
+            (plan.blocks.total * cdiv(held, sizes.keys), rows),
             (query, key, value, lists, until, grad, level, delta, *far, *tables(call, plan.blocks)),
             (*plan.numbers, plan.blocks.total, call.scaling, *strides(query, key, value, grad)),
             {"CS": span, "BQ": sizes.queries, "BN": sizes.keys},
@@ -286,10 +287,10 @@ def run_key_backward(call: Call, plan: Plan, query, key, value, lists, until, le
         sizes.stages,
         shared=plan.constants,
     )
-    held = call.kept + call.sinks
-    if plan.constants["PAST"] and held:  # kept slots and sinks: gathered, never walked over
+    if plan.constants["PAST"]:  # kept slots and sinks: gathered, never walked over
         for whole, part in zip(grads, far, strict=True):
-            whole[:, :, :held] = part[:, :, :held]
+            if part is not None:
+                whole[:, :, :held] = part[:, :, :held]
     return grads
 
 
@@ -307,4 +308,5 @@ class Salient(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        return None, None, None, *run_backward(ctx.call, *ctx.saved_tensors, grad)
+        query, key, value, lists, until, output, level = ctx.saved_tensors
+        return None, None, None, *run_backward(ctx.call, query, key, value, lists, until, output, level, grad)

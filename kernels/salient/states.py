@@ -49,11 +49,14 @@ def next_state(call: Call, state, key: Tensor, value: Tensor, held, choice: Choi
         shape = (*new.shape[:2], position.shape[1], new.shape[3])
         return overwrite(new.new_zeros(shape) if old is None else old, new, position, rows)
 
+    kept_key, kept_value, kept_rank = _kept(call, state, key, value, held, choice)
     return State(
         slots("window_key", key, newest),
         slots("window_value", value, newest),
         _window_mass(call, state, key, newest, past, choice),
-        *_kept(call, state, key, value, held, choice),
+        kept_key,
+        kept_value,
+        kept_rank,
         slots("sink_key", key, first),
         slots("sink_value", value, first),
         end,
@@ -73,8 +76,8 @@ def _window_mass(call: Call, state, key: Tensor, newest: Tensor, past: Tensor, c
 def _kept(call: Call, state, key: Tensor, value: Tensor, held, choice: Choice | None) -> list[Tensor]:
     """Keys, values and ranks of the kept tokens."""
     if choice is None:
-        empty = [x.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (key, value)]
-        return [*empty, key.new_zeros(*key.shape[:2], 0, dtype=torch.float32)]
+        none = [x.new_zeros(*x.shape[:2], 0, x.shape[3]) for x in (key, value)]
+        return [*none, key.new_zeros(*key.shape[:2], 0, dtype=torch.float32)]
     last = choice.lists[:, :, -1].long()  # (B, G, K)
     place, empty = last.clamp(min=0), last < 0
     dtypes = (key.dtype, value.dtype) if state is None else (state.kept_key.dtype, state.kept_value.dtype)
