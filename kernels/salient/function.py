@@ -14,7 +14,7 @@ from .choosing import salient_merge_kernel, salient_sort_kernel, salient_until_k
 from .forward import salient_fwd_kernel
 from .scoring import salient_mass_kernel, salient_window_kernel
 
-COMPARED = 32  # items of a list that are compared with a whole other one at a time
+COMPARED = 32  # items that are compared with all of a block's at a time
 
 
 class Call(NamedTuple):
@@ -84,8 +84,8 @@ def make_constants(dtype, heads, groups, dim, window, sinks, kept, block, kind, 
     side = next_power_of_2(max(kept, 1))
     return {
         "H": heads, "G": groups, "D": dim, "BD": tile_side(dim), "W": window, "S": sinks, "K": kept, "C": block,
-        "BS": tile_side(sinks), "BK": side, "BE": max(side, block), "BC": min(COMPARED, block), "KIND": kind,
-        "PAST": past, "DOT": triton_type(dot), "PRECISION": precision,
+        "BS": tile_side(sinks), "BK": side, "STEPS": side.bit_length(), "BE": max(side, block) if past else block,
+        "BC": min(COMPARED, block), "KIND": kind, "PAST": past, "DOT": triton_type(dot), "PRECISION": precision,
     }  # fmt: skip
 
 
@@ -147,12 +147,12 @@ def run_choice(call: Call, query: Tensor, key: Tensor, old_mass: Tensor | None, 
         rank[:, :, : call.kept] = old_rank
         mass[:, :, call.kept + call.sinks : call.kept + call.sinks + call.window] = old_mass
     run_scoring(call, plan, query, key, mass, rank)
-    lists = run_lists(call, plan, rank)
+    lists, ranks = run_lists(call, plan, rank)
     until = torch.full(rank.shape, torch.iinfo(torch.int32).max, dtype=torch.int32, device=key.device)
     launch(
         salient_until_kernel,
         (plan.blocks.total, batch * groups),
-        (rank, lists, until, *tables(call, plan.blocks)),
+        (rank, lists, ranks, until, *tables(call, plan.blocks)),
         (*plan.numbers, plan.blocks.total),
         {},
         4,
@@ -191,23 +191,33 @@ def run_scoring(call: Call, plan: Plan, query: Tensor, key: Tensor, mass: Tensor
     )
 
 
-def run_lists(call: Call, plan: Plan, rank: Tensor) -> Tensor:
-    """The list before each block, and after the last one, from the ranks of all keys."""
+def run_lists(call: Call, plan: Plan, rank: Tensor) -> tuple[Tensor, Tensor]:
+    """The list before each block, and after the last one, from the ranks of all keys; and its items' ranks."""
     total, programs = plan.blocks.total, rank.shape[0] * rank.shape[1]
-    lists, merged = (
-        torch.full((*rank.shape[:2], total, call.kept), -1, dtype=torch.int32, device=rank.device) for _ in range(2)
-    )
-    where, numbers = tables(call, plan.blocks), (*plan.numbers, total)
+    shape = (*rank.shape[:2], total, call.kept)
+
+    def empty() -> tuple[Tensor, Tensor]:
+        return torch.full(shape, -1, dtype=torch.int32, device=rank.device), rank.new_full(shape, -torch.inf)
+
+    lists, merged = empty(), empty()
+    where, (number, length, reach) = tables(call, plan.blocks), plan.numbers
     launch(
-        salient_sort_kernel, (total, programs), (rank, lists, *where), numbers, {}, 4, 1, shared=plan.constants
-    )  # fmt: skip
+        salient_sort_kernel,
+        (total, programs),
+        (rank, *lists, *where),
+        (number, length, reach, total),
+        {},
+        4,
+        1,
+        shared=plan.constants,
+    )
     distance, longest = 1, cdiv(call.rows.length, plan.tiles.block)
     while distance <= longest:
         launch(
             salient_merge_kernel,
             (total, programs),
-            (rank, lists, merged, *where),
-            (*numbers, distance),
+            (*lists, *merged, *where),
+            (number, length, total, distance),
             {},
             4,
             1,

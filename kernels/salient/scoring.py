@@ -47,10 +47,10 @@ def salient_window_kernel(
     total = tl.zeros((BQ,), tl.float32)
     if S > 0:
         column = tl.arange(0, BS)
-        real = (column < S) & (column < before + count)
-        k = load_rows(k_row, k_t, sink + column, real, D, BD).to(DOT)
-        seen = real[None, :] & (column[None, :] <= n[:, None] + before)
-        top, total = level_step(q, k, seen, scale, top, total, PRECISION)
+        there = (column < S) & (column < before + count)
+        sinks = load_rows(k_row, k_t, sink + column, there, D, BD).to(DOT)
+        sees = there[None, :] & (column[None, :] <= n[:, None] + before)
+        top, total = level_step(q, sinks, sees, scale, top, total, PRECISION)
     for low in range(tl.maximum(begin - W + 1, -before), tl.minimum(begin + BQ, count), BN):
         j = low + tl.arange(0, BN)
         real = (j + before >= S) & (j < count)
