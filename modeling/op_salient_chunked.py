@@ -18,7 +18,7 @@ from .op_hybrid_linear_chunked import _overwrite as overwrite
 from .op_hybrid_linear_chunked import _take as take
 from .op_rows import Rows
 
-BLOCK = 256
+BLOCK = 512
 MASS_FLOOR = 1e-20
 
 
@@ -66,7 +66,7 @@ class Keys(NamedTuple):
     key: Tensor
     value: Tensor
     mass: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index
     real: Tensor
     sink_key: Tensor
     sink_value: Tensor
@@ -156,24 +156,29 @@ def _block(query: Tensor, start: int, keys: Keys, store: Store, end: Tensor, set
     first = (torch.arange(sinks, device=query.device) <= row) & asked
     leaves = keys.index[:, start : start + size, None] + window  # of each leaving key, its first query outside
     visible = torch.cat([first, inside], dim=-1)[:, None].expand(-1, groups, -1, -1)
-    sides = ([keys.sink_key, key], [keys.sink_value, value])
+    parts_key, parts_value = [keys.sink_key, key], [keys.sink_value, value]
     if kept:
         with torch.no_grad():
-            _receive(query, torch.cat(sides[0], dim=2), visible, distance, keys.mass[:, :, near], settings)
+            _receive(query, torch.cat(parts_key, dim=2), visible, distance, keys.mass[:, :, near], settings)
             rank, until, after = _choose(keys, start, size, store, end, settings)
             token = keys.index[:, start + window : start + window + size]
             seen = token[:, None, :, None] < until[:, :, None]  # (B, G, C, K + C)
             seen[..., kept:] &= (leaves.mT <= row)[:, None]
-            places = slice(sinks, sinks + size)
             visible = torch.cat([seen[..., :kept], visible], dim=-1)
-            visible[..., kept:][..., places] |= seen[..., kept:]
-        leaving = (keys.key[:, :, start : start + size], keys.value[:, :, start : start + size])
-        old = (store.key, store.value)
-        sides = tuple([x, *side] for x, side in zip(old, sides, strict=True))
-        moved = (torch.cat([a, b], dim=2) for a, b in zip(old, leaving, strict=True))
-        store = Store(*(x.gather(2, after[..., None].expand(-1, -1, -1, x.shape[-1])) for x in moved), rank)
-    all_keys, all_values = (torch.cat(side, dim=2) for side in sides)
-    return _attend(query, all_keys, all_values, visible, settings.scaling), store
+            visible[..., kept + sinks : kept + sinks + size] |= seen[..., kept:]
+        parts_key, parts_value = [store.key, *parts_key], [store.value, *parts_value]
+        store = Store(
+            _moved(store.key, keys.key[:, :, start : start + size], after),
+            _moved(store.value, keys.value[:, :, start : start + size], after),
+            rank,
+        )
+    output = _attend(query, torch.cat(parts_key, dim=2), torch.cat(parts_value, dim=2), visible, settings.scaling)
+    return output, store
+
+
+def _moved(stored: Tensor, leaving: Tensor, after: Tensor) -> Tensor:
+    """What is stored after a block, of what was and what leaves: `after` `(B, G, K)` are places in both together."""
+    return torch.cat([stored, leaving], dim=2).gather(2, after[..., None].expand_as(stored))
 
 
 def _receive(query: Tensor, key: Tensor, visible: Tensor, distance: Tensor, mass: Tensor, settings: Settings) -> None:
@@ -198,7 +203,7 @@ def _choose(keys: Keys, start: int, size: int, store: Store, end: Tensor, settin
     ranks = torch.cat([store.rank, rank], dim=2)
     above = rank[..., None, :] > ranks[..., None]  # (B, G, K + C, C)
     stored = (store.rank[..., None, :] > ranks[..., None]).sum(-1, keepdim=True)
-    full = above.cumsum(-1) + stored >= kept
+    full = above.cumsum(-1, dtype=torch.int32) + stored >= kept
     full[..., kept:, :] &= torch.ones_like(full[0, 0, kept:]).triu()
     dropped = torch.where(full.any(-1), full.byte().argmax(-1), size)
     empty = torch.isneginf(ranks)

@@ -53,8 +53,8 @@ def _known(key, value, past, settings):
     values = [past.kept_value, past.sink_value[:, first], past.window_value[:, slots], value]
     masses = [mass.new_zeros(groups, kept + len(first)), past.window_mass[:, slots], mass]
     ranks = [past.kept_rank, rank.new_full((groups, len(first) + len(ring)), torch.nan), rank]
-    keys, values, masses, ranks = (torch.cat([x.to(key) for x in xs], 1) for xs in (keys, values, masses, ranks))
-    return Known([-1 - i for i in range(kept)] + first + ring + place, keys, values, masses, ranks), start
+    joined = (torch.cat([x.to(key) for x in parts], 1) for parts in (keys, values, masses, ranks))
+    return Known([-1 - i for i in range(kept)] + first + ring + place, *joined), start
 
 
 def _row(query, key, value, settings, past=None):
