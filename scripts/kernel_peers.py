@@ -377,6 +377,16 @@ def decode_cosine(inputs: Inputs) -> Step:
     return Step(run, [x for x in state if x is not None])
 
 
+def decode_salient(inputs: Inputs) -> Step:
+    from linearize.modeling import salient_attention
+
+    past, last = _split_last(inputs)
+    options: dict = {"window": inputs.shape.window, "return_state": True, "backend": "triton"}
+    _, state = salient_attention(*past[:3], **options)
+    assert state is not None
+    return Step(lambda: salient_attention(*last[:3], **options, initial_state=state)[0], list(state))
+
+
 def decode_sdpa(inputs: Inputs, backends: list[SDPBackend]) -> Step:
     """The whole context as a KV cache, read in place: a real cache also appends the token."""
     grouped = inputs.shape.groups != inputs.shape.heads
@@ -394,6 +404,7 @@ DECODERS: list[tuple[str, bool, Callable[[Inputs], Step]]] = [
     ("ours: hybrid, maps, 4 sinks", True, partial(decode_hybrid, by_maps=True)),
     ("ours: hybrid, features, 4 sinks", True, decode_hybrid),
     ("ours: cosine", True, decode_cosine),
+    ("ours: salient", True, decode_salient),
     ("SDPA flash, KV cache", False, partial(decode_sdpa, backends=[SDPBackend.FLASH_ATTENTION])),
     ("SDPA cuDNN, KV cache", False, partial(decode_sdpa, backends=[SDPBackend.CUDNN_ATTENTION])),
 ]

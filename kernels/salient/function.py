@@ -66,15 +66,16 @@ class Tiles(NamedTuple):
 
 
 def choose_tiles(dot: torch.dtype, dim: int) -> Tiles:
-    """Tiles by the dtype of the products and the head dim. Four warps: with eight and products of 16 columns (the
-    sinks' tile) Triton 3.6 gave wrong results on an H100."""
+    """Tiles by the dtype of the products and the head dim: for an H100, by what its compiler says of registers.
+
+    Four warps: with eight and products of 16 columns (the sinks' tile) Triton 3.6 gave wrong results there.
+    """
+    scoring = Launch(64, 64, 4, 3)
     if dot != torch.bfloat16:  # twice the bytes
         return Tiles(64, 64, 256, *[Launch(32, 32, 4, 1)] * 6)
-    if dim > 64:
-        scoring, forward, backward = Launch(64, 64, 4, 3), Launch(64, 64, 4, 2), Launch(64, 64, 4, 1)
-    else:
-        scoring, forward, backward = Launch(64, 64, 4, 3), Launch(64, 64, 4, 3), Launch(64, 64, 4, 2)
-    return Tiles(64, 64, 256, scoring, scoring, forward, backward, backward, backward)
+    if dim > 64:  # 32 keys: the backward's registers then hold what they need
+        return Tiles(64, 64, 256, scoring, scoring, Launch(64, 64, 4, 2), *[Launch(64, 32, 4, 1)] * 3)
+    return Tiles(64, 64, 256, scoring, scoring, Launch(64, 64, 4, 3), *[Launch(64, 64, 4, 2)] * 3)
 
 
 @functools.lru_cache(maxsize=256)
