@@ -115,6 +115,14 @@ def test_any_cut_gives_the_same(see, dtype):
     check(make_inputs(2, 4, 2, 900, 64, dtype), options(see), cuts=(500, 501, 502, 880))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_largest_settings(dtype):
+    inputs, settings = make_inputs(1, 4, 2, 2500, 128, dtype), options((225, 128, 1024))
+    assert kernel.unsupported(*inputs, **settings) is None
+    check(inputs, settings)
+    check(inputs, settings, cuts=(2000,))
+
+
 @pytest.mark.parametrize("length", [8192, 8191])
 def test_bfloat16_at_length(length):
     check(make_inputs(1, 4, 2, length, 128, torch.bfloat16), options())
