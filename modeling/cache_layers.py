@@ -153,9 +153,9 @@ class GainCellStateLayer(StateLayer):
 
 
 class CosineStateLayer(StateLayer):
-    """The state of cosine attention: a `CosineState` whose keys are raw, before any feature map."""
+    """The state of cosine attention: a `CosineMemory`, whose keys are raw, before any feature map."""
 
-    _layer_type = "linearize_cosine_1"
+    _layer_type = "linearize_cosine_2"
 
 
 class SalientStateLayer(StateLayer):

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .attention_cosine import CosineAttention, CosineAttentionConfig
+from .attention_cosine import reads as cosine_reads
 from .attention_cosine import state_bytes as cosine_state_bytes
 from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
 from .attention_gain_cell import state_bytes as gain_cell_state_bytes
@@ -72,6 +73,7 @@ ATTENTIONS = {
         "https://arxiv.org/abs/2409.18747",
         bidirectional=True,
         calibrates=lambda settings: True,
+        reads=cosine_reads,
     ),
     "gain_cell": Mechanism(
         GainCellAttention,
@@ -124,7 +126,7 @@ def resolve_settings(settings: Any, head_dim: int, backbone: Any) -> None:
     Args:
         settings: of a mechanism. backbone: a converted config, or its class.
     """
-    if settings.type == "linear":
+    if settings.type in ("linear", "cosine"):
         settings.resolve(head_dim, rotary=not backbone.learned_positions, causal=not backbone.sees_both_sides)
     else:
         settings.resolve(head_dim)
