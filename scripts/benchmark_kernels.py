@@ -4,9 +4,11 @@
     python scripts/benchmark_kernels.py --preset issue --output out/kernels
 
 Presets: `issue`, the bars' shapes (batch 1, 32 heads, D 128, F 128, window 64; T 2048, 8192, 32768); `full`, T 512 to
-65536, D 64 and 128, F 64, 128 and 256, as many key heads as query heads and a quarter of them; `gate`, at T 8192 the
-memory that forgets and maps of unrotated projections over the same calls without (times and their ratios); `smoke` and
-`gate-smoke`, tiny, on any machine. fla tunes itself for minutes at first; `--limit_seconds` cuts a run short. DIR gets
+65536, D 64 and 128, F 64, 128 and 256, as many key heads as query heads and a quarter of them; `models`, window 224
+and the heads of models: 32 over 32 and over 8 of D 128, 9 over 3 of D 64; batch 8 at T 1024, else 1, T 8192 and 32768;
+`gate`, at T 8192 the memory that forgets and maps of unrotated projections over the same calls without (times and
+their ratios); `smoke` and `gate-smoke`, tiny, on any machine. fla tunes itself for minutes at first; `--limit_seconds`
+cuts a run short. DIR gets
 results.json and results.csv (after every row), table.md and kernels.png; `--report DIR [DIR ...] --page
 docs/results_kernels.md` writes the page from them, on any machine; the records of several runs of one machine are
 joined, the later ones winning, in the first DIR.
@@ -64,6 +66,12 @@ def smoke_shapes() -> list[Shape]:
     return [Shape(length, 32, 32, heads=2, groups=groups, window=16) for groups in (2, 1) for length in (64, 128)]
 
 
+def model_shapes() -> list[Shape]:
+    heads: list[dict] = [{"dim": 128}, {"dim": 128, "groups": 8}, {"dim": 64, "heads": 9, "groups": 3}]
+    lengths = {8192: 1, 1024: 8, 32768: 1}  # and the batch
+    return [Shape(length, **sizes, batch=batch, window=224) for length, batch in lengths.items() for sizes in heads]
+
+
 def gate_shapes() -> list[Shape]:
     return [Shape(8192)]
 
@@ -71,6 +79,7 @@ def gate_shapes() -> list[Shape]:
 PRESETS = {
     "issue": issue_shapes,
     "full": full_shapes,
+    "models": model_shapes,
     "gate": gate_shapes,
     "smoke": smoke_shapes,
     "gate-smoke": lambda: smoke_shapes()[:1],

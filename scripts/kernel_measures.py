@@ -15,6 +15,7 @@ WARMUP_MS, REPEAT_MS = 10, 60
 GRAPH_LIMIT_MS = 20.0  # launches cost nothing beside a longer call
 ERROR_TOKENS = 2**17  # heads x tokens that the float64 reference takes at a time: about 6 GiB
 CHUNK = 64
+COUNTED = ("hybrid", "cosine")  # the ops that `count_flops` knows
 
 Times = tuple[float, float, float]
 

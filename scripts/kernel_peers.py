@@ -199,6 +199,18 @@ def landmark(inputs: Inputs, backend: str = "triton") -> Case:
     return Case(tensors, run, partial(run, backend="chunked"))
 
 
+def salient(inputs: Inputs, backend: str = "triton") -> Case:
+    """With the op's own sinks and kept tokens."""
+    from linearize.modeling import salient_attention
+
+    tensors = {"query": inputs.query, "key": inputs.key, "value": inputs.value}
+
+    def run(t, backend=backend):
+        return salient_attention(t["query"], t["key"], t["value"], window=inputs.shape.window, backend=backend)[0]
+
+    return Case(tensors, run, partial(run, backend="chunked"))
+
+
 # --- PyTorch's
 
 
@@ -316,6 +328,7 @@ CONTENDERS = [
     Contender("ours: hybrid, features, 4 sinks", build=partial(hybrid, sinks=4), sinks=4, **HYBRID),
     Contender("ours: cosine", build=cosine, **COSINE),
     Contender("ours: landmark", "landmark", landmark, ours=True, quadratic=True),
+    Contender("ours: salient", "salient", salient, ours=True),
     Contender("SDPA flash", "softmax", partial(sdpa, backend=SDPBackend.FLASH_ATTENTION), quadratic=True),
     Contender("SDPA cuDNN", "softmax", partial(sdpa, backend=SDPBackend.CUDNN_ATTENTION), quadratic=True),
     Contender("fla chunk_simple_gla", "cosine", fla_simple_gla),
@@ -325,6 +338,7 @@ CONTENDERS = [
     Contender(
         "ours: cosine, chunked PyTorch", "cosine", partial(cosine, backend="chunked"), ours=True, **PYTORCH_PATH
     ),
+    Contender("ours: salient, chunked PyTorch", "salient", partial(salient, backend="chunked"), ours=True),
     Contender(
         "FlexAttention, block window",
         "window",
@@ -412,6 +426,16 @@ def decode_cosine(inputs: Inputs) -> Step:
     return Step(run, [x for x in state if x is not None])
 
 
+def decode_salient(inputs: Inputs) -> Step:
+    from linearize.modeling import salient_attention
+
+    past, last = _split_last(inputs)
+    options: dict = {"window": inputs.shape.window, "return_state": True, "backend": "triton"}
+    _, state = salient_attention(*past[:3], **options)
+    assert state is not None
+    return Step(lambda: salient_attention(*last[:3], **options, initial_state=state)[0], list(state))
+
+
 def decode_sdpa(inputs: Inputs, backends: list[SDPBackend]) -> Step:
     """The whole context as a KV cache, read in place: a real cache also appends the token."""
     grouped = inputs.shape.groups != inputs.shape.heads
@@ -429,6 +453,7 @@ DECODERS: list[tuple[str, bool, Callable[[Inputs], Step]]] = [
     ("ours: hybrid, maps, 4 sinks", True, partial(decode_hybrid, by_maps=True)),
     ("ours: hybrid, features, 4 sinks", True, decode_hybrid),
     ("ours: cosine", True, decode_cosine),
+    ("ours: salient", True, decode_salient),
     ("SDPA flash, KV cache", False, partial(decode_sdpa, backends=[SDPBackend.FLASH_ATTENTION])),
     ("SDPA cuDNN, KV cache", False, partial(decode_sdpa, backends=[SDPBackend.CUDNN_ATTENTION])),
 ]

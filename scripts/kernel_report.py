@@ -8,7 +8,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from kernel_measures import floor_ms
+from kernel_measures import COUNTED, floor_ms
 
 BAR_SHAPE = {"dim": 128, "features": 128, "heads": 32, "groups": 32, "batch": 1, "window": 64}
 FORWARD, BOTH, DECODE = "forward", "forward+backward", "decode"
@@ -165,7 +165,9 @@ def decode_table(records: list[dict]) -> str:
 def roofline_table(records: list[dict], rates: dict) -> str:
     rows = []
     for r in records:
-        if not r["ours"] or "ms" not in r or r["mode"] == DECODE or "chunked" in r["contender"] or not at_bar_shape(r):
+        if r["op"] not in COUNTED or not r["ours"] or r["mode"] == DECODE or "chunked" in r["contender"]:
+            continue
+        if "ms" not in r or not at_bar_shape(r):
             continue
         moved, computed = floor_ms(r, rates)
         best, floor = min(r["ms"], r.get("graph_ms", math.inf)), max(moved, computed)

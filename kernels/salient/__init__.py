@@ -1,4 +1,7 @@
-"""What `salient_attention` offers beside its chunked path: the definition, and the contract that it keeps."""
+"""Kernels of `salient_attention`: what this op offers, and the contract that it keeps."""
+
+import functools
+import importlib
 
 from .reference import reference
 
@@ -6,8 +9,22 @@ CONTRACT = 1
 
 
 def unsupported(*args, **kwargs) -> str | None:
-    """Say why `fused` cannot do this call: there is no fused kernel of this op."""
-    return "salient-token attention has no Triton kernel"
+    """Say why `fused` cannot do this call (arguments of the public function), or None when it can."""
+    from ..triton_support import unavailable
+
+    return unavailable(*args[:3]) or _load().unsupported(*args, **kwargs)
 
 
-__all__ = ["CONTRACT", "reference", "unsupported"]
+def fused(*args, **kwargs):
+    """Run the Triton kernels; they are loaded on first use."""
+    return _load().fused(*args, **kwargs)
+
+
+@functools.cache
+def _load():
+    module = importlib.import_module(".fused", __name__)
+    globals()["fused"] = module.fused  # importing a submodule binds its name here
+    return module
+
+
+__all__ = ["CONTRACT", "fused", "reference", "unsupported"]

@@ -205,3 +205,26 @@ def test_fla_rows_compute_what_their_references_do(scripts, monkeypatch, groups)
             case = contender.build(inputs)
             assert max(measures.relative_errors(case).values()) < 1e-4
             assert ("repeated" in case.note) == (groups == 2)
+
+
+def test_the_salient_row_at_a_models_heads(scripts, benchmark):
+    """Its error against the chunked path in float64, and shapes with the op's own window."""
+    peers, measures = scripts("kernel_peers"), scripts("kernel_measures")
+    assert {(s.heads, s.groups, s.dim) for s in benchmark.model_shapes()} == {(32, 32, 128), (32, 8, 128), (9, 3, 64)}
+    assert {(s.length, s.batch, s.window) for s in benchmark.model_shapes()} == {
+        (1024, 8, 224),
+        (8192, 1, 224),
+        (32768, 1, 224),
+    }
+    inputs = peers.draw(peers.Shape(64, 16, 16, heads=2, groups=1, window=8), "cpu", torch.float32, seed=0)
+    (contender,) = (c for c in peers.CONTENDERS if c.name == "ours: salient, chunked PyTorch")
+    assert max(measures.relative_errors(contender.build(inputs)).values()) < 1e-5
+
+
+def test_only_ops_whose_flops_are_counted_are_on_the_roofline(scripts):
+    report = scripts("kernel_report")
+    figures = {"ms": 1.0, "heads": 32, "by_maps": False, "bytes_per_number": 2}
+    rows = [record(report, f"ours: {op}", 2048, op=op, **figures) for op in ("hybrid", "salient", "landmark")]
+    rates = {"copy_tb_per_s": 3.0, "product_tflop_per_s": 700.0}
+    table = report.roofline_table(rows, rates)
+    assert "ours: hybrid" in table and "salient" not in table and "landmark" not in table
