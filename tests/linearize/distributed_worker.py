@@ -21,7 +21,7 @@ from tiny_models import make_student, make_teacher
 from linearize.data import TokenBlocks
 from linearize.settings import FinetuneConfig, TransferConfig
 
-STEPS = 20
+STEPS = 8
 LENGTH = 16
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
