@@ -39,6 +39,7 @@ LONGEST = (
 
 def pytest_collection_modifyitems(config, items):
     places = {config.rootpath / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in places), "LONGEST in tests/conftest.py names a file that is not there"
     items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
 
 

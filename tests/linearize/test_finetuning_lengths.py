@@ -18,6 +18,7 @@ from linearize.data import TokenBlocks, epoch_order, prepare_data
 from linearize.finetuning import finetune
 from linearize.finetuning_trainer import FinetuningTrainer, Objective, state_after
 from linearize.losses import LossWeights
+from linearize.run_plan import make_plan
 from linearize.settings import DataConfig, FinetuneConfig
 from linearize.settings_io import resolve, write_config
 from linearize.stages.finetune_lengths import JoinedRows, StepLengths, check_state_passing, pieces, training_rows
@@ -270,6 +271,16 @@ def config_of(workspace, out, tmp_path, **finetune):
     values["finetune"] |= finetune
     write_config(resolve(values), tmp_path / "tiny.yaml")
     return str(tmp_path / "tiny.yaml")
+
+
+def test_the_plan_counts_the_longest(workspace, tmp_path):
+    """Steps and memory are those of data with rows as long."""
+    values = tiny_config(workspace / "teacher", workspace / "text.jsonl", tmp_path, workspace / "cache")
+    plans = [
+        make_plan(resolve(values, changes)).stages[1]
+        for changes in ({"finetune.sequence_length": [32, 64]}, {"data.sequence_length": 64}, {})
+    ]
+    assert plans[0].forecast == plans[1].forecast != plans[2].forecast and plans[0].steps == plans[1].steps
 
 
 def test_a_whole_run_with_flags(workspace, tmp_path):
