@@ -139,6 +139,8 @@ KINDS = {
     "linear": {"type": "linear", "window": 5, "sinks": 2},
     "gated": {"type": "linear", "window": 5, "sinks": 2, "map_input": "projections", "gate": "token"},
     "cosine": {"type": "cosine", "window": 5, "sinks": 2},
+    "gated cosine": {"type": "cosine", "window": 5, "sinks": 2, "gate": "token"},
+    "salient": {"type": "salient", "window": 5, "sinks": 1, "kept_tokens": 4},
     "gain_cell": {"type": "gain_cell", "window": 64, "cell": {"tile": 4}},
 }
 
