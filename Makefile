@@ -11,6 +11,8 @@ SMOLLM2 := .cache/smollm2-135m-instruct
 PYTEST_ARGS ?=
 # Tiny models gain nothing from threads: on two cores, two processes of one thread each take about half the time.
 WORKERS ?= 2
+# A file stays in one process, in the order of tests/conftest.py: the longest files first.
+PARALLEL := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 export TOKENIZERS_PARALLELISM := false
 
 .NOTPARALLEL:
@@ -26,7 +28,7 @@ test: install quality checkpoint minilm tests ## what CI runs
 
 test-latest: checkpoint minilm $(LATEST)/installed ## the tests that depend on transformers, with its newest release
 	@echo "== Tests on the CPU with constraints-latest.txt ($(WORKERS) processes)"
-	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not multi_gpu" --durations=15 $(PYTEST_ARGS) $(LATEST_TESTS)
+	OMP_NUM_THREADS=1 $(LATEST)/bin/python -m pytest $(PARALLEL) -m "not gpu and not multi_gpu" --durations=15 $(PYTEST_ARGS) $(LATEST_TESTS)
 
 install: $(VENV)/installed ## set up .venv
 
@@ -66,7 +68,7 @@ quality: install ## lint, format and types
 
 tests: install
 	@echo "== Tests on the CPU ($(WORKERS) processes)"
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not gpu and not multi_gpu" --durations=15 $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not multi_gpu" --durations=15 $(PYTEST_ARGS)
 
 test-gpu: install checkpoint ## the tests that need a GPU; each file in its own process, which an illegal access would spoil
 	@status=0; for file in tests/gpu/test_*.py; do \

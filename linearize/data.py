@@ -59,6 +59,8 @@ class TokenBlocks(Dataset):
     """(N, L) array, positions that start again with each document, where documents are kept apart; else none."""
     lengths: Any = None
     """(N,) array, tokens of each row without its padding on the right; none: no row is padded."""
+    contiguous: bool = True
+    """Whether each row goes on where the one before it ends: no row in between was left out."""
 
     def __post_init__(self) -> None:
         if self.labels is None:
@@ -344,7 +346,8 @@ def _open_blocks(entry: Path, split: str, config: "DataConfig") -> TokenBlocks:
         return TokenBlocks(np.zeros((0, config.sequence_length), dtype=np.int64))
     others = [labels, *(entry / f"{split}_{name}.npy" for name in ("positions", "lengths"))]
     loaded, positions, lengths = (np.load(file, mmap_mode="r") if file.exists() else None for file in others)
-    return TokenBlocks(np.load(ids, mmap_mode="r"), loaded, entry.name, positions, lengths)
+    contiguous = not data_packing.read_facts(entry)[split]["sequences_without_loss"]
+    return TokenBlocks(np.load(ids, mmap_mode="r"), loaded, entry.name, positions, lengths, contiguous)
 
 
 def main_process_first(work: Callable[[], Result]) -> Result:

@@ -87,6 +87,11 @@ def read_manifest(entry: Path) -> dict[str, Any] | None:
     return manifest if found == manifest["files"] and manifest["key"] == entry.name else None
 
 
+def read_facts(entry: Path) -> dict[str, Any]:
+    """What the manifest of a complete entry says."""
+    return json.loads((entry / _MANIFEST).read_text())
+
+
 def _facts(file: Path, expected_size: int | None = None) -> dict[str, int]:
     """Size and checksum of a file; the checksum only where the size is the expected one.
 
@@ -202,7 +207,7 @@ def write_documents(
 
 def read_documents(folder: Path) -> Documents:
     """Open documents without reading them into memory."""
-    manifest = json.loads((folder / _MANIFEST).read_text())
+    manifest = read_facts(folder)
     ids = np.memmap(folder / "ids.bin", dtype=manifest["dtype"], mode="r")
     mask = folder / "supervised.bin"
     supervised = np.memmap(mask, dtype=bool, mode="r") if mask.exists() else None

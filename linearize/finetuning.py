@@ -30,10 +30,12 @@ from linearize.adapters import AdaptedModel, add_adapters, merge, merge_into_unq
 from linearize.checkpointing import Checkpoint, checkpoint_to_resume
 from linearize.conversion import refuse_encoder
 from linearize.errors import UserError
+from linearize.evaluation.arms import context_tokens
 from linearize.finetuning_trainer import FinetuningTrainer
 from linearize.paths import user_path
 from linearize.run_identity import base_identity, data_identity, require_same_run
 from linearize.stage_trainer import stage_arguments
+from linearize.stages.finetune_lengths import JoinedRows, check_state_passing, training_rows
 from linearize.training_log import TrainingLog, has_matplotlib, read_log, write_figure
 from linearize.training_loop import Interrupt, PeakMemory, readable_memory_errors
 
@@ -122,12 +124,16 @@ def finetune(
         raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
     if model.dtype == torch.float16:
         raise UserError("finetuning in float16 would lose small gradients: set dtype to bfloat16 or float32.")
+    rows = training_rows(train, config)
+    if config.state_passing:
+        kinds = [settings["type"] for settings in model.config.mixers.values()]
+        check_state_passing(kinds, context_tokens(model.config), max(config.lengths(train.sequence_length)))
     output = Path(user_path(output_dir))
     # Mixed precision stays off: the base computes in the dtype that it was loaded in, what trains in float32.
     arguments, plan = stage_arguments(
         config,
         "finetune",
-        train.sequence_length,
+        rows.sequence_length,
         output / CHECKPOINTS,
         seed,
         report_to,
@@ -137,9 +143,13 @@ def finetune(
         ddp_find_unused_parameters=True,
     )
     run = {
-        "sequence_length": train.sequence_length,
+        "sequence_length": rows.sequence_length,
+        # None is what an absent fact is: a run without them goes on from checkpoints that do not know them.
+        "pieces": config.lengths(0) if isinstance(config.sequence_length, list) else None,
+        "length_shares": config.length_shares,
+        "state_passing": config.state_passing or None,
         "tokens_per_step": plan.tokens_per_step,
-        "num_blocks": len(train),
+        "num_blocks": len(rows),
         "seed": seed,
         "arm": arm,
         "data": data_identity(train),
@@ -155,7 +165,7 @@ def finetune(
     log = TrainingLog(output / LOG, checkpoint.step if checkpoint else None) if is_main else None
     memory = PeakMemory(arguments.device)
     start = time.perf_counter()
-    losses = _train(adapted, train, config, arguments, run, checkpoint, log)
+    losses = _train(adapted, rows, config, arguments, run, checkpoint, log)
     seconds = time.perf_counter() - start
     if is_main:
         plot_losses(read_log(output / LOG), output / "plots" / "finetune_loss.png", with_kl=bool(config.kl_weight))
@@ -175,7 +185,7 @@ def finetune(
 
 def _train(
     adapted: AdaptedModel,
-    train: TokenBlocks,
+    train: TokenBlocks | JoinedRows,
     config: FinetuneConfig,
     arguments: TrainingArguments,
     run: dict[str, Any],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +13,10 @@ from transformers import TrainingArguments
 
 from linearize.adapters import AdaptedModel, is_mixer_parameter
 from linearize.losses import LossWeights, language_model_loss
+from linearize.modeling.cache_names import CACHE, named
 from linearize.settings import FinetuneConfig
 from linearize.stage_trainer import StageTrainer
+from linearize.stages.finetune_lengths import PREVIOUS, StepLengths, pieces
 
 
 @dataclass(frozen=True)
@@ -30,6 +34,7 @@ class Objective:
         labels: Tensor,
         denominator: Tensor,
         position_ids: Tensor | None = None,
+        previous_ids: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The losses of a micro-batch.
 
@@ -39,14 +44,20 @@ class Objective:
             labels: `[B, T]`, -100 where there is no loss.
             denominator: Supervised tokens of the whole global batch.
             position_ids: `[B, T]` that start again with each text, where a row's texts are kept apart.
+            previous_ids: `[B, S]`, the text before each row, whose state the row starts from; positions go on. None:
+                each row starts a text.
 
         Returns:
             Scalars: what is differentiated, the cross-entropy, the divergence; each summed over this micro-batch and
                 divided by the denominator.
         """
         base: Any = model.get_base_model()
-        teacher = teacher_hidden_states(model, input_ids, position_ids) if self.weights.kl_weight else None
-        hidden = base.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+        teacher = None
+        if self.weights.kl_weight:
+            teacher = teacher_hidden_states(model, input_ids, position_ids, previous_ids)
+        cache = None if previous_ids is None else state_after(model, previous_ids)
+        given = {"input_ids": input_ids, "position_ids": position_ids, **named(cache)}
+        hidden = base.base_model(**given, use_cache=cache is not None).last_hidden_state
         sums = language_model_loss(
             hidden,
             labels,
@@ -59,16 +70,36 @@ class Objective:
         return sums.total, sums.cross_entropy, sums.divergence
 
 
-def teacher_hidden_states(model: AdaptedModel, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
+def teacher_hidden_states(
+    model: AdaptedModel,
+    input_ids: Tensor,
+    position_ids: Tensor | None = None,
+    previous_ids: Tensor | None = None,
+) -> Tensor:
     """The teacher's last hidden states `[B, T, E]` from the same weights: adapters and mechanism off, no dropout, no
-    gradient."""
+    gradient. It reads the text before, where there is one, along."""
     base: Any = model.get_base_model()
+    whole = input_ids if previous_ids is None else torch.cat([previous_ids, input_ids], dim=1)
+    with reading(model), model.disable_adapter(), base.use_arm("teacher"):
+        hidden = base.base_model(input_ids=whole, position_ids=position_ids, use_cache=False).last_hidden_state
+        return hidden[:, -input_ids.shape[1] :]
+
+
+def state_after(model: AdaptedModel, input_ids: Tensor) -> Any:
+    """The cache that a text `[B, S]` leaves in the arm that is set, no dropout, no gradient."""
+    base: Any = model.get_base_model()
+    with reading(model):
+        return base.base_model(input_ids=input_ids, use_cache=True)[CACHE]
+
+
+@contextmanager
+def reading(model: nn.Module) -> Iterator[None]:
+    """Without gradient and dropout, and back to training afterwards."""
     training = model.training
     model.eval()
     try:
-        with torch.no_grad(), model.disable_adapter(), base.use_arm("teacher"):
-            given = {"input_ids": input_ids, "position_ids": position_ids}
-            return base.base_model(**given, use_cache=False).last_hidden_state
+        with torch.no_grad():
+            yield
     finally:
         model.train(training)
 
@@ -108,6 +139,15 @@ class FinetuningTrainer(StageTrainer):
             LossWeights(config.ce_weight, config.kl_weight, config.temperature), config.logits_chunk
         )
         super().__init__(model, args, config=config, **others)
+        rows: Any = self.train_dataset
+        self.step_lengths = StepLengths(
+            config.lengths(rows.sequence_length), config.length_shares, config.state_passing
+        )
+
+    def prepare_batches(self, batches: list[Any]) -> list[Any]:
+        """The rows in pieces of the step's length, and the text before them in the steps that start from its state."""
+        length, passes_state = self.step_lengths.of(self.state.global_step)
+        return [pieces(batch, length, passes_state) for batch in batches]
 
     def losses(self, model: nn.Module, inputs: dict[str, Any], denominator: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The objective: what is differentiated, the cross-entropy, the divergence."""
@@ -117,6 +157,7 @@ class FinetuningTrainer(StageTrainer):
             labels=inputs["labels"],
             denominator=denominator,
             position_ids=inputs.get("position_ids"),
+            previous_ids=inputs.get(PREVIOUS),
         )
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:

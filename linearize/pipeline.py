@@ -163,6 +163,7 @@ class _Run:
     def _load_data(self) -> tuple[TokenBlocks | None, TokenBlocks | None, TokenBlocks | None]:
         """Sequences to train on, to validate on and to evaluate on, as far as this run needs them."""
         from linearize.data import load_text_blocks, prepare_data, refuse_training_files
+        from linearize.stages.finetune_lengths import training_rows
 
         data, evaluation = self.config.data, self.config.evaluation
         train = validation = held_out = None
@@ -173,6 +174,8 @@ class _Run:
             if trains or (evaluation is not None and evaluation.texts is None):
                 train, validation = prepare_data(data, self.tokenizer, seed=self.config.seed)
                 held_out = validation
+                if self.config.finetune is not None:
+                    training_rows(train, self.config.finetune)  # refused here, not after the hours of stage 1
                 self._say(f"{len(train):,} training sequences, {len(validation):,} for validation")
             if evaluation is not None and evaluation.texts is not None:
                 length = evaluation.sequence_length or data.sequence_length

@@ -177,7 +177,9 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         stages.append(StagePlan("attention transfer", transfer, steps, {"mechanism": mixers}, forecast))
     if config.finetune is not None:
         check_finetune(config, shape)
-        steps = exact_plan(config.finetune, config.data.sequence_length, num_processes, "finetune")
+        check_passing(config, teacher)
+        longest = max(config.finetune.lengths(config.data.sequence_length))
+        steps = exact_plan(config.finetune, longest, num_processes, "finetune")
         trained = {"LoRA": memory.adapter_parameters(shape, config)}
         trained |= {"mechanism": mixers} if config.finetune.train_mixers else {}
         forecast = memory.forecast_finetune(teacher, settings, fused=fused) if known else None
@@ -360,15 +362,35 @@ def check_attention(config: RunConfig, teacher: Any) -> None:
 
 def check_finetune(config: RunConfig, shape: memory.Shape) -> None:
     """Refuse what stage 2 could not do now, not after the hours of stage 1."""
+    from linearize.stages.finetune_lengths import changes_rows, check_rows, refuse_packing
+
     assert config.finetune is not None
     if config.dtype == "float16":
         raise UserError("finetuning in float16 would lose small gradients: set dtype to bfloat16 or float32.")
+    row_length = config.data.sequence_length
+    check_rows(config.finetune, row_length)
+    if changes_rows(config.finetune, row_length) and (
+        config.data.packing != "stream" or config.data.isolate_documents
+    ):
+        refuse_packing()
     known = memory.linear_layers(shape)
     if unknown := [name for name in config.finetune.lora_targets or () if name not in known]:
         raise UserError(
             f"finetune.lora_targets: the teacher has no linear layer named {', '.join(unknown)}; there are "
             f"{', '.join(known)}."
         )
+
+
+def check_passing(config: RunConfig, teacher: Any) -> None:
+    """Refuse states that stage 2 could not start from."""
+    from linearize.evaluation.arms import context_tokens
+    from linearize.stages.finetune_lengths import check_state_passing
+
+    assert config.finetune is not None
+    if config.finetune.state_passing:
+        kinds = [settings["type"] for settings in _mixers_of(teacher) or config.mechanisms]
+        longest = max(config.finetune.lengths(config.data.sequence_length))
+        check_state_passing(kinds, context_tokens(teacher), longest)
 
 
 def check_lengths(config: RunConfig, teacher: Any, converted: bool) -> None:
@@ -384,6 +406,8 @@ def check_lengths(config: RunConfig, teacher: Any, converted: bool) -> None:
     lengths = {"data.sequence_length": config.data.sequence_length}
     if config.evaluation is not None and config.evaluation.sequence_length is not None:
         lengths["evaluation.sequence_length"] = config.evaluation.sequence_length
+    if config.finetune is not None:
+        lengths["finetune.sequence_length"] = max(config.finetune.lengths(config.data.sequence_length))
     for name, length in lengths.items():
         if limit is not None and length > limit:
             raise UserError(

@@ -206,6 +206,16 @@ class FinetuneConfig(StageSettings):
     """Sequences per process and micro-batch."""
     tokens_per_step: int = 8192
     """Tokens per optimiser step, a multiple of sequence length x batch size x processes (8 x 1024 in LoLCATs)."""
+    sequence_length: int | list[int] | None = None
+    """Tokens of a sequence, a multiple of data.sequence_length, whose rows are joined to it; several, e.g. 1024,4096:
+    each step has sequences of one of them, in turn, and of shorter ones as many more as hold the same tokens (the
+    longest counts for batch_size and tokens_per_step); none: data.sequence_length."""
+    length_shares: list[float] | None = None
+    """Share of the tokens that each of several sequence lengths gets, in their order; none: equal shares."""
+    state_passing: float = 0.0
+    """Share of the steps whose sequences start from the state that the piece of text before them leaves, of the same
+    length and without a gradient, as a model meets it in a long text (https://arxiv.org/abs/2507.02782); costs such a
+    step another forward pass."""
     learning_rate: float = 1e-4
     """Learning rate of the LoRA weights (1e-4 in LoLCATs)."""
     mixer_learning_rate: float = 1e-3
@@ -256,6 +266,7 @@ class FinetuneConfig(StageSettings):
             self.ce_weight + self.kl_weight > 0,
             "finetune.ce_weight and finetune.kl_weight are both 0: set one of them.",
         )
+        self._check_lengths()
         require(self.temperature > 0, f"finetune.temperature is {self.temperature}, but it must be positive.")
         require(self.lora_alpha > 0, f"finetune.lora_alpha is {self.lora_alpha}, but it must be positive.")
         require(
@@ -266,6 +277,32 @@ class FinetuneConfig(StageSettings):
             self.lora_targets is None or bool(self.lora_targets),
             "finetune.lora_targets is empty: name the layers to adapt, e.g. q_proj,v_proj.",
         )
+
+    def _check_lengths(self) -> None:
+        lengths, shares = self.lengths(2), self.length_shares
+        require(
+            bool(lengths) and min(lengths) >= 2 and len(set(lengths)) == len(lengths),
+            f"finetune.sequence_length is {self.sequence_length}, but it must be lengths of at least 2, each once.",
+        )
+        require(
+            shares is None or (len(shares) == len(lengths) and min(shares) > 0),
+            f"finetune.length_shares is {shares}, but it must be a positive share for each of the {len(lengths)} "
+            "lengths in finetune.sequence_length.",
+        )
+        require(
+            0 <= self.state_passing <= 1,
+            f"finetune.state_passing is {self.state_passing}, but shares are between 0 and 1.",
+        )
+        require(
+            not (self.state_passing and self.gradient_checkpointing),
+            "finetune.state_passing and finetune.gradient_checkpointing are both set, but recomputed layers are given "
+            "no state: set one of them to 0 or false.",
+        )
+
+    def lengths(self, row_length: int) -> list[int]:
+        """Lengths of this stage's sequences, in tokens, where the data has rows of `row_length`."""
+        given = row_length if self.sequence_length is None else self.sequence_length
+        return given if isinstance(given, list) else [given]
 
 
 @dataclass

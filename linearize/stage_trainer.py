@@ -37,7 +37,7 @@ def row_numbers(args: TrainingArguments, step: int, micro_batch: int, rows: int)
     """Places `(rows,)` in the order of `RunSampler` of the sequences that this process has in a micro-batch of a
     step."""
     batch = (step * args.gradient_accumulation_steps + micro_batch) * args.world_size + args.process_index
-    return batch * args.per_device_train_batch_size + torch.arange(rows)
+    return batch * rows + torch.arange(rows)
 
 
 class RunSampler(Sampler[int]):

@@ -1,5 +1,6 @@
 """Tiny random models and tokenizers made on the spot, and the real checkpoints that `make test` fetches."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,44 @@ if not torch.cuda.is_available():  # read when triton is first imported: kernels
 
 import pytest
 from tiny_models import make_student, make_teacher, perturb
+
+LONGEST = (
+    "tests/recipes/test_recipes.py",
+    "tests/modeling/test_students.py",
+    "tests/linearize/test_pretraining_models.py",
+    "tests/linearize/test_glue.py",
+    "tests/kernels/test_hybrid_linear_fused.py",
+    "tests/linearize/test_pairs.py",
+    "tests/linearize/test_hub.py",
+    "tests/kernels/test_cosine_fused.py",
+    "tests/linearize/test_calibration.py",
+    "tests/linearize/test_distributed.py",
+    "tests/kernels/test_hybrid_linear_decode.py",
+    "tests/kernels/test_landmark_fused.py",
+    "tests/test_packaging.py",
+    "tests/linearize/test_minilm.py",
+    "tests/modeling/test_smollm2.py",
+    "tests/linearize/test_evaluation_demo.py",
+)
+"""Files that take more than about 20 seconds. They come first, so that none of them runs alone at the end."""
+
+
+def pytest_collection_modifyitems(config, items):
+    places = {config.rootpath / name: place for place, name in enumerate(LONGEST)}
+    assert all(path.is_file() for path in places), "LONGEST in tests/conftest.py names a file that is not there"
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage():
+    """Every Trainer asks for a full collection: half a second or more over what torch and transformers have imported,
+    unless the collector is told to leave it out."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()
 
 
 @pytest.fixture

@@ -4,4 +4,5 @@ select.py          places windows and softmax layers under a budget of state, an
 select_plan.py     what is asked, checked before anything is loaded
 select_measure.py  what each layer loses with each window
 select_place.py    the greedy rule
+finetune_lengths.py  what stage 2 trains on: longer sequences, several lengths, states from before
 """

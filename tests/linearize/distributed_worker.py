@@ -21,7 +21,7 @@ from tiny_models import make_student, make_teacher
 from linearize.data import TokenBlocks
 from linearize.settings import FinetuneConfig, TransferConfig
 
-STEPS = 20
+STEPS = 8
 LENGTH = 16
 DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
@@ -43,13 +43,14 @@ def sharded_transfer(model, blocks, output_dir):
     return transfer(model, blocks, output_dir)
 
 
-def finetune(model, blocks, output_dir):
+def finetune(model, blocks, output_dir, **changes):
     """Losses by step: total, cross-entropy, KL. The sequences have different numbers of labels."""
     from linearize.finetuning import finetune
 
     labels = torch.where(torch.arange(LENGTH) < torch.arange(len(blocks))[:, None] * 2, -100, blocks.input_ids)
     config = FinetuneConfig(
-        max_steps=STEPS, tokens_per_step=2 * LENGTH, logging_steps=1, learning_rate=1e-2, kl_weight=0.5, logits_chunk=8
+        **{"max_steps": STEPS, "tokens_per_step": 2 * LENGTH, "logging_steps": 1, "learning_rate": 1e-2},
+        **{"kl_weight": 0.5, "logits_chunk": 8, **changes},
     )
     result = finetune(model, TokenBlocks(blocks.input_ids, labels), config, output_dir=output_dir, seed=3)
     records = [json.loads(line) for line in result.log_path.read_text().splitlines()]
@@ -58,7 +59,18 @@ def finetune(model, blocks, output_dir):
     return [[record[name] for name in ("loss", "cross_entropy", "kl")] for record in records]
 
 
-STAGES = {"transfer": transfer, "sharded_transfer": sharded_transfer, "finetune": finetune}
+def finetune_for_length(model, blocks, output_dir):
+    """As `finetune`, on sequences of two lengths, in every other step from the state of the piece before."""
+    lengths = {"sequence_length": [LENGTH // 2, LENGTH], "state_passing": 0.5}
+    return finetune(model, blocks, output_dir, **lengths)
+
+
+STAGES = {
+    "transfer": transfer,
+    "sharded_transfer": sharded_transfer,
+    "finetune": finetune,
+    "finetune_for_length": finetune_for_length,
+}
 
 
 def statistics(output_dir):

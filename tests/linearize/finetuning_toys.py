@@ -1,5 +1,7 @@
 """Tiny random models and token blocks for the tests of stage 2."""
 
+import signal
+
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -48,6 +50,18 @@ def token_blocks(number=10, seed=0, length=LENGTH):
     ids = torch.randint(0, VOCABULARY, (number, length), generator=generator)
     starts = torch.randint(0, length - 4, (number, 1), generator=generator)
     return TokenBlocks(ids.numpy(), torch.where(torch.arange(length) < starts, -100, ids).numpy())
+
+
+class InterruptedBlocks(TokenBlocks):
+    """Ctrl-C while the data of a step are read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        if self.reads == 18:  # a micro-batch is read ahead: this is in step 4, of 4 sequences each
+            signal.raise_signal(signal.SIGINT)
+        return super().__getitem__(index)
 
 
 @torch.no_grad()

@@ -64,5 +64,5 @@ def test_two_processes_equal_one(losses, stage, record_property, capsys):
         difference = (two - one).abs().max().item()
         record_property(f"{stage} {dtype} largest difference", difference)
         with capsys.disabled():
-            print(f"\n{stage}, {dtype}: largest difference of a loss over 20 steps {difference:.2e}")
+            print(f"\n{stage}, {dtype}: largest difference of a loss over {len(one)} steps {difference:.2e}")
         assert difference <= tolerance

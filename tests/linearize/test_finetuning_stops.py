@@ -2,11 +2,10 @@
 
 import errno
 import json
-import signal
 
 import pytest
 import torch
-from finetuning_toys import settings, stock_llama, student, token_blocks
+from finetuning_toys import InterruptedBlocks, settings, stock_llama, student, token_blocks
 from transformers import TrainerCallback
 
 from linearize import UserError, finetuning_trainer
@@ -28,18 +27,6 @@ def run(stock, output, **changes):
     keywords.setdefault("train", token_blocks())
     model = student(stock, changes.pop("dtype", torch.float32))
     return finetune(model, config=settings(**changes), output_dir=output, **keywords)
-
-
-class InterruptedBlocks(type(token_blocks())):
-    """Ctrl-C while the data of a step are read."""
-
-    reads = 0
-
-    def __getitem__(self, index):
-        self.reads += 1
-        if self.reads == 18:  # a micro-batch is read ahead: this is in step 4, of 4 sequences each
-            signal.raise_signal(signal.SIGINT)
-        return super().__getitem__(index)
 
 
 def test_resuming_continues_bit_for_bit(stock, tmp_path):

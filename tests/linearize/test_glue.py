@@ -264,7 +264,7 @@ LEARN = {"training__learning_rates": [2e-3], "training__batch_size": 16, "traini
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name, model, steps", [("sst2", "teacher", 60), ("sst2", "student", 60), ("stsb", "student", 160)]
+    "name, model, steps", [("sst2", "teacher", 60), ("sst2", "student", 60), ("stsb", "student", 120)]
 )
 def test_a_task_is_learned(name, model, steps, inputs, tmp_path):
     write_task(tmp_path, name, train=200, validation=60)

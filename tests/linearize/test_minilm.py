@@ -27,7 +27,7 @@ def test_a_few_steps_of_transfer_bring_the_embeddings_back(minilm, tmp_path):
             },
             "transfer": {"max_steps": 24, "batch_size": 16, "tokens_per_step": 768},
             "distillation": None,
-            "evaluation": {"pairs": 40},
+            "evaluation": {"pairs": 24},
         }
     )
     figures = {row["name"]: row for row in result.report["embeddings"]["rows"]}

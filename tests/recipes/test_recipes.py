@@ -82,6 +82,15 @@ def launch(
     )
 
 
+def recipe_module(path):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory):
     root = tmp_path_factory.mktemp("recipe")
@@ -177,117 +186,141 @@ def test_bad_input_under_accelerate_launch(workspace, final):
     assert "exit status 2" in run.stderr
 
 
-@pytest.mark.slow
-def test_two_processes_make_the_same_repository(workspace, tmp_path):
-    launcher = ("torchrun", "--nproc_per_node", "2")
-    run = launch(
-        "--config",
-        workspace / "tiny.yaml",
-        "--output_dir",
-        tmp_path / "out",
-        launcher=launcher,
-        ACCELERATE_USE_CPU="true",
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.count("Saved ") == 1
-    assert (tmp_path / "out" / "final" / "model.safetensors").is_file()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "model",
-    [{"model": {}}, {"model": {"type": "bert"}, "attention": {"type": "linear", "window": 4}}],
-    ids=["", "bert"],
-)
-def test_pretraining_by_one_process_and_by_two(model, workspace, tmp_path):
+def pretraining_job(root, text, name, **changes):
     config = {
         "device": "cpu",
         "tokenizer": "train",
         "vocab_size": 300,
-        **model,
-        "data": {"dataset": str(workspace / "text.jsonl"), "sequence_length": 16, "validation_documents": 6},
+        **changes,
+        "data": {"dataset": str(text), "sequence_length": 16, "validation_documents": 6},
         "training": {"max_steps": 6, "batch_size": 2, "tokens_per_step": 128, "warmup_steps": 1, "save_steps": 3},
     }
-    config["data"]["cache_dir"] = str(tmp_path / "cache")
-    config["model"] = {"n_layer": 2, "n_head": 2, "n_embd": 32, **model["model"]}
+    config["data"]["cache_dir"] = str(root / f"{name}-cache")
+    config["model"] = {"n_layer": 2, "n_head": 2, "n_embd": 32, **changes.get("model", {})}
     config["training"] |= {"eval_steps": 2, "logging_steps": 1}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
-    reports = []
-    for name, launcher in {
-        "one": ("accelerate", "launch", "--cpu", "--num_processes", "1"),
-        "two": ("torchrun", "--nproc_per_node", "2"),
-    }.items():
-        flags = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / name]
-        run = launch(*flags, recipe=PRETRAIN, launcher=launcher, ACCELERATE_USE_CPU="true")
-        assert run.returncode == 0, run.stderr[-3000:]
-        assert run.stdout.count("Saved ") == 1
-        assert (tmp_path / name / "final" / "model.safetensors").is_file()
-        reports.append(json.loads((tmp_path / name / "report.json").read_text()))
-    one, two = reports
+    (root / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    return PRETRAIN, ["--config", root / f"{name}.yaml"]
+
+
+def encoder_job(root):
+    stage = {"max_steps": 3, "batch_size": 2, "tokens_per_step": 128, "logging_steps": 1}
+    text, teacher = root / "sentences.jsonl", make_bert_directory(root / "masked-teacher", kind=BertForMaskedLM)
+    config = {
+        "model_name_or_path": str(teacher),
+        "device": "cpu",
+        "attention": {"type": "linear", "window": 3, "sinks": 1},
+        "data": {"dataset": str(text), "sequence_length": 32, "cache_dir": str(root / "encoder-cache")},
+        "transfer": stage,
+        "mlm": {**stage, "warmup_steps": 1, "dropout": False},
+        "distillation": {**stage, "warmup_steps": 1},
+        "evaluation": {"pairs": 4},
+    }
+    lines = (json.dumps({"text": f"The {a} ran past a house. Two old cats {a} slept there."}) for a in WORDS)
+    text.write_text("\n".join(lines))
+    (root / "encoder.yaml").write_text(yaml.safe_dump(config))
+    return BERT, ["--config", root / "encoder.yaml"]
+
+
+def glue_job(root):
+    teacher = make_bert_directory(root / "glue-teacher")
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        rows = [{"premise": f"two {a} cats", "hypothesis": a, "label": i % 3} for i, a in enumerate(WORDS)]
+        path = root / "files" / "mnli" / f"{split}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--models", teacher, "--tasks", "mnli", "--seeds", "0,1", "--device", "cpu"]
+    flags += ["--data.dataset", root / "files", "--data.sequence_length", "16", "--training.batch_size", "4"]
+    flags += ["--training.max_steps", "3", "--training.learning_rates", "1e-3", "--training.logging_steps", "1"]
+    return GLUE, flags
+
+
+SEVERAL = """
+import importlib.util, json, sys
+
+for recipe, flags in json.loads(sys.argv[1]):
+    spec = importlib.util.spec_from_file_location("recipe", recipe)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.main(flags) == 0, flags
+"""
+
+
+@pytest.fixture(scope="module")
+def by_one_and_by_two(workspace, tmp_path_factory):
+    """The output directories of a job's run by this process and by two. The two go through all jobs one after the
+    other, for they take longer to start than to run."""
+    root = tmp_path_factory.mktemp("two")
+    jobs = {
+        "linear": (RECIPE, ["--config", workspace / "tiny.yaml"]),
+        "gpt2": pretraining_job(root, workspace / "text.jsonl", "gpt2"),
+        "bert": pretraining_job(
+            root, workspace / "text.jsonl", "bert", model={"type": "bert"}, attention={"type": "linear", "window": 4}
+        ),
+        "encoder": encoder_job(root),
+        "glue": glue_job(root),
+    }
+
+    def arguments(name, where):
+        return [*map(str, jobs[name][1]), "--output_dir", str(where / name)]
+
+    (root / "several.py").write_text(SEVERAL)
+    todo = [[str(recipe), arguments(name, root / "by_two")] for name, (recipe, _) in jobs.items()]
+    launcher = ("torchrun", "--nproc_per_node", "2")
+    two = launch(json.dumps(todo), recipe=root / "several.py", launcher=launcher, ACCELERATE_USE_CPU="true")
+    assert two.returncode == 0, two.stderr[-3000:]
+    assert two.stdout.count("Saved ") == len(jobs)  # one of the two speaks
+    assert two.stdout.count("MNLI, glue-teacher") == 2
+
+    def run(name):
+        assert recipe_module(jobs[name][0]).main(arguments(name, root / "by_one")) == 0
+        return root / "by_one" / name, root / "by_two" / name
+
+    return run
+
+
+def losses_of(path):
+    return [json.loads(line)["loss"] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_by_one_process_and_by_two(by_one_and_by_two):
+    one, two = by_one_and_by_two("linear")
+    assert (two / "final" / "model.safetensors").is_file()
+    for stage in ("transfer", "finetune"):
+        path = Path("logs") / f"{stage}.jsonl"
+        assert losses_of(two / path) == pytest.approx(losses_of(one / path), rel=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_pretraining_by_one_process_and_by_two(kind, by_one_and_by_two):
+    folders = by_one_and_by_two(kind)
+    assert all((folder / "final" / "model.safetensors").is_file() for folder in folders)
+    one, two = (json.loads((folder / "report.json").read_text()) for folder in folders)
     assert [step for step, _ in one["validation"]] == [2, 4, 6]
     for name in ("losses", "validation"):
         assert [value for _, value in two[name]] == pytest.approx([value for _, value in one[name]], rel=1e-4)
 
 
 @pytest.mark.slow
-def test_an_encoder_by_one_process_and_by_two(tmp_path):
-    stage = {"max_steps": 3, "batch_size": 2, "tokens_per_step": 128, "logging_steps": 1}
-    config = {
-        "model_name_or_path": str(make_bert_directory(tmp_path / "teacher", kind=BertForMaskedLM)),
-        "device": "cpu",
-        "attention": {"type": "linear", "window": 3, "sinks": 1},
-        "data": {"dataset": str(tmp_path / "text.jsonl"), "sequence_length": 32, "cache_dir": str(tmp_path / "cache")},
-        "transfer": stage,
-        "mlm": {**stage, "warmup_steps": 1, "dropout": False},
-        "distillation": {**stage, "warmup_steps": 1},
-        "evaluation": {"pairs": 4},
-    }
-    text = "\n".join(json.dumps({"text": f"The {a} ran past a house. Two old cats {a} slept there."}) for a in WORDS)
-    (tmp_path / "text.jsonl").write_text(text)
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
-    logs = []
-    for number in ("1", "2"):
-        flags = ["--config", tmp_path / "tiny.yaml", "--output_dir", tmp_path / number]
-        launcher = ("torchrun", "--nproc_per_node", number)
-        run = launch(*flags, recipe=BERT, launcher=launcher, ACCELERATE_USE_CPU="true")
-        assert run.returncode == 0, run.stderr[-3000:]
-        assert run.stdout.count("Saved ") == 1
-        stages = [tmp_path / number / "logs" / f"{name}.jsonl" for name in ("transfer", "mlm", "distillation")]
-        logs.append([json.loads(line)["loss"] for path in stages for line in path.read_text().splitlines()])
-    assert len(logs[0]) == 9 and logs[1] == pytest.approx(logs[0], rel=1e-3)
+def test_an_encoder_by_one_process_and_by_two(by_one_and_by_two):
+    stages = [Path("logs") / f"{name}.jsonl" for name in ("transfer", "mlm", "distillation")]
+    one, two = ([loss for path in stages for loss in losses_of(out / path)] for out in by_one_and_by_two("encoder"))
+    assert len(one) == 9 and two == pytest.approx(one, rel=1e-3)
 
 
 @pytest.mark.slow
-def test_glue_by_one_process_and_by_two(tmp_path):
-    teacher = make_bert_directory(tmp_path / "teacher")
-    for split in ("train", "validation_matched", "validation_mismatched"):
-        rows = [{"premise": f"two {a} cats", "hypothesis": a, "label": i % 3} for i, a in enumerate(WORDS)]
-        path = tmp_path / "files" / "mnli" / f"{split}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--models", teacher, "--tasks", "mnli", "--seeds", "0,1", "--device", "cpu"]
-    flags += ["--data.dataset", tmp_path / "files", "--data.sequence_length", "16", "--training.batch_size", "4"]
-    flags += ["--training.max_steps", "3", "--training.learning_rates", "1e-3", "--training.logging_steps", "1"]
-    logs = []
-    for number in ("1", "2"):
-        launcher = ("torchrun", "--nproc_per_node", number)
-        out = tmp_path / number
-        run = launch(*flags, "--output_dir", out, recipe=GLUE, launcher=launcher, ACCELERATE_USE_CPU="true")
-        assert run.returncode == 0, run.stderr[-3000:]
-        assert run.stdout.count("Saved ") == 1 and run.stdout.count("MNLI, teacher") == 2
-        assert len(json.loads((out / "report.json").read_text())["results"]) == 2
-        logs.append([json.loads(line)["loss"] for line in next(out.rglob("lr0.001-seed1.jsonl")).open()])
-    assert len(logs[0]) == 3 and logs[1] == pytest.approx(logs[0], rel=1e-4)
+def test_glue_by_one_process_and_by_two(by_one_and_by_two):
+    folders = by_one_and_by_two("glue")
+    assert all(len(json.loads((out / "report.json").read_text())["results"]) == 2 for out in folders)
+    one, two = (losses_of(next(out.rglob("lr0.001-seed1.jsonl"))) for out in folders)
+    assert len(one) == 3 and two == pytest.approx(one, rel=1e-4)
 
 
 @pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
 def test_every_recipe_is_a_page_and_importable(path, capsys):
-    import importlib.util
-
     assert len(path.read_text().splitlines()) <= 150
-    spec = importlib.util.spec_from_file_location("recipe", path)
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
+    recipe = recipe_module(path)
     assert recipe.main(["--data.sequence_length", "many"]) == 2
     assert capsys.readouterr().err.count("data.sequence_length is 'many'") == 1
     assert recipe.DEFAULT_CONFIG in preset_names(SETTINGS[path])
