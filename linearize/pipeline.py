@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from linearize.calibration import CalibrationReport
     from linearize.data import TokenBlocks
     from linearize.evaluation import Report, TaskReport
+    from linearize.evaluation.by_length import LengthText
     from linearize.finetuning import FinetuneResult
     from linearize.run_plan import RunPlan
     from linearize.stages.select import Selection
@@ -90,6 +91,7 @@ class _Run:
         self.state: PartialState = PartialState(cpu=config.device == "cpu")
         self.record: dict[str, Any] = {}
         self.selection: Selection | None = None
+        self.length_texts: list[LengthText] = []
         self.result = RunResult(self.directory.path, self.directory.final)
 
     def run(self) -> RunResult:
@@ -144,6 +146,8 @@ class _Run:
         self._evaluate(final, report)
         self._push()
         self._say(f"Saved {self.directory.final}")
+        if report is not None:
+            report.warn()
 
     def _push(self) -> None:
         """Upload the repository, if asked to; a push that failed is made good by resuming."""
@@ -163,13 +167,16 @@ class _Run:
     def _load_data(self) -> tuple[TokenBlocks | None, TokenBlocks | None, TokenBlocks | None]:
         """Sequences to train on, to validate on and to evaluate on, as far as this run needs them."""
         from linearize.data import load_text_blocks, prepare_data, refuse_training_files
+        from linearize.run_report import length_texts
 
         data, evaluation = self.config.data, self.config.evaluation
         train = validation = held_out = None
         with stage("preparing the data"):
             trains = self.plan.stages or self.plan.calibration or self.plan.selection
-            if trains and evaluation is not None and evaluation.texts is not None:
-                refuse_training_files(data.dataset, evaluation.texts)
+            for name in ("texts", "foreign_texts"):
+                given = getattr(evaluation, name, None)
+                if trains and given is not None:
+                    refuse_training_files(data.dataset, given, f"evaluation.{name}")
             if trains or (evaluation is not None and evaluation.texts is None):
                 train, validation = prepare_data(data, self.tokenizer, seed=self.config.seed)
                 held_out = validation
@@ -178,6 +185,8 @@ class _Run:
                 length = evaluation.sequence_length or data.sequence_length
                 limit, column = evaluation.max_tokens, data.text_field
                 held_out = load_text_blocks(evaluation.texts, self.tokenizer, length, limit, text_field=column)
+            if evaluation is not None and held_out and self.state.is_main_process:
+                self.length_texts = length_texts(self.config, held_out, self.tokenizer, self.state.device)
         if evaluation is not None and not held_out:
             raise UserError(
                 "There is no held-out text to evaluate on: give data.validation or evaluation.texts, raise "
@@ -262,7 +271,12 @@ class _Run:
         from linearize.run_report import RunReport
 
         report = RunReport(
-            self.config.evaluation, blocks, self.directory.measurements, keep=self.config.resume_from_checkpoint
+            self.config.evaluation,
+            blocks,
+            self.directory.measurements,
+            keep=self.config.resume_from_checkpoint,
+            texts=self.length_texts,
+            trained=self.config.data.sequence_length,
         )
         if self.selection is not None and (note := self.selection.sentence()) not in report.report.notes:
             report.report.notes.append(note)
@@ -398,13 +412,14 @@ class _Run:
         from linearize.hub import write_record
 
         lower = (
-            f"lower evaluation.batch_size (now {settings.batch_size}); the model is saved in {self.directory.final}"
+            f"lower evaluation.batch_size (now {settings.batch_size}) or evaluation.length_tokens; the model is saved "
+            f"in {self.directory.final}"
         )
         with stage("evaluation", lower):
             model = self._placed(model)
             self.result.report = report.finish(model)
             self.record["evaluation"] = self.result.report.to_dict()
-            self._draw(self.result.report)
+            self.result.report.draw(self.directory.path / "plots")
             write_record(self.directory.final, self.record, model.config)
             self.result.report.show()
             if settings.tasks:
@@ -429,18 +444,6 @@ class _Run:
         if "quantization_config" not in options or fits(model, self.state.device):
             return model.to(self.state.device)
         return load_student(self.directory.final, **options)
-
-    def _draw(self, report: Any) -> None:
-        from linearize.evaluation.plots import plot_arms, plot_linear_share
-
-        plots = self.directory.path / "plots"
-        plots.mkdir(exist_ok=True)
-        reference = report.reference if report.row(report.reference) else None
-        plot_arms(
-            {row.name: row.perplexity for row in report.rows}, plots / "evaluation_arms.png", reference=reference
-        )
-        if report.share is not None and report.share.per_layer:
-            plot_linear_share(report.share.per_layer, plots / "evaluation_linear_share.png", mean=report.share.mean)
 
     def _run_tasks(self, model: Any) -> TaskReport:
         from linearize.evaluation import run_tasks
@@ -497,5 +500,5 @@ class _Run:
 
     def _measure(self, work: Callable[[], None]) -> None:
         """Measure on the main process; the others go on and wait for it in the next stage."""
-        with stage("evaluation", "lower evaluation.batch_size"):
+        with stage("evaluation", "lower evaluation.batch_size or evaluation.length_tokens"):
             work()

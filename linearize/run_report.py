@@ -6,11 +6,14 @@ measured.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Subset
 
+from linearize.evaluation import by_length
 from linearize.evaluation.arms import has_branches
 from linearize.evaluation.report import (
     LINEAR_ARM,
@@ -25,7 +28,7 @@ from linearize.evaluation.report import (
     window_reach,
 )
 from linearize.quantization import is_quantized
-from linearize.settings import EvaluationConfig
+from linearize.settings import EvaluationConfig, RunConfig
 
 CONVERTED = "student after conversion"
 CALIBRATED = "student after calibration"
@@ -36,10 +39,37 @@ QUANTIZED = (
 ALL_QUANTIZED = "All rows were measured on quantised weights: the full ones do not fit on this device."
 
 
+def length_texts(config: RunConfig, held_out: Any, tokenizer: Any, device: Any) -> list[by_length.LengthText]:
+    """What a run scores by length: the held-out text, and those of other domains; nothing where it is switched off.
+
+    Raises:
+        UserError: a text is missing or unreadable, or shorter than a training sequence.
+    """
+    evaluation, data = config.evaluation, config.data
+    assert evaluation is not None
+    limit = evaluation.length_tokens
+    limit = by_length.default_tokens(device) if limit is None else limit
+    if not limit:
+        return []
+    foreign = evaluation.foreign_texts or []
+    files = [foreign] if isinstance(foreign, str) else foreign
+    texts = by_length.load_lengths(files, tokenizer, data.sequence_length, limit, text_field=data.text_field)
+    return [by_length.LengthText.of(by_length.HELD_OUT, held_out, limit), *texts]
+
+
 class RunReport:
     """The measurements of one run."""
 
-    def __init__(self, config: EvaluationConfig, blocks: Any, path: Path, *, keep: bool) -> None:
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        blocks: Any,
+        path: Path,
+        *,
+        keep: bool,
+        texts: Sequence[by_length.LengthText] = (),
+        trained: int = 0,
+    ) -> None:
         """Start a report, or go on with the one that an interrupted run left.
 
         Args:
@@ -47,10 +77,15 @@ class RunReport:
             blocks: Held-out sequences.
             path: Where the rows are kept.
             keep: Whether rows that lie there belong to this run.
+            texts: To score by length; none: no figures by length.
+            trained: Tokens of a training sequence.
         """
         self.config, self.path = config, path
         self.blocks = Subset(blocks, range(min(len(blocks), max(1, config.max_tokens // blocks.sequence_length))))
         self.report = Report.from_json(path.read_text(encoding="utf-8")) if keep and path.is_file() else Report()
+        self.texts = texts
+        if texts and self.report.by_length is None:
+            self.report.by_length = by_length.start_report(texts, trained)
 
     def measure(self, name: str, model: Any, arm: str) -> None:
         """Append the perplexity of one arm, unless it is there."""
@@ -58,6 +93,16 @@ class RunReport:
 
         if self.report.row(name) is None:
             self.report.add(name, perplexity(model, self.blocks, arm=arm, batch_size=self.config.batch_size))
+            self.keep()
+
+    def measure_lengths(self, measure: Callable[..., None], model: Any, **options: Any) -> None:
+        """Append rows by length, unless they are there.
+
+        Args:
+            measure: `by_length.measure_controls` or `measure_student`.
+        """
+        if self.report.by_length is not None:
+            measure(self.report.by_length, model, self.texts, batch_size=self.config.batch_size, **options)
             self.keep()
 
     def keep(self) -> None:
@@ -84,6 +129,7 @@ class RunReport:
                 self.report.control = control_name(model)
                 self.measure(self.report.control, model, "softmax")
             self.measure(CONVERTED, model, "mixed")
+            self.measure_lengths(by_length.measure_controls, model, name=self.report.reference)
 
     def after_calibration(self, model: Any) -> None:
         """Measure the student before anything trains."""
@@ -111,5 +157,12 @@ class RunReport:
                 report.linear_index = linear_index(*(row.nll for row in rows if row))
             report.share = linear_share(model, self.blocks, batch_size=self.config.batch_size, max_tokens=SHARE_TOKENS)
         report.state = state_bytes(model.config)
+        self.measure_lengths(by_length.measure_student, model, arms=self.config.controls)
         self.keep()
         return report
+
+    def warn(self) -> None:
+        """Say last what the tables say too: that the student is worse than its own window, where it is."""
+        found = self.report.by_length
+        if found is not None and (warning := found.warning()) is not None:
+            warnings.warn(warning, UserWarning, stacklevel=2)

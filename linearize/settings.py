@@ -278,6 +278,11 @@ class EvaluationConfig:
     """Tokens of text to score."""
     sequence_length: int | None = None
     """Tokens of one scored sequence; none: that of the training data."""
+    length_tokens: int | None = None
+    """Tokens of each text to score at 1, 4 and 8 times the trained length; none: 65,536, on a CPU 8,192; 0: not
+    measured."""
+    foreign_texts: str | list[str] | None = None
+    """Path(s) of text of other domains, each scored at these lengths too."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of the lm-eval harness, e.g. piqa,arc_easy."""
     include_path: str | None = None
@@ -296,6 +301,14 @@ class EvaluationConfig:
         require(
             self.sequence_length is None or self.sequence_length >= 2,
             f"evaluation.sequence_length is {self.sequence_length}, but it must be none or at least 2.",
+        )
+        require(
+            self.length_tokens is None or self.length_tokens >= 0,
+            f"evaluation.length_tokens is {self.length_tokens}, but it must be none or at least 0.",
+        )
+        require(
+            self.foreign_texts is None or self.length_tokens != 0,
+            "evaluation.foreign_texts are scored by length alone: leave evaluation.length_tokens 0 out.",
         )
         require(
             self.limit is None or self.limit >= 1,
