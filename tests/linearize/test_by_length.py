@@ -276,3 +276,27 @@ def test_it_can_be_switched_off_and_bounded(inputs, tmp_path):
 def test_training_text_is_no_foreign_text(inputs, tmp_path):
     with pytest.raises(UserError, match="evaluation.foreign_texts: .*is part of the training data"):
         linearize.run(run_settings(inputs, tmp_path, foreign_texts=str(inputs / "text.jsonl")))
+
+
+def test_the_command(inputs, tmp_path, capsys):
+    from linearize.cli import main
+
+    config = run_settings(inputs, tmp_path) | {"evaluation": None, "transfer": None}
+    linearize.run(config)
+    text, out = str(inputs / "news.txt"), tmp_path / "report"
+    call = ["evaluate", str(tmp_path / "out"), "--by_length", "auto", "--text", text, "--device", "cpu"]
+    call += ["--sequence_length", "32", "--output", str(out)]
+    assert main([*call, "--teacher", str(inputs / "teacher")]) == 0
+    found = LengthReport.from_dict(json.loads((out / "by_length.json").read_text()))
+    assert found.trained == 32 and found.texts() == ["news.txt"] and found.reference == TEACHER
+    assert found.names() == [TEACHER, f"{TEACHER}, {MATCHED}", STUDENT, SOFTMAX_ARM, LINEAR_ARM]
+    assert found.figure("news.txt", STUDENT, 8) and (out / "by_length.png").is_file()
+    assert "Perplexity by length, trained at 32: news.txt" in capsys.readouterr().out
+    assert main([*call, "--max_tokens", "80"]) == 0, "the weights were trained: without the teacher, its own"
+    found = LengthReport.from_dict(json.loads((out / "by_length.json").read_text()))
+    assert found.reference == OWN_WEIGHTS and {figure.times for figure in found.figures} == {1}
+    for wrong in ("1k,2k", "1", "long"):
+        assert main(["evaluate", str(tmp_path / "out"), "--by_length", wrong]) == 2
+    capsys.readouterr()
+    assert main(["evaluate", str(inputs / "teacher"), "--by_length", "auto"]) == 2
+    assert "no record of a trained length" in capsys.readouterr().err
