@@ -133,6 +133,8 @@ class _Run:
             if report is not None:
                 self._measure(lambda: report.after_transfer(model))
         if config.finetune is not None:
+            if config.evaluation is not None and config.evaluation.yardstick:
+                self._train_yardstick(config.finetune, model, train, report)
             self._finetune(config.finetune, model, train)
         if self.state.is_main_process:
             final = self._merged(model)
@@ -312,24 +314,27 @@ class _Run:
             )
         self._say_stage("attention transfer", self.result.transfer)
 
+    def _train_yardstick(self, settings: FinetuneConfig, model: Any, train: Any, report: Any) -> None:
+        """The same stage 2 on the softmax teacher, which is measured and taken off again."""
+        trained = self._train_lora(settings, model, train, self.directory.yardstick, arm="teacher")
+        self._say_stage("yardstick", trained)
+        if report is not None:
+            self._measure(lambda: report.after_yardstick(trained.model))
+        trained.model.unload()
+
     def _finetune(self, settings: FinetuneConfig, model: Any, train: Any) -> None:
+        given = {"tokenizer": self.tokenizer, **self._base_of_adapter(model)}
+        self.result.finetune = self._train_lora(settings, model, train, self.directory.path, **given)
+        self._say_stage("finetuning", self.result.finetune)
+
+    def _train_lora(self, settings: FinetuneConfig, model: Any, train: Any, output: Path, **options: Any) -> Any:
         from linearize.finetuning import SMALLER, finetune
 
-        length = self.config.data.sequence_length
-        lower = smaller("finetune.batch_size", settings.batch_size, length, *SMALLER)
+        config = self.config
+        lower = smaller("finetune.batch_size", settings.batch_size, config.data.sequence_length, *SMALLER)
+        run = {"seed": config.seed, "resume": config.resume_from_checkpoint, "report_to": config.report_to}
         with stage("stage 2 (finetuning)", lower):
-            self.result.finetune = finetune(
-                model,
-                train,
-                settings,
-                output_dir=self.directory.path,
-                seed=self.config.seed,
-                resume=self.config.resume_from_checkpoint,
-                report_to=self.config.report_to,
-                tokenizer=self.tokenizer,
-                **self._base_of_adapter(model),
-            )
-        self._say_stage("finetuning", self.result.finetune)
+            return finetune(model, train, settings, output_dir=output, **run, **options)
 
     def _base_of_adapter(self, model: Any) -> dict[str, Any]:
         """The repository that stage 2's adapters belong on: the one that the run starts from, or what calibration and

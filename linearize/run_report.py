@@ -84,8 +84,10 @@ class RunReport:
         self.blocks = Subset(blocks, range(min(len(blocks), max(1, config.max_tokens // blocks.sequence_length))))
         self.report = Report.from_json(path.read_text(encoding="utf-8")) if keep and path.is_file() else Report()
         self.texts = texts
-        if texts and self.report.by_length is None:
-            self.report.by_length = by_length.start_report(texts, trained)
+        fresh = by_length.start_report(texts, trained) if texts else None
+        kept = self.report.by_length
+        if fresh is None or kept is None or kept.read != fresh.read:  # what a resumed run scores may be other text
+            self.report.by_length = fresh
 
     def measure(self, name: str, model: Any, arm: str) -> None:
         """Append the perplexity of one arm, unless it is there."""
@@ -129,7 +131,8 @@ class RunReport:
                 self.report.control = control_name(model)
                 self.measure(self.report.control, model, "softmax")
             self.measure(CONVERTED, model, "mixed")
-            self.measure_lengths(by_length.measure_controls, model, name=self.report.reference)
+            if not self.config.yardstick:
+                self.measure_lengths(by_length.measure_controls, model, name=self.report.reference)
 
     def after_calibration(self, model: Any) -> None:
         """Measure the student before anything trains."""
@@ -140,6 +143,12 @@ class RunReport:
         """Measure the student between the stages."""
         if self.config.controls:
             self.measure(TRANSFERRED, model, "mixed")
+
+    def after_yardstick(self, model: Any) -> None:
+        """Measure the softmax teacher with adapters of its own."""
+        name = f"{self.report.reference} + the same LoRA steps"
+        self.measure(name, model, "teacher")
+        self.measure_lengths(by_length.measure_controls, model, name=name)
 
     def finish(self, model: Any) -> Report:
         """Measure the finished student, and where it has branches their arms and the linear branch's share."""

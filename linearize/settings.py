@@ -283,6 +283,9 @@ class EvaluationConfig:
     measured."""
     foreign_texts: str | list[str] | None = None
     """Path(s) of text of other domains, each scored at these lengths too."""
+    yardstick: bool = False
+    """Train the teacher by the same stage 2, which takes as long again, and compare the student by length with that;
+    else with the untouched teacher."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of the lm-eval harness, e.g. piqa,arc_easy."""
     include_path: str | None = None
@@ -463,6 +466,10 @@ class RunConfig(LayerChoice, RunSettings):
         require(
             not (self.load_in_4bit and self.load_in_8bit),
             "load_in_4bit and load_in_8bit are both set: choose one of them.",
+        )
+        require(
+            self.finetune is not None or self.evaluation is None or not self.evaluation.yardstick,
+            "evaluation.yardstick trains the teacher as stage 2 trains the student: set finetune, or leave it out.",
         )
         require(
             self.push_to_hub is None or self.push_to_hub.count("/") <= 1,

@@ -105,11 +105,12 @@ class LengthFigure:
 class LengthReport:
     """All figures by length; a plain value that prints, saves as JSON and comes back from it.
 
-    Fields: trained, tokens of the trained length; reference, the row that the others are compared with; figures, as
-    measured; notes, what could not be measured and why.
+    Fields: trained, tokens of the trained length; read, tokens of each text; reference, the row that the others are
+    compared with; figures, as measured; notes, what could not be measured and why.
     """
 
     trained: int
+    read: dict[str, int] = dataclasses.field(default_factory=dict)
     reference: str = TEACHER
     figures: list[LengthFigure] = dataclasses.field(default_factory=list)
     notes: list[str] = dataclasses.field(default_factory=list)
@@ -254,7 +255,7 @@ def default_tokens(device: torch.device) -> int:
 
 def start_report(texts: Sequence[LengthText], trained: int) -> LengthReport:
     """An empty report, with a sentence for every text that is too short for a length."""
-    report = LengthReport(trained)
+    report = LengthReport(trained, {text.name: len(text.ids) for text in texts})
     for text in texts:
         short = [times for times in TIMES if times * trained > len(text.ids)]
         if not short:

@@ -27,7 +27,9 @@ from linearize.evaluation.by_length import (
 )
 from linearize.evaluation.memory import state_bytes
 from linearize.evaluation.plain_window import NAME, matched_window, plain_window
+from linearize.run_report import RunReport
 from linearize.settings import EvaluationConfig
+from linearize.settings_io import resolve
 
 TRAINED = 8
 
@@ -220,6 +222,18 @@ def test_rows_that_are_there_are_not_measured_again(student, monkeypatch):
     assert len(report.figures) == 3
 
 
+def test_a_resumed_report_keeps_figures_of_the_same_text(student, tmp_path):
+    def report(texts):
+        path = tmp_path / "evaluation.json"
+        return RunReport(EvaluationConfig(), TokenBlocks(rows(4)), path, keep=True, texts=texts, trained=TRAINED)
+
+    report([text()]).before_training(student, base_is_teacher=True)
+    assert report([text()]).report.by_length.names() == [TEACHER, f"{TEACHER}, {MATCHED}"]
+    assert report([text(), text(9, "other.txt")]).report.by_length.figures == []
+    assert report([text(limit=64)]).report.by_length.figures == []
+    assert report([]).report.by_length is None
+
+
 def test_files(student, tmp_path):
     report = measure_by_length(student, [text(), text(5, "short.txt")], TRAINED)
     paths = report.save(tmp_path)
@@ -300,3 +314,24 @@ def test_the_command(inputs, tmp_path, capsys):
     capsys.readouterr()
     assert main(["evaluate", str(inputs / "teacher"), "--by_length", "auto"]) == 2
     assert "no record of a trained length" in capsys.readouterr().err
+
+
+def test_a_yardstick_of_the_same_steps(inputs, tmp_path, monkeypatch):
+    """Trained on the way, measured, and gone again: the student is what it is without one."""
+    settings = run_settings(inputs, tmp_path, yardstick=True, length_tokens=128, foreign_texts=None)
+    settings |= {"transfer": None}
+    name = f"{TEACHER} + the same LoRA steps"
+    result = linearize.run(settings)
+    found = result.report.by_length
+    assert found.reference == name and found.names()[:3] == [name, f"{name}, {MATCHED}", STUDENT]
+    assert result.report.row(name).nll < result.report.row(TEACHER).nll
+    assert (tmp_path / "out" / "yardstick" / "adapter").is_dir() and not (
+        tmp_path / "out" / "final" / "yardstick"
+    ).exists()
+    plain = linearize.run(run_settings(inputs, tmp_path / "plain", foreign_texts=None) | {"transfer": None})
+    assert result.report.row(STUDENT).nll == pytest.approx(plain.report.row(STUDENT).nll, abs=1e-6)
+    with pytest.raises(UserError, match="evaluation.yardstick trains the teacher"):
+        resolve(settings | {"finetune": None})
+    # Resumed after its end, nothing is trained or measured again.
+    monkeypatch.setattr("linearize.finetuning.finetune", None)
+    linearize.run(settings | {"resume_from_checkpoint": True})
