@@ -148,8 +148,8 @@ class _Run:
         self._evaluate(final, report)
         self._push()
         self._say(f"Saved {self.directory.final}")
-        if report is not None:
-            report.warn()
+        if report is not None and report.report.by_length is not None:
+            report.report.by_length.warn()
 
     def _push(self) -> None:
         """Upload the repository, if asked to; a push that failed is made good by resuming."""
@@ -169,16 +169,14 @@ class _Run:
     def _load_data(self) -> tuple[TokenBlocks | None, TokenBlocks | None, TokenBlocks | None]:
         """Sequences to train on, to validate on and to evaluate on, as far as this run needs them."""
         from linearize.data import load_text_blocks, prepare_data, refuse_training_files
-        from linearize.run_report import length_texts
+        from linearize.evaluation.by_length import run_texts
 
         data, evaluation = self.config.data, self.config.evaluation
         train = validation = held_out = None
         with stage("preparing the data"):
             trains = self.plan.stages or self.plan.calibration or self.plan.selection
-            for name in ("texts", "foreign_texts"):
-                given = getattr(evaluation, name, None)
-                if trains and given is not None:
-                    refuse_training_files(data.dataset, given, f"evaluation.{name}")
+            if trains and evaluation is not None and evaluation.texts is not None:
+                refuse_training_files(data.dataset, evaluation.texts)
             if trains or (evaluation is not None and evaluation.texts is None):
                 train, validation = prepare_data(data, self.tokenizer, seed=self.config.seed)
                 held_out = validation
@@ -188,7 +186,8 @@ class _Run:
                 limit, column = evaluation.max_tokens, data.text_field
                 held_out = load_text_blocks(evaluation.texts, self.tokenizer, length, limit, text_field=column)
             if evaluation is not None and held_out and self.state.is_main_process:
-                self.length_texts = length_texts(self.config, held_out, self.tokenizer, self.state.device)
+                where = (self.tokenizer, self.state.device)
+                self.length_texts = run_texts(evaluation, data, held_out, *where, trains=bool(trains))
         if evaluation is not None and not held_out:
             raise UserError(
                 "There is no held-out text to evaluate on: give data.validation or evaluation.texts, raise "

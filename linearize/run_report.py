@@ -6,7 +6,6 @@ measured.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from linearize.evaluation.report import (
     window_reach,
 )
 from linearize.quantization import is_quantized
-from linearize.settings import EvaluationConfig, RunConfig
+from linearize.settings import EvaluationConfig
 
 CONVERTED = "student after conversion"
 CALIBRATED = "student after calibration"
@@ -37,24 +36,6 @@ QUANTIZED = (
     "All rows above the student's were measured on the quantised base, the student and its arms on full weights."
 )
 ALL_QUANTIZED = "All rows were measured on quantised weights: the full ones do not fit on this device."
-
-
-def length_texts(config: RunConfig, held_out: Any, tokenizer: Any, device: Any) -> list[by_length.LengthText]:
-    """What a run scores by length: the held-out text, and those of other domains; nothing where it is switched off.
-
-    Raises:
-        UserError: a text is missing or unreadable, or shorter than a training sequence.
-    """
-    evaluation, data = config.evaluation, config.data
-    assert evaluation is not None
-    limit = evaluation.length_tokens
-    limit = by_length.default_tokens(device) if limit is None else limit
-    if not limit:
-        return []
-    foreign = evaluation.foreign_texts or []
-    files = [foreign] if isinstance(foreign, str) else foreign
-    texts = by_length.load_lengths(files, tokenizer, data.sequence_length, limit, text_field=data.text_field)
-    return [by_length.LengthText.of(by_length.HELD_OUT, held_out, limit), *texts]
 
 
 class RunReport:
@@ -169,9 +150,3 @@ class RunReport:
         self.measure_lengths(by_length.measure_student, model, arms=self.config.controls)
         self.keep()
         return report
-
-    def warn(self) -> None:
-        """Say last what the tables say too: that the student is worse than its own window, where it is."""
-        found = self.report.by_length
-        if found is not None and (warning := found.warning()) is not None:
-            warnings.warn(warning, UserWarning, stacklevel=2)

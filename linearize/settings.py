@@ -269,7 +269,29 @@ class FinetuneConfig(StageSettings):
 
 
 @dataclass
-class EvaluationConfig:
+class LengthConfig:
+    """What is scored by length at the end of a run."""
+
+    length_tokens: int | None = None
+    """Tokens of each text to score at 1, 4 and 8 times the trained length; none: 65,536, on a CPU 8,192; 0: not
+    measured."""
+    foreign_texts: str | list[str] | None = None
+    """Path(s) of text of other domains, each scored at these lengths too."""
+
+    def __post_init__(self) -> None:
+        convert_fields(self, "evaluation")
+        require(
+            self.length_tokens is None or self.length_tokens >= 0,
+            f"evaluation.length_tokens is {self.length_tokens}, but it must be none or at least 0.",
+        )
+        require(
+            self.foreign_texts is None or self.length_tokens != 0,
+            "evaluation.foreign_texts are scored by length alone: leave evaluation.length_tokens 0 out.",
+        )
+
+
+@dataclass
+class EvaluationConfig(LengthConfig):
     """What is measured at the end of a run."""
 
     texts: str | list[str] | None = None
@@ -278,11 +300,6 @@ class EvaluationConfig:
     """Tokens of text to score."""
     sequence_length: int | None = None
     """Tokens of one scored sequence; none: that of the training data."""
-    length_tokens: int | None = None
-    """Tokens of each text to score at 1, 4 and 8 times the trained length; none: 65,536, on a CPU 8,192; 0: not
-    measured."""
-    foreign_texts: str | list[str] | None = None
-    """Path(s) of text of other domains, each scored at these lengths too."""
     yardstick: bool = False
     """Train the teacher by the same stage 2, which takes as long again, and compare the student by length with that;
     else with the untouched teacher."""
@@ -298,20 +315,12 @@ class EvaluationConfig:
     """Sequences (or requests of the harness) scored together."""
 
     def __post_init__(self) -> None:
-        convert_fields(self, "evaluation")
+        super().__post_init__()
         for key in ("max_tokens", "batch_size"):
             require(getattr(self, key) >= 1, f"evaluation.{key} is {getattr(self, key)}, but it must be at least 1.")
         require(
             self.sequence_length is None or self.sequence_length >= 2,
             f"evaluation.sequence_length is {self.sequence_length}, but it must be none or at least 2.",
-        )
-        require(
-            self.length_tokens is None or self.length_tokens >= 0,
-            f"evaluation.length_tokens is {self.length_tokens}, but it must be none or at least 0.",
-        )
-        require(
-            self.foreign_texts is None or self.length_tokens != 0,
-            "evaluation.foreign_texts are scored by length alone: leave evaluation.length_tokens 0 out.",
         )
         require(
             self.limit is None or self.limit >= 1,

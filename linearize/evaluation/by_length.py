@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,11 @@ class LengthReport:
         listed = "; ".join(f"on {text} at positions {', '.join(found)}" for text, found in places.items())
         return f"The student is worse than its own window and sinks with the memory left out, in perplexity: {listed}."
 
+    def warn(self) -> None:
+        """Warn of what `warning` says, if anything."""
+        if (sentence := self.warning()) is not None:
+            warnings.warn(sentence, UserWarning, stacklevel=2)
+
     def sentences(self) -> list[str]:
         """The warning, the plain windows' sizes, and what could not be measured."""
         warning = self.warning()
@@ -246,6 +252,31 @@ def load_lengths(
         name = file.name if file.name not in texts else f"{file.name}, {len(texts) + 1}"
         texts[name] = LengthText.of(name, blocks, limit)
     return list(texts.values())
+
+
+def run_texts(
+    settings: Any, data: Any, held_out: Any, tokenizer: Any, device: torch.device, *, trains: bool = True
+) -> list[LengthText]:
+    """What a run scores by length: the held-out text, and those of other domains; nothing where it is switched off.
+
+    Args:
+        settings: a `LengthConfig`. data: a `DataConfig`. held_out: `TokenBlocks`.
+        trains: whether the run trains on the dataset.
+
+    Raises:
+        UserError: a text is missing or unreadable, part of the training data, or shorter than a training sequence.
+    """
+    from linearize.data import refuse_training_files
+
+    limit = default_tokens(device) if settings.length_tokens is None else settings.length_tokens
+    if not limit:
+        return []
+    given = settings.foreign_texts or []
+    files = [given] if isinstance(given, str) else given
+    if trains and files:
+        refuse_training_files(data.dataset, files, "evaluation.foreign_texts")
+    foreign = load_lengths(files, tokenizer, data.sequence_length, limit, text_field=data.text_field)
+    return [LengthText.of(HELD_OUT, held_out, limit), *foreign]
 
 
 def default_tokens(device: torch.device) -> int:

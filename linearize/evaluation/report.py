@@ -109,7 +109,7 @@ class Report:
         return row.nll
 
     def tables(self) -> list[Table]:
-        tables = [self._perplexity_table()]
+        tables = [self._perplexity_table()] if self.rows else []
         if self.by_length is not None:
             tables += self.by_length.tables()
         if self.share is not None:
