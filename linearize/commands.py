@@ -138,8 +138,8 @@ def evaluate_model(
     if is_encoder(_config(_model_of(source))):
         if tasks or noise is not None or cell_sweeps or contexts.lengths() or speed or by_length is not None:
             raise UserError(f"{source} is an encoder, which is measured by its embeddings: give --text FILE alone.")
-        how: dict[str, Any] = {"batch_size": batch_size, "controls": controls, "max_length": sequence_length}
-        evaluate_encoder(source, texts, text_field, teacher, device=device, output=output, **how)
+        plain: dict[str, Any] = {"batch_size": batch_size, "controls": controls, "max_length": sequence_length}
+        evaluate_encoder(source, texts, text_field, teacher, device=device, output=output, **plain)
         return
     deviations = None if noise is None else parse_noise(noise)
     draws = 16 if trials is None else parse_trials(trials).default
@@ -161,9 +161,9 @@ def evaluate_model(
         merged = scored and converted and not base_is_teacher(read_record(source))
         original = _original(model, teacher) if scored and converted and teacher else None
         if trained is not None:
-            against = {"original": original, "merged": merged, "controls": controls, "batch_size": batch_size}
-            where = {"texts": texts, "text_field": text_field, "limit": limit}
-            parts.append(prepare_by_length(model, tokenizer, trained, **where, **against))
+            how: dict[str, Any] = {"texts": texts, "text_field": text_field, "limit": limit, "batch_size": batch_size}
+            how |= {"original": original, "merged": merged, "controls": controls}
+            parts.append(prepare_by_length(model, tokenizer, trained, **how))
         if texts:
             blocks = load_text_blocks(list(texts), tokenizer, sequence_length, max_tokens, text_field=text_field)
             report = evaluate(

@@ -331,9 +331,9 @@ class _Run:
 
         config = self.config
         lower = smaller("finetune.batch_size", settings.batch_size, config.data.sequence_length, *SMALLER)
-        run = {"seed": config.seed, "resume": config.resume_from_checkpoint, "report_to": config.report_to}
+        options |= {"seed": config.seed, "resume": config.resume_from_checkpoint, "report_to": config.report_to}
         with stage("stage 2 (finetuning)", lower):
-            return finetune(model, train, settings, output_dir=output, **run, **options)
+            return finetune(model, train, settings, output_dir=output, **options)
 
     def _base_of_adapter(self, model: Any) -> dict[str, Any]:
         """The repository that stage 2's adapters belong on: the one that the run starts from, or what calibration and

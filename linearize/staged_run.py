@@ -281,7 +281,7 @@ class StagedRun:
         report = start_report(self.length_texts, self.settings.data.sequence_length)
         student: Any = load_student(final, dtype="float32")
         control: Any = convert_like(source, student.config, dtype="float32")
-        options = {"batch_size": self.batch_size}
+        options: dict[str, Any] = {"batch_size": self.batch_size}
         measure_controls(report, control.to(self.state.device), self.length_texts, name, **options)
         del control  # before the student takes its place
         measure_student(report, student.to(self.state.device), self.length_texts, **options)

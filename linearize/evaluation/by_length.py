@@ -206,7 +206,7 @@ class LengthReport:
     def _table(self, text: str) -> Table:
         lengths = [times for times in TIMES if any(x.text == text and x.times == times for x in self.figures)]
         parts = [part for part in PARTS if part[1] <= lengths[-1]] if len(lengths) > 1 else []
-        header = [""] + [f"{times}x: {times * self.trained:,}\n(/ {self.reference})" for times in lengths]
+        header = [""] + [f"{times}x:\n{times * self.trained:,}" for times in lengths]
         header += [f"positions\n{part_label(part)}" for part in parts]
         rows = []
         for name in self.names():
@@ -217,6 +217,8 @@ class LengthReport:
             rows.append(cells)
         tokens = max(x.tokens for x in self.figures if x.text == text)
         title = f"Perplexity by length, trained at {self.trained:,}: {text}, {tokens:,} tokens"
+        if any(self.figure(text, self.reference, times) for times in lengths):
+            title += f" (in brackets: / {self.reference})"
         return Table(title, header, rows)
 
     def _cell(self, figure: LengthFigure | None) -> str:
@@ -328,9 +330,10 @@ def measure_row(
                 continue
             window = matched_window(base.config, length) if matched else None
             limits = contextlib.nullcontext() if window is None else plain_window(base, *window)
-            together = {"batch_size": batch_size * longest // times, "description": f"{name}, {text.name}, {times}x"}
+            together, label = batch_size * longest // times, f"{name}, {text.name}, {times}x"
+            pieces = text.pieces(length, longest * trained)
             with limits:
-                result = perplexity(model, text.pieces(length, longest * trained), arm=arm, **together)
+                result = perplexity(model, pieces, arm=arm, batch_size=together, description=label)
             spans = [result.span(start * trained, stop * trained) for start, stop in PARTS if stop <= times]
             parts = [span.perplexity for span in spans if span is not None]
             figures = (result.perplexity, result.nll, result.tokens, result.seconds, parts)

@@ -176,7 +176,7 @@ def plot_context_perplexity(report: "ContextPerplexityReport", path: str | os.Pa
 def plot_by_length(report: "LengthReport", path: str | os.PathLike[str]) -> None:
     """Perplexity of each arm over the length of a piece, both on logarithmic axes; a panel of each text.
 
-    An arm that is far worse than the others, as a memory alone can be, leaves the panel at its top.
+    An arm that is far worse than the others, as a memory alone can be, leaves the panel at its top: triangles.
     """
     from linearize.evaluation.context_lengths import length_label
 
@@ -195,6 +195,9 @@ def plot_by_length(report: "LengthReport", path: str | os.PathLike[str]) -> None
         axes.set_yscale("log")
         low, top = _without_outliers([[x.perplexity for x in points] for points in curves.values()])
         axes.set_ylim(low, top)
+        for place, points in enumerate(curves.values()):
+            beyond = [x.times * report.trained for x in points if x.perplexity > top]
+            axes.plot(beyond, [top] * len(beyond), "^", color=f"C{place}", clip_on=False, in_layout=False)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         axes.yaxis.set_minor_formatter("{x:g}" if top / low < 12 else "")
         axes.set_title(text, fontsize=11)
