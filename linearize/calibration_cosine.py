@@ -59,8 +59,8 @@ def _my_part(rows: Sequence[Any]) -> Sequence[Any]:
 def _observe(model: Any, layers: dict[int, Any], batches: Sequence[dict[str, Tensor]], found: dict[int, _Fit]) -> None:
     """One pass of the teacher, and the sums of all processes."""
 
-    def meter(attention, query, key, value, teacher_output, padding_mask):
-        found[attention.layer_idx].add(attention, query, key, value, teacher_output, padding_mask)
+    def meter(attention, *seen, **context):
+        found[attention.layer_idx].add(attention, *seen, **context)
 
     with measuring(model, "teacher") as base:
         device = input_device(base)
@@ -104,10 +104,11 @@ class _Fit:
         self.exponents = exponents
         self.sums = torch.zeros(len(exponents), 6, self.heads, dtype=torch.float64)
 
-    def add(self, attention, query, key, value, teacher_output, padding_mask) -> None:
-        """Take a batch of a pass."""
+    def add(self, attention, query, key, value, teacher_output, padding_mask, **context) -> None:
+        """Take a batch of a pass; arguments of an observer (`MixerAttention`)."""
         exponents = self.exponents.to(query.device, torch.promote_types(query.dtype, torch.float32))
-        near, terms = self.mixer.calibration_terms(query, key, value, padding_mask, attention.causal, exponents)
+        given = (query, key, value, padding_mask, attention.causal, exponents)
+        near, terms = self.mixer.calibration_terms(*given, **context)
         t = teacher_output.double()
         if padding_mask is not None:
             t = t.masked_fill(~padding_mask.bool()[:, None, :, None], 0.0)

@@ -40,7 +40,7 @@ from linearize.weight_diff_sources import Source
 
 NORM_CONST = "norm_const"
 EXPONENT = "mixer.scales.exponent_logit"
-PUBLISHED = {"window": 0, "sinks": 0, "gain": False}
+PUBLISHED = {"window": 0, "sinks": 0, "gain": False, "directions": "rotated", "gate": "none"}
 """Nothing but the cosines and the exponents."""
 NOT_WEIGHTS = re.compile(r".*\.(attn\.(bias|masked_bias|embed_positions)|embeddings\.(position_ids|token_type_ids))")
 """Constants: causal masks, rotary tables and counters."""

@@ -94,8 +94,8 @@ def check_transfers(kind: str) -> None:
 
     if not mechanism(kind).transfers:
         raise UserError(
-            f"{kind} attention has nothing to train layer by layer, for it changes what a layer does: set transfer to "
-            "none, and train its model as a whole."
+            f"{kind} attention has nothing to train layer by layer: set transfer to none, and train its model as a "
+            "whole."
         )
 
 

@@ -54,6 +54,7 @@ from .op_cosine import CosineState, cosine_attention
 from .op_gain_cell import GainCell, GainCellNoise, GainCellState, gain_cell_attention
 from .op_hybrid_linear import FeatureMapWeights, HybridLinearState, hybrid_linear_attention
 from .op_landmark import LandmarkBlocks, landmark_attention, landmark_retrieval_attention
+from .op_salient import SalientState, salient_attention
 from .peft_targets import PREFIX
 from .registry import ATTENTIONS
 
@@ -178,7 +179,9 @@ __all__ = [
     "LinearizedMistralForTokenClassification",
     "LinearizedMistralModel",
     "backbone_of",
+    "SalientState",
     "cosine_attention",
+    "salient_attention",
     "gain_cell_attention",
     "hybrid_linear_attention",
     "is_encoder",

@@ -1,8 +1,9 @@
 """CosineAttention: values weighed by the cosine of query and key, beside a softmax window and sinks where wanted.
 
 Source: Cottention (Mongaras et al. 2024, arXiv 2409.18747). The published form is `window=0, sinks=0, gain=False`,
-with `scale_side="key"` in decoders. The query's side, the gain, the feature map before the normalisation and the
-window are this project's: with them a pretrained model keeps more of what it knew.
+with `scale_side="key"` in decoders. The query's side, the gain, the feature map before the normalisation, directions
+before position, a memory that forgets and the window are this project's: with them a pretrained model keeps more of
+what it knew.
 """
 
 import math
@@ -15,16 +16,24 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from .cosine_memory import CosineMemory, as_softmax, joined, next_window
+from .decay_gate import GATES, check_context, log_decay, make_gate, resolve_gate
+from .decay_gate import reads as names_read
 from .feature_maps import INITIALIZATIONS, WIDTH, FeatureMap, apply_feature_map
 from .op_cosine import CONTRACT, CosineState, cosine_attention
-from .op_cosine_chunked import far_keys, power
-from .op_dispatch import check_contract
-from .op_hybrid_linear import HybridLinearState, hybrid_linear_attention
+from .op_cosine_chunked import power, seen_keys
+from .op_dispatch import take_contract
+from .op_hybrid_linear import hybrid_linear_attention
+from .op_rows import Rows
 
 ARMS = ("mixed", "softmax", "linear")
 NO_MAP = "none"
 FEATURE_MAPS = (NO_MAP, "projection", *WIDTH)
 SCALE_SIDES = ("query", "key")
+DIRECTIONS = ("projections", "rotated")
+DEFAULT_DIRECTIONS, DEFAULT_GATE = "rotated", "none"
+CONTRACT_1 = {"directions": "rotated", "gate": "none"}
+"""What a config.json of contract 1, which lacks these settings, means; whatever the defaults are."""
 LOGIT_LIMIT = 4.0  # sigmoid(4) = 0.982: there an exponent still learns with 7% of the greatest slope
 NO_WAY_BACK = "scale_side is 'key', which an encoder can only have with window 0 and sinks 0: set scale_side to query"
 
@@ -58,6 +67,15 @@ class CosineAttentionConfig:
     """Learn a factor on the output per head; it starts from 0 beside a window, else from 1."""
     window_weight: float | int = 1.0
     """Starting weight of the softmax branch per head; there is none with window 0 and sinks 0."""
+    directions: str | None = None
+    """What the cosine is taken of: `projections`, queries and keys before position, or `rotated`, as the softmax
+    window's (published); None takes rotated. Without rotary positions both are the same."""
+    gate: str | None = None
+    """What the memory forgets with each token: `none` (published); `head`, a learned share; `token`, by the layer's
+    input; `key`, by the key's projection. None takes none. On the query's side an output is then scaled by what is
+    remembered."""
+    gate_bias: float | int = 6.0
+    """Where a gate starts: each token multiplies the memory by the sigmoid of it."""
     contract: int = CONTRACT
     """Contract of the op that the checkpoint was saved with."""
 
@@ -67,10 +85,13 @@ class CosineAttentionConfig:
             "feature_map": FEATURE_MAPS,
             "initialization": INITIALIZATIONS,
             "scale_side": SCALE_SIDES,
+            "directions": (None, *DIRECTIONS),
+            "gate": (None, *GATES),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(allowed)}")
+                known = ", ".join(x for x in allowed if x is not None)
+                raise ValueError(f"{name} is {getattr(self, name)!r}: choose one of {known}")
         for name in ("window", "sinks"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}: it counts tokens and must be at least 0")
@@ -87,12 +108,20 @@ class CosineAttentionConfig:
         for exponent in self.exponent if isinstance(self.exponent, list) else [self.exponent]:
             if not 0 <= exponent <= 1:
                 raise ValueError(f"exponent is {exponent}: it must lie between 0 and 1")
-        if not math.isfinite(self.window_weight):
-            raise ValueError(f"window_weight is {self.window_weight}: it must be a finite number")
-        check_contract("cosine attention", self.contract, CONTRACT)
+        for name in ("window_weight", "gate_bias"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be a finite number")
+        take_contract(self, "cosine attention", CONTRACT, CONTRACT_1)
 
-    def resolve(self, head_dim: int) -> None:
-        """Fill in what depends on the model."""
+    def resolve(self, head_dim: int, rotary: bool = True, causal: bool = True) -> None:
+        """Fill in what depends on the model: its head dimension, whether it rotates, and whether a token sees only
+        those before it.
+
+        Raises:
+            ValueError: one sentence.
+        """
+        self.directions = (self.directions or DEFAULT_DIRECTIONS) if rotary else "rotated"
+        self.gate = resolve_gate(self.gate, DEFAULT_GATE, causal)
         if self.feature_map == NO_MAP:
             return
         if self.feature_dim is None:
@@ -192,17 +221,29 @@ class CosineAttention(nn.Module):
     Args:
         config: settings, resolved.
         num_heads: H. num_key_value_heads: G. head_dim: D. scaling: of the softmax scores.
+        layer_width: E, of the layer's input; for a gate that reads it.
 
     Attributes:
         arms: `mixed`, and with a window the branches alone: `softmax`, and `linear`, every key by its cosine.
     """
 
-    def __init__(self, config, num_heads: int, num_key_value_heads: int, head_dim: int, scaling: float):
+    def __init__(
+        self,
+        config,
+        num_heads: int,
+        num_key_value_heads: int,
+        head_dim: int,
+        scaling: float,
+        layer_width: int | None = None,
+    ):
         super().__init__()
         self.window, self.sinks, self.scale_side = config.window, config.sinks, config.scale_side
         self.scaling, self.op_backend = scaling, "auto"
         self.arms = ARMS if self.window + self.sinks else ARMS[:1]
         self.scales = CosineScales(num_heads, config)
+        self.reads, self.directions, self.gate_input = reads(config), config.directions, config.gate
+        key_heads = num_heads if config.scale_side == "key" else num_key_value_heads
+        self.gate = make_gate(config.gate, key_heads, head_dim, layer_width, config.gate_bias)
         self.feature_map_q = self.feature_map_k = None
         if config.feature_map != NO_MAP:
             shape = (head_dim, config.feature_dim, config.feature_map, config.bias, False, config.initialization)
@@ -211,7 +252,10 @@ class CosineAttention(nn.Module):
 
     @staticmethod
     def parameter_group(name: str) -> str:
-        """Which learning rate a parameter takes: `window` (its weight), `scalers` (exponent and gain) or `maps`."""
+        """Which learning rate a parameter takes: `window` (its weight), `scalers` (exponent and gain), `gate` (what
+        multiplies its input), `gate_bias` or `maps`."""
+        if name.startswith("gate."):
+            return "gate_bias" if name.endswith("bias") else "gate"
         if name == "scales.window_weight":
             return "window"
         return "scalers" if name.startswith("scales.") else "maps"
@@ -226,6 +270,7 @@ class CosineAttention(nn.Module):
         arm: str = "mixed",
         causal: bool = True,
         cu_seqlens: Tensor | None = None,
+        **context: Tensor,
     ) -> Tensor:
         """Attend.
 
@@ -237,6 +282,7 @@ class CosineAttention(nn.Module):
                 every key by its cosine.
             causal: False sees every real key.
             cu_seqlens: `(N + 1,)`, where packed texts lie in a single row without padding and cache.
+            context: what `reads` names, by name.
 
         Returns:
             `(B, H, T, D)` in the query's dtype.
@@ -244,14 +290,17 @@ class CosineAttention(nn.Module):
         past = None if cache_layer is None else cache_layer.state
         call = self._call_options(arm, padding_mask, causal, return_state=cache_layer is not None)
         call["cu_seqlens"] = cu_seqlens
-        near = far = near_state = far_state = None
+        near = far = near_state = far_state = directions = None
         if call["window"] + call["sinks"]:
             near, near_state = self._softmax_branch(query, key, value, past, call)
         if arm != "softmax":
-            inputs = self._features(query, key, value, padding_mask)
-            far, far_state = self._cosine_branch(*inputs, None if past is None else self._as_cosine(past), call)
+            inputs, memory = self._far_inputs(query, key, value, padding_mask, context)
+            start = None if past is None else self._as_cosine(past)
+            far, far_state = self._cosine_branch(*inputs, start, call | memory)
+            if cache_layer is not None and self.directions == "projections":
+                directions = next_window(past, context["unrotated_key"], padding_mask, call["window"], call["sinks"])
         if cache_layer is not None:
-            cache_layer.store(_joined(key, value, near_state, far_state), query.shape[2])
+            cache_layer.store(joined(key, value, near_state, far_state, directions), query.shape[2])
         return self._mixed(near, far).to(query.dtype)
 
     def _call_options(
@@ -271,15 +320,15 @@ class CosineAttention(nn.Module):
             "backend": self.op_backend,
         }
 
-    def _softmax_branch(self, query, key, value, past: CosineState | None, call):
+    def _softmax_branch(self, query, key, value, past: CosineMemory | None, call):
         """Softmax over window and sinks, without its weight, and its state."""
-        start = None if past is None else _as_softmax(past, query.shape[1])
+        start = None if past is None else as_softmax(past, query.shape[1])
         return hybrid_linear_attention(
             query, key, value, None, None, scaling=self.scaling, initial_state=start, **call
         )
 
     def _cosine_branch(self, query, key, value, past: CosineState | None, call):
-        """Cosine attention over all other keys, with its gain, and its state; inputs as `_features` gives them."""
+        """Cosine attention over all other keys, with its gain, and its state; inputs as `_far_inputs` gives them."""
         logit, gain, _ = self.scales(query)
         scales: dict[str, Any] = {"exponent": logit.sigmoid(), "gain": gain, "scale_side": self.scale_side}
         return cosine_attention(query, key, value, **scales, initial_state=past, **call)
@@ -298,6 +347,16 @@ class CosineAttention(nn.Module):
         dtype = torch.promote_types(near.dtype, torch.float32)
         return near.to(dtype) * weight.to(dtype)[:, None, None]
 
+    def _far_inputs(
+        self, query, key, value, padding_mask, context
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+        """Queries, keys and values as the cosine takes them, and how the memory forgets, as an option of the op."""
+        check_context(self.reads, context)
+        decay = log_decay(self.gate, self.gate_input, key, padding_mask, context)
+        if self.directions == "projections":
+            query, key = context["unrotated_query"], context["unrotated_key"]
+        return self._features(query, key, value, padding_mask), {"log_decay": decay}
+
     def _features(self, query, key, value, padding_mask) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values as the cosine takes them: with maps in float32 at least."""
         if self.feature_map_q is None:
@@ -308,8 +367,11 @@ class CosineAttention(nn.Module):
         query, key = map_features(query, self.feature_map_q), map_features(key, self.feature_map_k)
         return query, key, value.to(key.dtype)
 
-    def _as_cosine(self, state: CosineState) -> CosineState:
-        """The op's state from the cache's, whose keys are raw."""
+    def _as_cosine(self, memory: CosineMemory) -> CosineState:
+        """The op's state from the cache's, whose keys are raw; the cosine never reads the sinks."""
+        state = CosineState(*memory[:-1])
+        if memory.window_direction is not None:
+            state = state._replace(window_key=memory.window_direction)
         if self.feature_map_k is None:
             return state
         window_key, sink_key = (map_features(x, self.feature_map_k) for x in (state.window_key, state.sink_key))
@@ -317,23 +379,37 @@ class CosineAttention(nn.Module):
         return state._replace(window_key=window_key, sink_key=sink_key, **values)
 
     def linear_share(
-        self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None = None, causal: bool = True
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding_mask: Tensor | None = None,
+        causal: bool = True,
+        **context: Tensor,
     ) -> Tensor:
         """The cosine branch's share of both branches' lengths, `(B, H, T)` in [0, 1]; there is no common
-        denominator."""
+        denominator. Arguments as in `forward`."""
         call = self._call_options("mixed", padding_mask, causal)
         near = self._weighted(self._softmax_branch(query, key, value, None, call)[0]).norm(dim=-1)
-        inputs = self._features(query, key, value, padding_mask)
-        far = self._cosine_branch(*inputs, None, call)[0].norm(dim=-1)
+        inputs, memory = self._far_inputs(query, key, value, padding_mask, context)
+        far = self._cosine_branch(*inputs, None, call | memory)[0].norm(dim=-1)
         return far / (near + far).clamp(min=1e-20)
 
     def calibration_terms(
-        self, query: Tensor, key: Tensor, value: Tensor, padding_mask: Tensor | None, causal: bool, exponents: Tensor
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        padding_mask: Tensor | None,
+        causal: bool,
+        exponents: Tensor,
+        **context: Tensor,
     ) -> tuple[Tensor | None, Iterator[Tensor]]:
         """What a calibration weighs against each other: the mixed output is a weighted sum of them.
 
         Args:
             exponents: `(N, H)` to try.
+            context: what `reads` names, by name.
 
         Returns:
             The softmax branch `(B, H, T, D)`, or None without a window; the cosine branch with gain 1 for each
@@ -341,19 +417,24 @@ class CosineAttention(nn.Module):
         """
         call = self._call_options("mixed", padding_mask, causal)
         near = self._softmax_branch(query, key, value, None, call)[0] if self.window + self.sinks else None
-        inputs = self._features(query, key, value, padding_mask)
+        inputs, memory = self._far_inputs(query, key, value, padding_mask, context)
+        call |= memory
         if causal and self.scale_side == "key":
             return near, (cosine_attention(*inputs, exponent=x, scale_side="key", **call)[0] for x in exponents)
         # On the query's side an exponent only scales what the exponent 0 gives.
         unscaled = cosine_attention(*inputs, exponent=torch.zeros_like(exponents[0]), **call)[0]
-        counts = _far_counts(query, padding_mask, self.window, self.sinks, causal)
+        counts = _far_counts(query, padding_mask, (self.window, self.sinks, causal), memory["log_decay"])
         return near, (unscaled * power(counts, x[:, None]) for x in exponents)
 
 
-def _far_counts(x: Tensor, padding_mask: Tensor | None, window: int, sinks: int, causal: bool) -> Tensor:
-    """Keys that the cosine sees from each real token of a call: `(B, T)`."""
-    real = x.new_ones(x.shape[0], x.shape[2], dtype=torch.bool) if padding_mask is None else padding_mask.bool()
-    return far_keys(real.cumsum(1) - 1, real.sum(1), window, sinks, causal)
+def _far_counts(x: Tensor, padding_mask: Tensor | None, form: tuple[int, int, bool], decay: Tensor | None) -> Tensor:
+    """What the scale of each query of a call counts: `(B, 1, T)`, with decay `(B, G, T)`; arguments as in
+    `seen_keys`."""
+    rows = Rows(padding_mask, x)
+    if decay is not None:
+        decay = rows.compact(decay[..., None])[..., 0]
+    seen = seen_keys(rows.lengths, x.shape[2], form, decay)
+    return rows.restore((seen[:, None] if decay is None else seen)[..., None])[..., 0]
 
 
 def map_features(x: Tensor, feature_map: FeatureMap | None) -> Tensor:
@@ -368,28 +449,15 @@ def map_features(x: Tensor, feature_map: FeatureMap | None) -> Tensor:
         return features if maps.bias is None else features + maps.bias.to(dtype)[:, None]
 
 
-def _as_softmax(state: CosineState, heads: int) -> HybridLinearState:
-    """The state of the softmax branch: the rings, and sums of no features."""
-    batch, _, window, _ = state.window_key.shape
-    nothing = state.kv.new_zeros(batch, heads, 0, state.kv.shape[-1])
-    features = state.kv.new_zeros(batch, heads, window, 0)
-    rings = (state.window_key, state.window_value, features, state.sink_key, state.sink_value)
-    return HybridLinearState(nothing, nothing[..., 0], *rings, state.count)
-
-
-def _joined(key, value, near: HybridLinearState | None, far: CosineState | None) -> CosineState:
-    """The cache's state: raw keys and values of the softmax branch, sums of the cosine branch."""
-    if near is None:
-        assert far is not None
-        empty_key, empty_value = (x.new_zeros(x.shape[0], x.shape[1], 0, x.shape[3]) for x in (key, value))
-        return CosineState(far.kv, empty_key, empty_value, empty_key, empty_value, far.count)
-    rings = (near.window_key, near.window_value, near.sink_key, near.sink_value)
-    kv = near.kv if far is None else far.kv
-    return CosineState(kv, *rings, near.count)
+def reads(config: CosineAttentionConfig) -> tuple[str, ...]:
+    """What the attention is given beside queries, keys and values."""
+    return names_read(config.directions == "projections", config.gate)
 
 
 def state_bytes(config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes) -> int:
     """Bytes of one sequence's state after `num_tokens` tokens; the same for any number."""
     key_heads = num_heads if config.scale_side == "key" else num_key_value_heads
-    raw = 2 * (config.window + config.sinks) * num_key_value_heads * head_dim * dtype_bytes
-    return key_heads * config.key_width(head_dim) * head_dim * 4 + raw + 8
+    kept = 2 * (config.window + config.sinks) + (config.window if config.directions == "projections" else 0)
+    raw = kept * num_key_value_heads * head_dim * dtype_bytes
+    mass = 4 * key_heads if config.scale_side == "query" and config.gate not in (None, "none") else 0
+    return key_heads * config.key_width(head_dim) * head_dim * 4 + mass + raw + 8

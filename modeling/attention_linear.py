@@ -13,9 +13,10 @@ from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from .decay_gate import GATES, DecayGate
+from .decay_gate import GATES, check_context, log_decay, make_gate, resolve_gate
+from .decay_gate import reads as names_read
 from .feature_maps import INITIALIZATIONS, WIDTH, FeatureMap, FeatureMapWeights
-from .op_dispatch import check_contract
+from .op_dispatch import take_contract
 from .op_hybrid_linear import CONTRACT, HybridLinearState, hybrid_linear_attention, linear_share
 from .op_hybrid_linear_decode import hybrid_linear_step_
 
@@ -95,19 +96,7 @@ class LinearAttentionConfig:
             raise ValueError(f"window_shift is {self.window_shift}: it must be a finite number, or None")
         if not math.isfinite(self.gate_bias):
             raise ValueError(f"gate_bias is {self.gate_bias}: it must be a finite number")
-        check_contract("linear attention", self.contract, CONTRACT, oldest=1)
-        if self.contract == 1:
-            self._from_contract_1()
-
-    def _from_contract_1(self) -> None:
-        for name, value in CONTRACT_1.items():
-            if getattr(self, name) not in (None, value):
-                raise ValueError(
-                    f"{name} is {getattr(self, name)!r}, and contract 1 of linear attention knows {value} alone: "
-                    f"set contract to {CONTRACT}"
-                )
-            setattr(self, name, value)
-        self.contract = CONTRACT
+        take_contract(self, "linear attention", CONTRACT, CONTRACT_1)
 
     def resolve(self, head_dim: int, rotary: bool = True, causal: bool = True) -> None:
         """Fill in what depends on the model: its head dimension, whether it rotates, and whether a token sees only
@@ -117,12 +106,7 @@ class LinearAttentionConfig:
             ValueError: one sentence.
         """
         self.map_input = (self.map_input or DEFAULT_MAP_INPUT) if rotary else "rotated"
-        if not causal and self.gate not in (None, "none"):
-            raise ValueError(
-                f"gate is {self.gate!r}, and an encoder, which sees both sides at once, has no memory that could "
-                "forget: set gate to none"
-            )
-        self.gate = (self.gate or DEFAULT_GATE) if causal else "none"
+        self.gate = resolve_gate(self.gate, DEFAULT_GATE, causal)
         if self.feature_dim is None:
             self.feature_dim = min(head_dim, 64)
         if self.initialization != "kaiming" and self.feature_dim > head_dim:
@@ -195,10 +179,7 @@ class LinearAttention(nn.Module):
         key_heads = num_key_value_heads if config.share_key_map else num_heads
         self.feature_map_k = FeatureMap(key_heads, *shape)
         self.reads, self.map_input, self.gate_input = reads(config), config.map_input, config.gate
-        if config.gate == "token" and layer_width is None:
-            raise ValueError("a gate by the layer's input needs its width: give layer_width")
-        widths = {"head": None, "token": layer_width, "key": head_dim}
-        self.gate = None if config.gate == "none" else DecayGate(key_heads, widths[config.gate], config.gate_bias)
+        self.gate = make_gate(config.gate, key_heads, head_dim, layer_width, config.gate_bias)
         self.window_mix = WindowMix(num_heads, config) if config.window + config.sinks else None
 
     @staticmethod
@@ -307,19 +288,12 @@ class LinearAttention(nn.Module):
         options: dict[str, Tensor] = {}
         if arm == "softmax":
             return options
-        if set(context) != set(self.reads):
-            raise ValueError(
-                f"an attention of these settings reads {', '.join(self.reads) or 'queries, keys and values alone'}, "
-                f"and was given {', '.join(context) or 'nothing of it'}"
-            )
+        check_context(self.reads, context)
         if self.map_input == "projections":
             options |= {"map_query": context["unrotated_query"], "map_key": context["unrotated_key"]}
-        if self.gate is not None:
-            read = {"token": "layer_input", "key": "unrotated_key"}.get(self.gate_input)
-            x = key if read is None else context[read]
-            if read is not None and padding_mask is not None:  # it may hold NaN, which the gradient of w would keep
-                x = x.masked_fill(~padding_mask.bool()[:, None, :, None], 0.0)
-            options["log_decay"] = self.gate(x)
+        decay = log_decay(self.gate, self.gate_input, key, padding_mask, context)
+        if decay is not None:
+            options["log_decay"] = decay
         return options
 
     def _call_options(self, arm: str, query: Tensor, log_weight: bool = False):
@@ -342,11 +316,8 @@ class LinearAttention(nn.Module):
 
 
 def reads(config: LinearAttentionConfig) -> tuple[str, ...]:
-    """What the attention is given beside queries, keys and values: `unrotated_query` `(B, H, T, D)`, `unrotated_key`
-    `(B, G, T, D)`, `layer_input` `(B, 1, T, E)`."""
-    names = ["unrotated_query", "unrotated_key"] if config.map_input == "projections" else []
-    names += {"token": ["layer_input"], "key": ["unrotated_key"]}.get(config.gate or "none", [])
-    return tuple(dict.fromkeys(names))
+    """What the attention is given beside queries, keys and values."""
+    return names_read(config.map_input == "projections", config.gate)
 
 
 def state_bytes(config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes) -> int:

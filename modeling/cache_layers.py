@@ -153,9 +153,15 @@ class GainCellStateLayer(StateLayer):
 
 
 class CosineStateLayer(StateLayer):
-    """The state of cosine attention: a `CosineState` whose keys are raw, before any feature map."""
+    """The state of cosine attention: a `CosineMemory`, whose keys are raw, before any feature map."""
 
-    _layer_type = "linearize_cosine_1"
+    _layer_type = "linearize_cosine_2"
+
+
+class SalientStateLayer(StateLayer):
+    """The window, sinks and kept tokens of salient-token attention."""
+
+    _layer_type = "linearize_salient_1"
 
 
 class SoftmaxLayer(Growing, DynamicLayer):

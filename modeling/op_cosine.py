@@ -16,7 +16,8 @@ from .op_cosine_chunked import CosineState, run_cosine
 from .op_dispatch import check_heads, choose_backend
 from .op_rows import check_rows, over_rows
 
-CONTRACT = 1
+CONTRACT = 2
+"""1 has no log_decay, and no mass in the state: what None means in each."""
 
 __all__ = ["CONTRACT", "CosineState", "cosine_attention"]
 
@@ -36,13 +37,16 @@ def cosine_attention(
     cu_seqlens: Tensor | None = None,
     initial_state: CosineState | None = None,
     return_state: bool = False,
+    log_decay: Tensor | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, CosineState | None]:
     """Sum the values of L(n), the visible keys outside window and sinks, each weighted by its cosine to the query.
 
     `query` side: `y_n = gain_h c_n^-s_h sum_L <N(q_n), N(k_j)> v_j` with `c_n = max(|L(n)|, 1)`. `key` side:
     `y_n = gain_h sum_L c_j^-s_h <N(q_n), N(k_j)> v_j`, c_j the real tokens up to and including j. A query with an
-    empty L(n) returns 0. Not causal, both sides are the same.
+    empty L(n) returns 0. Not causal, both sides are the same. With log_decay the memory forgets: token n multiplies it
+    by `exp(log_decay_n)`, then adds key n - W, which leaves the window, at weight 1, then reads; sinks never enter. On
+    the query's side c_n is then the sum of these weights, on the key's side c_j stays.
 
     Args:
         query: `(B, H, T, Dk)`.
@@ -58,6 +62,7 @@ def cosine_attention(
         cu_seqlens: `(N + 1,)` int32, B = 1: N packed sequences, each a row of its own.
         initial_state: state of an earlier call on the same rows.
         return_state: also return the state after this call.
+        log_decay: `(B, G, T)`, for the key's side `(B, H, T)`; finite, <= 0; causal only.
         backend: `auto`, `reference`, `chunked` or `triton`.
 
     Returns:
@@ -70,7 +75,8 @@ def cosine_attention(
     _check_form(causal, scale_side, window, sinks)
     check_rows(query, causal, attention_mask, cu_seqlens, stateful=initial_state is not None or return_state)
     if initial_state is not None:
-        _check_state(initial_state, query, key, value, scale_side, window, sinks)
+        _check_state(initial_state, query, key, value, scale_side, window, sinks, log_decay)
+    _check_decay(query, key, scale_side, log_decay, causal)
     args = (query, key, value)
     options = {
         "exponent": exponent,
@@ -83,9 +89,13 @@ def cosine_attention(
         "cu_seqlens": cu_seqlens,
         "initial_state": initial_state,
         "return_state": return_state,
+        "log_decay": log_decay,
     }
     run = choose_backend("cosine", CONTRACT, backend, query.is_cuda, args, options)
-    output, state = run(*args, **options) if run else over_rows(run_cosine, args, options)
+    if run:
+        output, state = run(*args, **options)
+    else:
+        output, state = over_rows(run_cosine, (*args, options.pop("log_decay")), options)
     return output, None if state is None else CosineState(*state)
 
 
@@ -113,7 +123,18 @@ def _check_form(causal, scale_side, window, sinks):
         raise ValueError("scale_side 'key' without causal needs window=0 and sinks=0: there it equals 'query'")
 
 
-def _check_state(state, query, key, value, scale_side, window, sinks):
+def _check_decay(query, key, scale_side, log_decay, causal):
+    if log_decay is None:
+        return
+    if not causal:
+        raise ValueError("log_decay needs causal=True: a bidirectional row has no memory that could forget")
+    expected = (query.shape[0], (query if scale_side == "key" else key).shape[1], query.shape[2])
+    if log_decay.shape != expected:
+        found = tuple(log_decay.shape)
+        raise ValueError(f"log_decay is {found}, but there is one for each head of the sums and token: {expected}")
+
+
+def _check_state(state, query, key, value, scale_side, window, sinks, log_decay):
     heads = query.shape[1] if scale_side == "key" else key.shape[1]
     expected = (query.shape[0], heads, key.shape[-1], value.shape[-1])
     if state.kv.shape != expected:
@@ -121,3 +142,9 @@ def _check_state(state, query, key, value, scale_side, window, sinks):
     held = (state.window_key.shape[2], state.sink_key.shape[2])
     if held != (window, sinks):
         raise ValueError(f"initial_state was made with window and sinks {held}, not {(window, sinks)}")
+    if scale_side == "query" and (state.mass is None) != (log_decay is None):
+        found = "no mass" if state.mass is None else "the mass"
+        raise ValueError(
+            f"initial_state holds {found} of a memory that forgets: give log_decay in every call of a sequence, or in "
+            "none"
+        )

@@ -9,6 +9,7 @@ import importlib
 import logging
 import os
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -47,6 +48,29 @@ def check_contract(name: str, saved: int, supported: int, oldest: int | None = N
             f"this checkpoint was saved with contract {saved} of {name} and this version of linearize supports "
             f"{supported}: load it with trust_remote_code=True where linearize is not installed"
         )
+
+
+def take_contract(settings: Any, name: str, contract: int, contract_1: dict[str, Any]) -> None:
+    """Bring a mechanism's settings of contract 1 or 2 to the second.
+
+    Args:
+        contract_1: settings that a config.json of contract 1 lacks, with what they mean there, whatever the class's
+            defaults are.
+
+    Raises:
+        ValueError: another contract, or settings that contract 1 did not know.
+    """
+    check_contract(name, settings.contract, contract, oldest=1)
+    if settings.contract != 1:
+        return
+    for field, value in contract_1.items():
+        if getattr(settings, field) not in (None, value):
+            raise ValueError(
+                f"{field} is {getattr(settings, field)!r}, and contract 1 of {name} knows {value} alone: "
+                f"set contract to {contract}"
+            )
+        setattr(settings, field, value)
+    settings.contract = contract
 
 
 def check_shapes(query: Tensor, key: Tensor, value: Tensor) -> None:

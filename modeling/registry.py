@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from .attention_cosine import CosineAttention, CosineAttentionConfig
+from .attention_cosine import reads as cosine_reads
 from .attention_cosine import state_bytes as cosine_state_bytes
 from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
 from .attention_gain_cell import state_bytes as gain_cell_state_bytes
@@ -19,8 +20,10 @@ from .attention_landmark import state_bytes as landmark_state_bytes
 from .attention_linear import LinearAttention, LinearAttentionConfig
 from .attention_linear import reads as linear_reads
 from .attention_linear import state_bytes as linear_state_bytes
+from .attention_salient import SalientAttention, SalientAttentionConfig
+from .attention_salient import state_bytes as salient_state_bytes
 from .cache_landmark import LandmarkStateLayer
-from .cache_layers import CosineStateLayer, GainCellStateLayer, LinearStateLayer
+from .cache_layers import CosineStateLayer, GainCellStateLayer, LinearStateLayer, SalientStateLayer
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ ATTENTIONS = {
         "https://arxiv.org/abs/2409.18747",
         bidirectional=True,
         calibrates=lambda settings: True,
+        reads=cosine_reads,
     ),
     "gain_cell": Mechanism(
         GainCellAttention,
@@ -92,6 +96,16 @@ ATTENTIONS = {
         constant_state=False,
         calibrates=landmark_calibrates,
     ),
+    "salient": Mechanism(
+        SalientAttention,
+        SalientAttentionConfig,
+        SalientStateLayer._layer_type,
+        salient_state_bytes,
+        "salient-token attention (a softmax over a window, sinks, and the old tokens most looked at)",
+        "https://arxiv.org/abs/2306.14048",
+        bidirectional=False,
+        transfers=False,
+    ),
 }
 
 
@@ -112,7 +126,7 @@ def resolve_settings(settings: Any, head_dim: int, backbone: Any) -> None:
     Args:
         settings: of a mechanism. backbone: a converted config, or its class.
     """
-    if settings.type == "linear":
+    if settings.type in ("linear", "cosine"):
         settings.resolve(head_dim, rotary=not backbone.learned_positions, causal=not backbone.sees_both_sides)
     else:
         settings.resolve(head_dim)

@@ -9,6 +9,7 @@ MIXERS = {
     "cosine": {"type": "cosine"},
     "gain_cell": {"type": "gain_cell", "window": 64},
     "landmark": {"type": "landmark", "block_size": 4},
+    "salient": {"type": "salient", "window": 4, "sinks": 1, "kept_tokens": 3},
 }
 HYBRID = ["student", "softmax", "student"]
 

@@ -5,7 +5,7 @@ import importlib
 
 from .reference import reference
 
-CONTRACT = 1
+CONTRACT = 2
 
 
 def unsupported(*args, **kwargs) -> str | None:

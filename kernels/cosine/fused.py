@@ -19,6 +19,8 @@ def unsupported(query, key, value, *, window=0, sinks=0, **options) -> str | Non
     reason = unavailable(query, key, value)
     if reason is not None:
         return reason
+    if options.get("log_decay") is not None:
+        return "its Triton kernels do not forget yet: log_decay runs on the PyTorch path"
     if window or sinks:
         return "its Triton kernels sum over all visible keys, without window and sinks"
     for name, width in (("query and key width", query.shape[-1]), ("value width", value.shape[-1])):
@@ -43,6 +45,7 @@ def fused(
     cu_seqlens=None,
     initial_state=None,
     return_state=False,
+    log_decay=None,
 ):
     """Cosine attention by Triton kernels; arguments and returns of `cosine_attention`."""
     key_side = causal and scale_side == "key"

@@ -103,7 +103,7 @@ def _row(query, key, value, features, log_decay, weight, shift, settings, past=N
         wide_features = key_features.repeat_interleave(heads // key_features.shape[0], dim=0)
         pairs = (query_features @ wide_features.mT).masked_fill(~(visible & ~near), 0.0)
         if log_decay is not None:
-            pairs = pairs * _between(log_decay, n - start, j - start + window, visible & ~near).repeat_interleave(
+            pairs = pairs * between(log_decay, n - start, j - start + window, visible & ~near).repeat_interleave(
                 heads // log_decay.shape[0], dim=0
             )
         numerator, denominator = pairs @ repeated_value, pairs.sum(-1, keepdim=True)
@@ -120,7 +120,7 @@ def _row(query, key, value, features, log_decay, weight, shift, settings, past=N
     return output, _advance(past, start + length, *new, positions, heads, window, sinks)
 
 
-def _between(log_decay, n, first, seen):
+def between(log_decay, n, first, seen):
     """exp of the sum of log_decay (heads, T) over the tokens first < i <= n, where a pair is seen: (heads, n, j)."""
     sums = functional.pad(log_decay.double().cumsum(1), (1, 0))
     last, first = (x.clamp(0, log_decay.shape[1]) for x in (n + 1, first + 1))
@@ -142,7 +142,7 @@ def _advance(past, count, key, value, key_features, map_key, log_decay, position
         if log_decay is not None:
             start, last = count - log_decay.shape[1], torch.tensor([log_decay.shape[1] - 1], device=key.device)
             entered = positions[fold] - start + window
-            folded = folded * _between(log_decay, last, entered, torch.ones_like(entered, dtype=torch.bool))[..., None]
+            folded = folded * between(log_decay, last, entered, torch.ones_like(entered, dtype=torch.bool))[..., None]
             old_weight = log_decay.sum(1).exp()[:, None, None]
         kv, normalizer = folded.mT @ folded_value, folded.sum(1)
         if past is not None:

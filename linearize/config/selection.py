@@ -33,6 +33,9 @@ class SelectConfig:
     """Tokens in one measured piece; none: 4 times data.sequence_length, at most the teacher's context."""
     windows: list[int] | None = None
     """Windows to choose from, tokens; none: 64, 128, 256 and so on, shorter than a measured piece."""
+    kept_share: float | int = 0.5
+    """For salient-token attention: every window is also offered with so large a share of its tokens given to kept
+    ones; 0 offers windows alone."""
     batch_size: int = 1
     """Pieces measured together."""
 
@@ -43,6 +46,10 @@ class SelectConfig:
         require(
             self.sequence_length is None or self.sequence_length >= 2,
             f"select.sequence_length is {self.sequence_length}, but it must be none or at least 2.",
+        )
+        require(
+            0 <= self.kept_share < 1,
+            f"select.kept_share is {self.kept_share}, but it must be at least 0 and below 1.",
         )
         if self.windows is not None:
             self.windows = sorted(set(self.windows))

@@ -7,14 +7,17 @@ from typing import Any
 
 from linearize.evaluation.plots import _figure, _save
 
-SOFTMAX_COLOUR, WINDOW_COLOUR = "tab:orange", "tab:blue"
+SOFTMAX_COLOUR, WINDOW_COLOUR, KEPT_COLOUR = "tab:orange", "tab:blue", "tab:cyan"
 
 
 def selection_sentence(summary: Mapping[str, Any]) -> str:
-    """One line of a `stages.select.Selection.summary()`: "windows: 4 x 1024, 10 x 512; softmax layers: 7, 18; ..."."""
-    windows = summary["windows"]
-    counts = Counter(window for window in windows if window is not None)
-    parts = ["windows: " + ", ".join(f"{counts[window]} x {window}" for window in sorted(counts, reverse=True))]
+    """One line of a `stages.select.Selection.summary()`: "windows: 4 x 1024, 10 x 512; softmax layers: 7, 18; ..."; of
+    layers that keep tokens beside it "windows + kept tokens: 4 x 512 + 512, ...".
+    """
+    windows, kept = summary["windows"], summary.get("kept") or [0] * len(summary["windows"])
+    counts = Counter(option for option in zip(windows, kept, strict=True) if option[0] is not None)
+    sizes = [f"{counts[x]} x {x[0]}" + (f" + {x[1]}" if x[1] else "") for x in sorted(counts, key=sum, reverse=True)]
+    parts = [("windows + kept tokens: " if any(kept) else "windows: ") + ", ".join(sizes)]
     if softmax := [str(layer) for layer, window in enumerate(windows) if window is None]:
         parts.append("softmax layers: " + ", ".join(softmax))
     size, bounded, budget = summary["state_bytes"], sum(counts.values()), summary["budget_bytes"]
@@ -30,10 +33,10 @@ def plot_placement(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> 
         summary: of `stages.select.Selection.summary()`.
         path: the PNG.
     """
-    windows = summary["windows"]
+    windows, kept = summary["windows"], summary.get("kept") or [0] * len(summary["windows"])
     width = min(16.0, max(7.0, 0.3 * len(windows)))
     figure, (above, below) = _figure(height=5.6, width=width, rows=2)
-    _draw_windows(above, windows)
+    _draw_windows(above, windows, kept)
     _draw_divergences(below, summary)
     for axes in (above, below):
         axes.set_xlim(-0.8, len(windows) - 0.2)
@@ -42,15 +45,26 @@ def plot_placement(summary: Mapping[str, Any], path: str | os.PathLike[str]) -> 
     _save(figure, path)
 
 
-def _draw_windows(axes: Any, windows: list[int | None]) -> None:
+def _draw_windows(axes: Any, windows: list[int | None], kept: list[int | None]) -> None:
     bounded = {layer: window for layer, window in enumerate(windows) if window is not None}
     softmax = [layer for layer, window in enumerate(windows) if window is None]
-    sizes = sorted(set(bounded.values()))
-    floor, top = min(sizes) / 2, max(sizes) * (4 if softmax else 1.6)
-    axes.bar(list(bounded), [window - floor for window in bounded.values()], bottom=floor, color=WINDOW_COLOUR)
+    stores = {layer: tokens for layer, tokens in enumerate(kept) if tokens}
+    sizes = sorted({window + stores.get(layer, 0) for layer, window in bounded.items()})
+    floor, top = min(bounded.values()) / 2, max(sizes) * (4 if softmax else 1.6)
+    axes.bar(
+        list(bounded),
+        [window - floor for window in bounded.values()],
+        bottom=floor,
+        color=WINDOW_COLOUR,
+        label="window",
+    )
+    if stores:
+        on_top = {"bottom": [bounded[layer] for layer in stores], "color": KEPT_COLOUR, "label": "kept tokens, on top"}
+        axes.bar(list(stores), list(stores.values()), **on_top)
     if softmax:
         how = {"facecolor": "white", "edgecolor": SOFTMAX_COLOUR, "hatch": "///", "linewidth": 1.2}
         axes.bar(softmax, [top - floor] * len(softmax), bottom=floor, label="softmax, all tokens", **how)
+    if softmax or stores:
         axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0.2)
     axes.set_yscale("log", base=2)
     axes.set_yticks(sizes, [f"{size:,}" for size in sizes])
@@ -58,7 +72,7 @@ def _draw_windows(axes: Any, windows: list[int | None]) -> None:
     axes.set_ylim(floor, top)
     axes.grid(axis="y", linewidth=0.5, alpha=0.5)
     axes.set_axisbelow(True)
-    axes.set(ylabel="window, tokens", xlabel="layer")
+    axes.set(ylabel="tokens seen exactly" if stores else "window, tokens", xlabel="layer")
 
 
 def _draw_divergences(axes: Any, summary: Mapping[str, Any]) -> None:

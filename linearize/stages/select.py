@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from linearize.config.selection import CONFIG, FILES, PLOT, TABLES
 from linearize.errors import UserError
 from linearize.processes import from_main_process
+from linearize.stages.select_plan import option_label, with_option
 
 if TYPE_CHECKING:
     from linearize.evaluation.tables import Table
@@ -48,6 +49,11 @@ class Selection:
         return [None if option is None else self.plan.windows[option] for option in self.options]
 
     @property
+    def kept(self) -> list[int | None]:
+        """Tokens that each layer keeps beside its window; None: it keeps softmax."""
+        return [None if option is None else self.plan.kept[option] for option in self.options]
+
+    @property
     def layer_bytes(self) -> list[int | None]:
         """State of each layer; None where it grows with the text."""
         return [None if option is None else self.plan.sizes[option] for option in self.options]
@@ -60,16 +66,20 @@ class Selection:
     @property
     def mixer_types(self) -> list[str]:
         """As `linearize.convert` takes it."""
-        return [SOFTMAX if window is None else self._name(window) for window in self.windows]
+        return [SOFTMAX if option is None else self._name(option) for option in self.options]
 
     @property
     def mixers(self) -> dict[str, dict[str, Any]]:
-        """As `linearize.convert` takes them: an entry for each window in use."""
-        used = sorted({window for window in self.windows if window is not None})
-        return {self._name(window): {**self.plan.config.attention, "window": window} for window in used}
+        """As `linearize.convert` takes them: an entry for each window, with what is kept beside it, in use."""
+        plan, used = self.plan, sorted({option for option in self.options if option is not None})
+        return {
+            self._name(option): with_option(plan.config.attention, plan.windows[option], plan.kept[option])
+            for option in used
+        }
 
-    def _name(self, window: int) -> str:
-        return f"{self.plan.config.attention['type']}_{window}"
+    def _name(self, option: int) -> str:
+        label = option_label(self.plan.windows[option], self.plan.kept[option], between="_")
+        return f"{self.plan.config.attention['type']}_{label}"
 
     def summary(self) -> dict[str, Any]:
         """What the record of a converted repository keeps, and the plot shows."""
@@ -77,6 +87,7 @@ class Selection:
         chosen = zip(losses, self.options, strict=True)
         return {
             "windows": self.windows,
+            "kept": self.kept,
             "budget_bytes": self.plan.budget,
             "state_bytes": self.bytes,
             "ranking": self.plan.config.select.ranking,
@@ -104,26 +115,35 @@ class Selection:
         """Layer, window, bytes, and what was measured."""
         from linearize.evaluation.tables import Table
 
-        least = f"divergence\nwith {self.plan.windows[0]}"
+        plan = self.plan
+        least = f"divergence\nwith {plan.windows[0]}"
         rows = []
-        for layer, (window, size, option) in enumerate(zip(self.windows, self.layer_bytes, self.options, strict=True)):
+        for layer, (size, option) in enumerate(zip(self.layer_bytes, self.options, strict=True)):
             divergence, error = self.tables.divergence[layer], self.tables.error[layer]
             rows.append(
                 [
                     str(layer),
-                    SOFTMAX if window is None else str(window),
+                    SOFTMAX if option is None else option_label(plan.windows[option], plan.kept[option]),
                     "grows" if size is None else f"{size:,}",
                     *(["-", "-"] if option is None else [f"{row[option]:.2g}" for row in (divergence, error)]),
                     f"{divergence[0]:.2g}",
                 ]
             )
-        header = ["layer", "window", "bytes", "divergence,\nnats a token", "error of\nthe layer", least]
+        header = [
+            "layer",
+            "window + kept" if any(plan.kept) else "window",
+            "bytes",
+            "divergence,\nnats a token",
+            "error of\nthe layer",
+            least,
+        ]
         return Table("Selection", header, rows)
 
     def _cost(self) -> str:
         tables = self.tables
+        what = "windows and kept tokens" if any(tables.kept) else "windows"
         return (
-            f"measured: {len(tables.error)} layers x {len(tables.windows)} windows on {tables.tokens:,} tokens in "
+            f"measured: {len(tables.error)} layers x {len(tables.windows)} {what} on {tables.tokens:,} tokens in "
             f"pieces of {tables.sequence_length:,}, {tables.seconds:,.0f} s"
         )
 
@@ -199,8 +219,8 @@ def _measured(plan: SelectionPlan, rows: Any, load_model: Callable[[dict[str, An
 
     settings = plan.config.select
     pieces = measured_pieces(rows, settings.tokens, plan.sequence_length)
-    model = load_model({**plan.config.attention, "window": plan.windows[-1]})
-    tables = layer_tables(model, pieces, plan.windows, settings.batch_size)
+    model = load_model(with_option(plan.config.attention, plan.windows[-1], plan.kept[-1]))
+    tables = layer_tables(model, pieces, plan.windows, plan.kept, settings.batch_size)
     del model  # its memory is the next one's
     gc.collect()
     if torch.cuda.is_available():
@@ -213,8 +233,14 @@ def _identity(plan: SelectionPlan, rows: Any) -> dict[str, Any]:
     from linearize.run_identity import data_identity, source_identity
 
     config = plan.config
-    settings = {name: config.attention[name] for name in ("type", "sinks")}
-    settings |= {"windows": plan.windows, "tokens": config.select.tokens, "sequence_length": plan.sequence_length}
+    read = ("type", "sinks", "age_penalty")
+    settings: dict[str, Any] = {name: config.attention[name] for name in read if name in config.attention}
+    settings |= {
+        "windows": plan.windows,
+        "kept": plan.kept,
+        "tokens": config.select.tokens,
+        "sequence_length": plan.sequence_length,
+    }
     settings |= {name: getattr(config, name) for name in ("dtype", "sliding_window", "load_in_4bit", "load_in_8bit")}
     base = source_identity(config.model_name_or_path, config.revision)
     return {"base": base, "data": data_identity(rows), "settings": settings}

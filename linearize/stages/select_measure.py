@@ -18,6 +18,7 @@ from linearize.evaluation.arms import input_device, measuring
 from linearize.losses import at_least_float32
 from linearize.modeling.decoding import replace_forward
 from linearize.processes import own_place
+from linearize.stages.select_plan import KEPT
 from linearize.transfer_loss import relative_mse
 
 POSITIONS = 1024
@@ -30,6 +31,8 @@ class LayerTables:
     `sequence_length`; `seconds` that it took."""
 
     windows: list[int]
+    kept: list[int]
+    """Tokens kept beside each window."""
     error: list[list[float]]
     """Squared error of the layer's own attention over the square of softmax attention's output."""
     divergence: list[list[float]]
@@ -75,8 +78,10 @@ def _piece(rows: Any, start: int, length: int) -> Tensor:
     return torch.cat(parts)[:length]
 
 
-def layer_tables(model: Any, pieces: Tensor, windows: Sequence[int], batch_size: int = 1) -> LayerTables:
-    """Measure every layer with every window beside the sinks that it has.
+def layer_tables(
+    model: Any, pieces: Tensor, windows: Sequence[int], kept: Sequence[int] | None = None, batch_size: int = 1
+) -> LayerTables:
+    """Measure every layer with every window, and tokens kept beside it, with the sinks that it has.
 
     The layers before the one that is measured are as the teacher's, so they do not run again: what they gave is
     replayed. Memory holds the hidden states of all layers and the teacher's logits for the pieces of one batch. Every
@@ -85,29 +90,33 @@ def layer_tables(model: Any, pieces: Tensor, windows: Sequence[int], batch_size:
     Args:
         model: an untrained student, every layer converted to a mechanism with a softmax window.
         pieces: `(pieces, length)` token ids.
-        windows: tokens. batch_size: pieces at once.
+        windows: tokens. kept: tokens kept beside each of them, None for none. batch_size: pieces at once.
     """
     start = time.perf_counter()
     layers, device = len(model.decoder_layers()), input_device(model)
     totals = torch.zeros(3, layers, len(windows), dtype=torch.float64)
     place, processes = own_place()
-    own = [attention.mixer.window for attention in model.mixer_attentions()]
+    kept = [0] * len(windows) if kept is None else kept
+    options = list(zip(windows, kept, strict=True))
+    own = [_sight(attention.mixer) for attention in model.mixer_attentions()]
     rounds = -(-len(pieces) // batch_size)
     shown = {"desc": "measuring layers", "unit": "window", "leave": False, "disable": place > 0}
     progress = tqdm(total=rounds * len(range(0, layers, processes)) * len(windows), **shown)
     try:
         with measuring(model, "teacher"), progress:
             for ids in pieces.split(batch_size):
-                _measure(model, ids.to(device), windows, totals, progress)
+                _measure(model, ids.to(device), options, totals, progress)
     finally:
-        for attention, window in zip(model.mixer_attentions(), own, strict=True):
-            attention.mixer.window, attention.observer = window, None
+        for attention, option in zip(model.mixer_attentions(), own, strict=True):
+            _see(attention.mixer, option)
+            attention.observer = None
     if processes > 1:  # of the errors, which all have taken, errors and scales are as many times as large
         totals = totals.to(device)
         torch.distributed.all_reduce(totals)
     errors, scales, divergences = totals
     return LayerTables(
         list(windows),
+        list(kept),
         (errors / scales).tolist(),
         (divergences / pieces.numel()).tolist(),
         pieces.numel(),
@@ -116,7 +125,21 @@ def layer_tables(model: Any, pieces: Tensor, windows: Sequence[int], batch_size:
     )
 
 
-def _measure(model: Any, ids: Tensor, windows: Sequence[int], totals: Tensor, progress: Any) -> None:
+def _sight(mixer: Any) -> tuple[int, int]:
+    """A layer's window and kept tokens."""
+    return mixer.window, getattr(mixer, KEPT, 0)
+
+
+def _see(mixer: Any, option: tuple[int, int]) -> str:
+    """Give a layer a window and kept tokens; returns the arm that has both and nothing else."""
+    mixer.window = option[0]
+    if not hasattr(mixer, KEPT):
+        return "softmax"
+    setattr(mixer, KEPT, option[1])
+    return "mixed"
+
+
+def _measure(model: Any, ids: Tensor, options: Sequence[tuple[int, int]], totals: Tensor, progress: Any) -> None:
     """Add up one batch: squared errors, the squares that they are measured by, and divergences."""
     layers, attentions = model.decoder_layers(), model.mixer_attentions()
     own, processes = own_place()
@@ -126,16 +149,15 @@ def _measure(model: Any, ids: Tensor, windows: Sequence[int], totals: Tensor, pr
             hook = layer.register_forward_hook(lambda module, inputs, output: outputs.append(output))
             watched.callback(hook.remove)
         for attention in attentions:
-            attention.observer = _observer(windows, totals)
+            attention.observer = _observer(options, totals)
         teacher = _logits(model, ids)
     for attention in attentions:
         attention.observer = None
     with contextlib.ExitStack() as replayed:
         for place, (layer, attention) in enumerate(zip(layers, attentions, strict=True)):
-            attention.arm = "softmax"
-            for option, window in enumerate(windows if place % processes == own else ()):
-                attention.mixer.window = window
-                totals[2, place, option] += _divergence(teacher, _logits(model, ids))
+            for number, option in enumerate(options if place % processes == own else ()):
+                attention.arm = _see(attention.mixer, option)
+                totals[2, place, number] += _divergence(teacher, _logits(model, ids))
                 progress.update()
             attention.arm = "teacher"
             replayed.callback(replace_forward(layer, _always(outputs[place])))
@@ -151,16 +173,16 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return model.get_output_embeddings()(hidden.flatten(0, 1))
 
 
-def _observer(windows: Sequence[int], totals: Tensor) -> Callable[..., None]:
-    """Takes every window's error in a layer from the queries, keys and values of the teacher's forward."""
+def _observer(options: Sequence[tuple[int, int]], totals: Tensor) -> Callable[..., None]:
+    """Takes every option's error in a layer from the queries, keys and values of the teacher's forward."""
 
     def observe(attention, query, key, value, output, padding_mask=None, **call) -> None:
-        for option, window in enumerate(windows):
-            attention.mixer.window = window
-            ours = attention.mix(query, key, value, padding_mask=padding_mask, arm="softmax", **call)
+        for number, option in enumerate(options):
+            arm = _see(attention.mixer, option)
+            ours = attention.mix(query, key, value, padding_mask=padding_mask, arm=arm, **call)
             error, scale = relative_mse(ours, output, padding_mask)
-            totals[0, attention.layer_idx, option] += float(error)
-            totals[1, attention.layer_idx, option] += float(scale)
+            totals[0, attention.layer_idx, number] += float(error)
+            totals[1, attention.layer_idx, number] += float(scale)
 
     return observe
 

@@ -14,20 +14,21 @@ def place(losses: Sequence[Sequence[float]], sizes: Sequence[int], budget: int) 
 
     Args:
         losses: of each layer, by option.
-        sizes: bytes of each option, rising.
+        sizes: bytes of each option, none less than the one before.
         budget: bytes of all layers together, at least the least option in each.
 
     Returns:
         The option of each layer; of equal steps the one in the earliest layer goes first.
     """
-    chosen, left = [0] * len(losses), budget - len(losses) * sizes[0]
+    least = [option for option, size in enumerate(sizes) if size == sizes[0]]
+    chosen, left = [min(least, key=row.__getitem__) for row in losses], budget - len(losses) * sizes[0]
     assert left >= 0, "the caller refuses such a budget"
     while True:
         steps = [
             ((row[now] - row[option]) / (sizes[option] - sizes[now]), -layer, option)
             for layer, (row, now) in enumerate(zip(losses, chosen, strict=True))
             for option in range(now + 1, len(sizes))
-            if sizes[option] - sizes[now] <= left and row[option] < row[now]
+            if 0 < sizes[option] - sizes[now] <= left and row[option] < row[now]
         ]
         if not steps:
             return chosen

@@ -14,6 +14,8 @@ from linearize.errors import UserError
 if TYPE_CHECKING:
     from linearize.settings import RunConfig
 
+KEPT = "kept_tokens"
+"""The setting of mechanisms that keep tokens beside their window."""
 SHORTEST = 64
 """Tokens of the least window that is offered where none are named."""
 
@@ -33,7 +35,9 @@ class SelectionPlan:
     sequence_length: int
     """Tokens of a measured piece."""
     windows: list[int]
-    """To choose from, rising."""
+    """To choose from, with `kept`; in the order of their tokens."""
+    kept: list[int]
+    """Tokens kept beside each window."""
     sizes: list[int]
     """Bytes of a layer's state with each of them."""
     softmax: list[int] | int
@@ -48,14 +52,14 @@ class SelectionPlan:
 
     @property
     def uniform(self) -> int:
-        """The option that every bounded layer could have."""
+        """The option that every bounded layer could have; of equal ones that with kept tokens."""
         spent = self.sizes[0] if self.budget is None else self.budget // self.bounded
         return max(option for option, size in enumerate(self.sizes) if size <= spent)
 
     def forecast_settings(self) -> RunConfig:
         """Settings of one window for the forecast of memory: the largest, with as many softmax layers."""
         softmax = list(range(self.softmax)) if isinstance(self.softmax, int) else self.softmax
-        attention = {**self.config.attention, "window": self.windows[-1]}
+        attention = with_option(self.config.attention, self.windows[-1], self.kept[-1])
         return dataclasses.replace(self.config, attention=attention, softmax_layers=softmax, state_budget=None)
 
     def describe(self) -> str:
@@ -63,7 +67,7 @@ class SelectionPlan:
         ranking = self.config.select.ranking
         if self.budget is None:
             return f"{self.layers - self.bounded} softmax layers by their {ranking}"
-        windows = ", ".join(map(str, self.windows))
+        windows = ", ".join(option_label(*option) for option in zip(self.windows, self.kept, strict=True))
         return (
             f"{self.budget:,} bytes in {self.bounded} layers, {self.layers - self.bounded} with softmax; windows of "
             f"{windows}, by {ranking} on pieces of {self.sequence_length:,} tokens"
@@ -86,9 +90,10 @@ def plan_selection(config: RunConfig, teacher: Any) -> SelectionPlan:
     layers, dtype = teacher.num_hidden_layers, _dtype(config)
     softmax = _softmax_layers(config.softmax_layers, layers)
     length = _piece_length(config, teacher)
-    windows = _windows(config, length)
-    sizes = [layer_bytes(_uniform_student(config, teacher, window), 0, length, dtype=dtype) for window in windows]
-    plan = SelectionPlan(config, layers, length, windows, sizes, softmax, None)
+    windows, kept = _options(config, _windows(config, length))
+    students = [_uniform_student(config, teacher, *option) for option in zip(windows, kept, strict=True)]
+    sizes = [layer_bytes(student, 0, length, dtype=dtype) for student in students]
+    plan = SelectionPlan(config, layers, length, windows, kept, sizes, softmax, None)
     if config.state_budget is None:
         return plan
     budget = parse_budget(str(config.state_budget)).total(plan.bounded)
@@ -156,6 +161,28 @@ def _windows(config: RunConfig, length: int) -> list[int]:
     return windows
 
 
+def _options(config: RunConfig, windows: list[int]) -> tuple[list[int], list[int]]:
+    """Windows and the tokens that are kept beside them: of every size the window alone, then shared with kept ones."""
+    if KEPT not in config.attention:
+        return windows, [0] * len(windows)
+    if config.state_budget is None:
+        return windows, [config.attention[KEPT]]
+    shares = [round(window * config.select.kept_share) for window in windows]
+    pairs = zip(windows, shares, strict=True)
+    options = [(size - kept, kept) for size, share in pairs for kept in dict.fromkeys((0, min(share, size - 1)))]
+    return [window for window, _ in options], [kept for _, kept in options]
+
+
+def with_option(attention: dict[str, Any], window: int, kept: int) -> dict[str, Any]:
+    """A mechanism's settings with an option in place of its own window."""
+    return {**attention, "window": window, **({KEPT: kept} if KEPT in attention else {})}
+
+
+def option_label(window: int, kept: int, between: str = " + ") -> str:
+    """`64`, or with kept tokens `32 + 32`."""
+    return f"{window}{between}{kept}" if kept else str(window)
+
+
 def _check_budget(plan: SelectionPlan, budget: int, full: int) -> None:
     """Refuse a budget that no placement meets, or that softmax attention meets too.
 
@@ -176,12 +203,12 @@ def _check_budget(plan: SelectionPlan, budget: int, full: int) -> None:
         )
 
 
-def _uniform_student(config: RunConfig, teacher: Any, window: int) -> Any:
+def _uniform_student(config: RunConfig, teacher: Any, window: int, kept: int) -> Any:
     from linearize.conversion import student_config
     from linearize.modeling import BACKBONES
 
     kind = BACKBONES[teacher.model_type].config
-    attention = {**config.attention, "window": window}
+    attention = with_option(config.attention, window, kept)
     return student_config(teacher, kind, attention, None, None, (), config.sliding_window)
 
 

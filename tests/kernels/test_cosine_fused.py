@@ -173,7 +173,8 @@ def test_one_token(heads, masked, side):
     expected, after = cosine_attention(*inputs, **mix, **call, attention_mask=mask, backend="reference")
     output, state = cosine_attention(*inputs, **mix, **call, attention_mask=mask, backend="triton")
     assert (output - expected).abs().max() <= TOLERANCE
-    for a, b in zip(state, after, strict=True):
+    assert state.mass is None and after.mass is None
+    for a, b in zip(state[:-1], after[:-1], strict=True):
         assert a.shape == b.shape and a.dtype == b.dtype
         assert a.numel() == 0 or (a - b).abs().max() <= TOLERANCE
 
@@ -189,7 +190,7 @@ def test_any_cut_into_calls_gives_the_same(side):
             output, state = cosine_attention(*pieces, **call, initial_state=state)
             outputs.append(output)
         assert (torch.cat(outputs, 2) - expected).abs().max() <= TOLERANCE
-        for a, b in zip(state, expected_state, strict=True):
+        for a, b in zip(state[:-1], expected_state[:-1], strict=True):
             assert a.shape == b.shape and (a.numel() == 0 or (a - b).abs().max() <= TOLERANCE)
 
 

@@ -95,6 +95,7 @@ def test_every_tensor_arrives(tmp_path, kind):
         settings = found.model.config.mixer(0)
         assert (settings.window, settings.sinks, settings.gain) == (0, 0, False)
         assert settings.scale_side == {"bert": "query", "gptj": "key"}[kind]
+        assert (settings.directions, settings.gate) == ("rotated", "none")
         assert not hasattr(found.model.config, "fast_inference")
 
 

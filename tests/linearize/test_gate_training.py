@@ -19,9 +19,12 @@ LENGTH = 32
 GATES = ("head", "token", "key")
 
 
-def make_model(gate, make=make_teacher, **changes):
-    settings = {"type": "linear", "window": 4, "sinks": 1, "map_input": "projections", "gate": gate, **changes}
-    return make_student(make(), {"linear": settings})
+KINDS = {"linear": {"map_input": "projections"}, "cosine": {"directions": "projections"}}
+
+
+def make_model(gate, make=make_teacher, kind="linear", **changes):
+    settings = {"type": kind, "window": 4, "sinks": 1, **KINDS[kind], "gate": gate, **changes}
+    return make_student(make(), {kind: settings})
 
 
 @pytest.fixture
@@ -66,19 +69,22 @@ def test_the_observers_student_is_the_models(blocks):
         assert max(losses.means(torch.device("cpu"))["mixed"]) <= 1e-10
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gate", GATES)
-def test_groups_and_rates(gate):
-    groups = mixer_parameters(make_model(gate))
-    assert set(groups) == {"maps", "window", "gate_bias", *(["gate"] if gate != "head" else [])}
+def test_groups_and_rates(gate, kind):
+    groups = mixer_parameters(make_model(gate, kind=kind))
+    other = {"linear": "maps", "cosine": "scalers"}[kind]
+    assert set(groups) == {other, "window", "gate_bias", *(["gate"] if gate != "head" else [])}
     assert {RATES[name] for name in groups} <= {"learning_rate", "window_learning_rate", "gate_learning_rate"}
     assert TransferConfig().gate_learning_rate == 1e-3
     with pytest.raises(UserError, match="gate_learning_rate"):
         TransferConfig(gate_learning_rate=-1.0)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gate", GATES)
-def test_both_stages_train_the_gate_and_keep_it(gate, blocks, tmp_path):
-    model = make_model(gate)
+def test_both_stages_train_the_gate_and_keep_it(gate, kind, blocks, tmp_path):
+    model = make_model(gate, kind=kind)
     starts = [gates_of(model)]
     transfer_attention(model, blocks, transfer_settings(), output_dir=tmp_path)
     starts.append(gates_of(model))

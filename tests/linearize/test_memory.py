@@ -102,8 +102,10 @@ def test_forecast_is_close_to_the_peak(name):
         {"window": 0, "sinks": 0},
         {"window": 0, "sinks": 0, "scale_side": "key"},
         {"window": 96, "feature_map": "relu", "feature_dim": 48},
+        {"directions": "projections", "gate": "token"},
+        {"window": 0, "sinks": 0, "scale_side": "key", "gate": "key"},
     ],
-    ids=["default", "pure", "key", "map"],
+    ids=["default", "pure", "key", "map", "gate", "key, gate"],
 )
 def test_forecast_of_cosine_attention_is_close_to_the_peak(attention):
     teacher = make_teacher(max_position_embeddings=1024, **LARGE)

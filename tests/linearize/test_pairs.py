@@ -37,6 +37,7 @@ SETTINGS = {
     "cosine": {"window": 5, "sinks": 2},
     "gain_cell": {"window": 12, "cell": {"tile": 4, "leak": 0.01, "score_saturation": 4.0, "output_saturation": 4.0}},
     "landmark": {"block_size": 4, "top_k": 2},
+    "salient": {"window": 5, "sinks": 2, "kept_tokens": 4},
 }
 """Of each mechanism, small enough for what it leaves out to matter in 32 tokens."""
 ONE_STEP = {"max_steps": 1, "batch_size": 2, "tokens_per_step": 2 * LENGTH}

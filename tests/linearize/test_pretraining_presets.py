@@ -59,6 +59,12 @@ def test_the_two_phases_of_bert_are_one_line():
         assert config.training.tokens_per_step == 256 * config.data.sequence_length
 
 
+@pytest.mark.parametrize("name", ["cosine_300m", "cosine_1b"])
+def test_published_decoders_do_not_follow_the_defaults(name):
+    attention = resolve(name, settings=PretrainConfig).attention
+    assert (attention["directions"], attention["gate"]) == ("rotated", "none")
+
+
 def test_all_presets_name_known_settings():
     assert set(PUBLISHED) <= set(preset_names(PretrainConfig))
     for name in preset_names(PretrainConfig):

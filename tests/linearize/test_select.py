@@ -130,22 +130,25 @@ def test_pieces_are_neighbouring_sequences_over_all_of_the_text():
 
 
 @pytest.mark.parametrize("make", [make_teacher, make_mistral, make_gpt2, make_gptj])
-@pytest.mark.parametrize("kind", ["linear", "cosine"])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "salient"])
 def test_the_tables_are_those_of_models_with_one_window(make, kind):
     """Against students of their own, one layer converted and the others softmax, by logits and queries and keys."""
     teacher, ids = make(), pieces()
-    settings = {"type": kind, "window": 24, "sinks": 2}
+    settings, arm, kept = {"type": kind, "window": 24, "sinks": 2}, "softmax", [0, 0, 0]
+    if kind == "salient":
+        settings, arm, kept = {**settings, "kept_tokens": 5}, "mixed", [0, 4, 7]
     student = make_student(teacher, {"it": settings})
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    tables = layer_tables(student, ids, WINDOWS, batch_size=2)
+    tables = layer_tables(student, ids, WINDOWS, kept, batch_size=2)
     assert (tables.tokens, tables.sequence_length, tables.windows) == (120, 40, WINDOWS)
     layers = teacher.config.num_hidden_layers
     with torch.no_grad():
         target = teacher(ids).logits.double().log_softmax(-1)
         for layer, (option, window) in itertools.product(range(layers), enumerate(WINDOWS)):
             types = ["it" if i == layer else "softmax" for i in range(layers)]
-            one = make_student(teacher, {"it": {**settings, "window": window}}, types)
-            one.set_arm("softmax")
+            own = {"window": window, "kept_tokens": kept[option]} if kind == "salient" else {"window": window}
+            one = make_student(teacher, {"it": {**settings, **own}}, types)
+            one.set_arm(arm)
             ours = one(ids).logits.double().log_softmax(-1)
             divergence = (target.exp() * (target - ours)).sum(-1).mean()
             assert tables.divergence[layer][option] == pytest.approx(float(divergence), rel=1e-3, abs=1e-7)
@@ -154,11 +157,14 @@ def test_the_tables_are_those_of_models_with_one_window(make, kind):
             one.mixer_attentions()[0].observer = lambda *call, caught=caught: caught.append(call)
             one(ids)
             attention, query, key, value, output, _ = caught[0]
-            error = (attention.mix(query, key, value, arm="softmax") - output).square().sum() / output.square().sum()
+            error = (attention.mix(query, key, value, arm=arm) - output).square().sum() / output.square().sum()
             assert tables.error[layer][option] == pytest.approx(float(error), rel=1e-3, abs=1e-9)
     # The model is as it was.
     assert [a.arm for a in student.mixer_attentions()] == ["mixed"] * layers
-    assert all(a.mixer.window == 24 and a.observer is None for a in student.mixer_attentions())
+    assert all(
+        a.mixer.window == 24 and getattr(a.mixer, "kept_tokens", 5) == 5 and a.observer is None
+        for a in student.mixer_attentions()
+    )
     assert all("forward" not in vars(layer) for layer in student.decoder_layers())
     assert all(torch.equal(before[name], tensor) for name, tensor in student.state_dict().items())
 

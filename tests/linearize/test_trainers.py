@@ -14,6 +14,7 @@ CELL = {"tile": 4, "leak": 0.01, "input_levels": None, "weight_levels": None, "o
 MIXERS = {
     "linear": {"type": "linear", "window": 4, "sinks": 2},
     "cosine": {"type": "cosine", "window": 4, "sinks": 2},
+    "cosine-gated": {"type": "cosine", "window": 4, "sinks": 2, "directions": "projections", "gate": "token"},
     "cosine-pure": {"type": "cosine", "window": 0, "sinks": 0},
     "gain_cell": {"type": "gain_cell", "window": 8, "cell": CELL},
     "landmark": {"type": "landmark", "block_size": 4},

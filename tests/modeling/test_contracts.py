@@ -1,7 +1,7 @@
 """Repositories of earlier contracts: they load and give the numbers that they were saved with.
 
-`contract_1` was saved by the tree before contract 2 of hybrid linear attention, without its code files, with what it
-gave on the spot in `expected.safetensors`.
+`contract_1` was saved by the tree before contract 2 of hybrid linear attention, `contract_1_cosine` before that of
+cosine attention, without their code files, with what they gave on the spot in `expected.safetensors`.
 """
 
 import json
@@ -12,11 +12,17 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+import linearize.modeling.attention_cosine as attention_cosine
 import linearize.modeling.attention_linear as attention_linear
-from linearize.modeling import LinearAttentionConfig
+from linearize.modeling import CosineAttentionConfig, LinearAttentionConfig
+from linearize.modeling.op_cosine import CONTRACT as COSINE_CONTRACT
 from linearize.modeling.op_hybrid_linear import CONTRACT
 
-CONTRACT_1 = Path(__file__).parent / "contract_1"
+HERE = Path(__file__).parent
+SAVED = {
+    "linear": (HERE / "contract_1", {"map_input": "rotated", "gate": "none"}, CONTRACT),
+    "cosine": (HERE / "contract_1_cosine", {"directions": "rotated", "gate": "none"}, COSINE_CONTRACT),
+}
 
 
 @pytest.fixture(params=["defaults of today", "other defaults"])
@@ -25,20 +31,24 @@ def defaults(request, monkeypatch):
     if request.param == "other defaults":
         monkeypatch.setattr(attention_linear, "DEFAULT_MAP_INPUT", "projections")
         monkeypatch.setattr(attention_linear, "DEFAULT_GATE", "token")
+        monkeypatch.setattr(attention_cosine, "DEFAULT_DIRECTIONS", "projections")
+        monkeypatch.setattr(attention_cosine, "DEFAULT_GATE", "token")
 
 
 @torch.no_grad()
-def test_a_repository_of_contract_1_gives_the_same_logits(defaults, tmp_path):
-    saved = json.loads((CONTRACT_1 / "config.json").read_text())["mixers"]
-    assert all(x["contract"] == 1 and not {"map_input", "gate"} & set(x) for x in saved.values())
-    expected = load_file(CONTRACT_1 / "expected.safetensors")
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_repository_of_contract_1_gives_the_same_logits(kind, defaults, tmp_path):
+    folder, meaning, contract = SAVED[kind]
+    saved = json.loads((folder / "config.json").read_text())["mixers"]
+    assert all(x["type"] == kind and x["contract"] == 1 and not set(meaning) & set(x) for x in saved.values())
+    expected = load_file(folder / "expected.safetensors")
     ids, mask = expected["input_ids"], expected["attention_mask"]
-    model, loading = AutoModelForCausalLM.from_pretrained(CONTRACT_1, output_loading_info=True)
+    model, loading = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(loading.values())
     model.save_pretrained(tmp_path)
     for student in (model, AutoModelForCausalLM.from_pretrained(tmp_path)):
         for settings in student.config.mixers.values():
-            assert (settings["map_input"], settings["gate"], settings["contract"]) == ("rotated", "none", CONTRACT)
+            assert {**settings, **meaning, "contract": contract} == settings
         torch.testing.assert_close(student(ids).logits, expected["logits"], rtol=0, atol=1e-5)
         padded = student(ids, attention_mask=mask).logits
         torch.testing.assert_close(padded[mask.bool()], expected["padded_logits"][mask.bool()], rtol=0, atol=1e-5)
@@ -50,17 +60,21 @@ def test_a_repository_of_contract_1_gives_the_same_logits(defaults, tmp_path):
 
 
 def test_settings_of_contract_2_in_a_file_of_contract_1_are_refused():
-    for name, value in (("map_input", "projections"), ("gate", "token")):
-        with pytest.raises(ValueError, match=f"{name} is '{value}', and contract 1 of linear attention knows"):
-            LinearAttentionConfig(**{name: value}, contract=1)
-    assert LinearAttentionConfig(map_input="rotated", gate="none", contract=1).contract == CONTRACT
-    with pytest.raises(ValueError, match="contract 0"):
-        LinearAttentionConfig(contract=0)
+    for kind, config in (("linear", LinearAttentionConfig), ("cosine", CosineAttentionConfig)):
+        _, meaning, contract = SAVED[kind]
+        for name, value in zip(meaning, ("projections", "token"), strict=True):
+            with pytest.raises(ValueError, match=f"{name} is '{value}', and contract 1 of {kind} attention knows"):
+                config(**{name: value}, contract=1)
+        assert config(**meaning, contract=1).contract == contract
+        with pytest.raises(ValueError, match="contract 0"):
+            config(contract=0)
 
 
-def test_a_later_contract_is_refused_when_loaded(tmp_path):
-    config = json.loads((CONTRACT_1 / "config.json").read_text())
-    config["mixers"]["wide"]["contract"] = CONTRACT + 1
+@pytest.mark.parametrize("kind", SAVED)
+def test_a_later_contract_is_refused_when_loaded(kind, tmp_path):
+    folder, _, contract = SAVED[kind]
+    config = json.loads((folder / "config.json").read_text())
+    config["mixers"]["wide"]["contract"] = contract + 1
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"contract {CONTRACT + 1} of linear attention"):
+    with pytest.raises(ValueError, match=f"contract {contract + 1} of {kind} attention"):
         AutoConfig.from_pretrained(tmp_path)

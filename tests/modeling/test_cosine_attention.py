@@ -270,7 +270,7 @@ def test_exponents_of_heads():
         ({"feature_map": "relu", "feature_dim": 17}, "feature_dim 17 is wider than the head dimension 16"),
         ({"feature_map": "relu", "feature_dim": 0}, "feature_dim is 0"),
         ({"window_weight": float("inf")}, "window_weight is inf"),
-        ({"contract": CONTRACT + 1}, "was saved with contract 2 of cosine attention"),
+        ({"contract": CONTRACT + 1}, f"was saved with contract {CONTRACT + 1} of cosine attention"),
         ({"heads": 3}, "unknown attention setting heads"),
     ],
 )

@@ -37,6 +37,8 @@ def test_loads_without_the_package(tmp_path):
     pure = {"type": "cosine", "window": 0, "sinks": 0, "scale_side": "key"}
     cosine = {"cosine": {"type": "cosine", "window": 5, "sinks": 2, "feature_map": "softmax"}, "pure": pure}
     some, both = ["linear", "softmax", "linear"], ["cosine", "pure", "cosine"]
+    forgets = {"directions": "projections", "gate": "token", "gate_bias": 1.0}
+    gated_cosine = {"cosine": {**cosine["cosine"], **forgets}}
     layouts = {
         "all": (make_teacher, linear, None),
         "some": (make_teacher, linear, some),
@@ -48,6 +50,7 @@ def test_loads_without_the_package(tmp_path):
         "mistral": (make_mistral, linear, None),
         "mistral-some": (make_mistral, linear, some),  # its softmax layer has a sliding window
         "cosine": (make_teacher, cosine, both),
+        "cosine-gated": (make_teacher, gated_cosine, None),
         "gpt2-cosine": (make_gpt2, cosine, both),
         "gptj-cosine": (make_gptj, cosine, both),
         "mistral-cosine": (make_mistral, cosine, both),

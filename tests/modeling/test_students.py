@@ -70,6 +70,14 @@ MODELS = {
         },
         ["near", "far", "key"],
     ),
+    "cosine-gates": (
+        {
+            "head": {"type": "cosine", "window": 0, "sinks": 0, "gate": "head", "gate_bias": 1.0},
+            "token": {"type": "cosine", "window": 5, "directions": "projections", "gate": "token", "gate_bias": 0.5},
+            "key": {"type": "cosine", "window": 3, "scale_side": "key", "gate": "key", "gate_bias": 1.0},
+        },
+        ["head", "token", "key"],
+    ),
     "cosine-between": (
         {"cosine": {"type": "cosine", "window": 5, "sinks": 2}, "linear": {"type": "linear", "window": 3}},
         ["linear", "softmax", "cosine"],

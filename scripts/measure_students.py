@@ -1,0 +1,264 @@
+"""Students of bounded state by length, with the library's own code: placed, trained with LoRA, scored beside controls.
+
+    python scripts/measure_state_arms.py prepare ...           # tokens.npz, as that script's first lines say
+    python scripts/measure_students.py select --model MODEL --data out/arms
+    python scripts/measure_students.py train --model MODEL --data out/arms --arms teacher,constant,window --seed 0
+    python scripts/measure_students.py report --data docs/results/students
+
+`select` measures layers on the training text (`linearize.stages.select`). `train` converts, finetunes
+(`linearize.finetuning`) and scores: each arm leaves `DATA/student_ARM_SEED.json` with the mean log-likelihood of every
+whole piece of 1k, 4k, 8k and 32k tokens of each text (the teacher's positions end at 8k), for all of the attention and
+for its window alone, and of the buckets of an 8k piece by position.
+"""
+
+import argparse
+import gc
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from linearize.conversion import convert
+from linearize.data import TokenBlocks
+from linearize.evaluation import state_bytes
+from linearize.finetuning import finetune
+from linearize.run_plan import complete_attention, read_teacher
+from linearize.settings import FinetuneConfig, TransferConfig
+from linearize.settings_io import resolve
+from linearize.stages.select import Selection, placed, select
+from linearize.stages.select_plan import plan_selection
+from linearize.transfer import transfer_attention
+
+LENGTH, BUCKETS = 1024, (0, 1024, 2048, 4096, 8192)
+BUDGET, SMALL = "344KB/layer", "200KB/layer"
+UNIFORM = {"type": "salient", "sinks": 4}
+LOLCATS = {"type": "linear", "window": 64, "sinks": 0, "magnitude": False, "window_reference": "max"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["select", "train", "report"])
+    parser.add_argument("--model", help="a directory, or a .gguf file")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--arms", default="teacher")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=560)
+    parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--lengths", default="1024,4096,8192,32768")
+    parser.add_argument("--scored", type=int, default=65_536)
+    parser.add_argument("--select_tokens", type=int, default=16_384)
+    args = parser.parse_args()
+    args.lengths = [int(length) for length in args.lengths.split(",")]
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    {"select": select_layers, "train": train, "report": report}[args.action](args)
+
+
+def texts(args) -> dict[str, np.ndarray]:
+    return dict(np.load(args.data / "tokens.npz"))
+
+
+def blocks(args) -> TokenBlocks:
+    ids = texts(args)["train"]
+    ids = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH).astype(np.int64)
+    return TokenBlocks(ids, ids)
+
+
+# ---- placement
+
+
+def plan(args, attention: dict, budget: str | None, softmax: Any = ()):
+    """Of a selection on 8k pieces of the training text."""
+    choice = {"tokens": args.select_tokens, "sequence_length": 8192}
+    options = {"attention": attention, "state_budget": budget, "softmax_layers": softmax or [], "select": choice}
+    data = {"dataset": "none", "sequence_length": LENGTH}
+    dtype = str(args.dtype).removeprefix("torch.")
+    settings = resolve({"model_name_or_path": str(args.model), "data": data, "dtype": dtype, **options})
+    settings = complete_attention(settings)
+    return plan_selection(settings, read_teacher(settings))
+
+
+def place(args, attention: dict, budget: str | None, softmax: Any = ()):
+    """A selection, measured once for all budgets."""
+    load = lambda settings: convert(args.model, settings, dtype=args.dtype).to(args.device)  # noqa: E731
+    return select(plan(args, attention, budget, softmax), blocks(args), load, args.data)
+
+
+def select_layers(args) -> None:
+    chosen = place(args, UNIFORM, BUDGET)
+    chosen.save(args.data)
+    chosen.show()
+
+
+def windows_alone(args) -> Selection:
+    """The placement of windows without kept tokens, from the same tables."""
+    full = place(args, UNIFORM, BUDGET)
+    own = [option for option, kept in enumerate(full.plan.kept) if kept == 0]
+    lists = {name: [getattr(full.plan, name)[i] for i in own] for name in ("windows", "kept", "sizes")}
+    narrow = replace(full.plan, **lists)
+    tables = replace(full.tables, divergence=[[row[i] for i in own] for row in full.tables.divergence])
+    return Selection(narrow, tables, full.identity, placed(narrow, tables.divergence))
+
+
+def arm_layers(args, name: str) -> dict[str, Any]:
+    """What `convert` takes."""
+    uniform = {
+        "teacher": UNIFORM,
+        "window": {**UNIFORM, "window": 440, "kept_tokens": 0},
+        "kept": {**UNIFORM, "window": 220, "kept_tokens": 220},
+        "small_kept": {**UNIFORM, "window": 126, "kept_tokens": 126},
+        "lolcats": LOLCATS,
+    }
+    if name in uniform:
+        return {"attention": uniform[name]}
+    spread = [3, 11, 18, 26]
+    chosen = {
+        "constant": lambda: place(args, UNIFORM, BUDGET),
+        "window_placed": lambda: windows_alone(args),
+        "small": lambda: place(args, UNIFORM, SMALL),
+        "hybrid": lambda: place(args, UNIFORM, BUDGET, 4),
+        "spread": lambda: place(args, UNIFORM, BUDGET, spread),
+    }[name]()
+    return {"mixer_types": chosen.mixer_types, "mixers": chosen.mixers}
+
+
+# ---- training and scoring
+
+
+def train(args) -> None:
+    for name in args.arms.split(","):
+        begun = time.time()
+        model: Any = convert(args.model, **arm_layers(args, name), dtype=args.dtype).to(args.device)
+        arm = "teacher" if name == "teacher" else "mixed"
+        found: dict[str, Any] = {"arm": name, "seed": args.seed, "steps": args.steps, "device": _device(args)}
+        settings = {"max_steps": args.steps, "batch_size": 8, "tokens_per_step": 8 * LENGTH, "warmup_steps": 20}
+        config = FinetuneConfig(**settings, learning_rate=args.learning_rate, save_steps=10**6, logging_steps=20)
+        if name == "lolcats":
+            stage = {"max_steps": 90, "batch_size": 8, "tokens_per_step": 8 * LENGTH, "save_steps": 10**6}
+            transfer_attention(model, blocks(args), TransferConfig(**stage), output_dir=args.data / f"run_{name}")
+        out = args.data / f"run_{name}_{args.seed}"
+        result = finetune(model, blocks(args), config, output_dir=out, seed=args.seed, arm=arm, device=args.device)
+        found |= {"seconds": round(result.seconds), "loss": result.losses[-20:]}
+        student = result.model.merge_and_unload().eval().requires_grad_(False)
+        found["bytes"] = {x.tokens: x.student for x in state_bytes(student.config, args.lengths, torch.bfloat16)}
+        arms = ("teacher",) if arm == "teacher" else [x for x in ("mixed", "softmax") if x in student.arms()]
+        for part in arms:
+            lengths = [n for n in args.lengths if n <= 8192 or part != "teacher"]
+            found[part] = score(args, student, part, lengths)
+            print(f"{name:10s} {args.seed} {part:8s} {perplexities(found[part])}", flush=True)
+        found["total_seconds"] = round(time.time() - begun)
+        (args.data / f"student_{name}_{args.seed}.json").write_text(json.dumps(found))
+        del model, result, student
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _device(args) -> str:
+    return torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
+
+
+@torch.no_grad()
+def score(args, model: Any, arm: str, lengths: list[int]) -> dict:
+    """text -> length -> mean log-likelihood loss of each whole piece; and, of 8k pieces, of each bucket; of 32k pieces
+    that of the last 8k predictions of each 8k span (`late`), for the same tokens with more context."""
+    found: dict[str, Any] = {}
+    with model.use_arm(arm):
+        for name, ids in texts(args).items():
+            if name == "train":
+                continue
+            ids = ids[: args.scored].astype(np.int64)
+            of: dict[str, Any] = found.setdefault(name, {})
+            for length in lengths:
+                pieces = torch.from_numpy(ids[: len(ids) // length * length].reshape(-1, length))
+                losses = [piece_losses(model, x.to(args.device)) for x in pieces.split(max(1, 8192 // length))]
+                losses = torch.cat(losses) if losses else torch.zeros(0, length - 1)
+                of[str(length)] = losses.mean(1).tolist()
+                if length == 8192:
+                    spans = zip(BUCKETS, BUCKETS[1:], strict=False)
+                    of["buckets"] = [losses[:, max(a - 1, 0) : b - 1].mean(1).tolist() for a, b in spans]
+                if length >= 8192:  # the same tokens: the last half of every 8k span
+                    halves = [losses[:, s + 4096 - 1 : s + 8192 - 1] for s in range(0, length, 8192)]
+                    of[f"same_{length}"] = torch.stack([h.mean(1) for h in halves], 1).flatten().tolist()
+    return found
+
+
+def piece_losses(model: Any, ids: Tensor) -> Tensor:
+    """`(B, T)` -> `(B, T - 1)`, float64 on the CPU."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    parts = [
+        functional.cross_entropy(model.lm_head(part).float().flatten(0, 1), target.flatten(), reduction="none")
+        .view(target.shape)
+        .double()
+        .cpu()
+        for part, target in zip(hidden.split(2048, 1), ids[:, 1:].split(2048, 1), strict=True)
+    ]
+    return torch.cat(parts, 1)
+
+
+def perplexities(scores: dict) -> str:
+    def cell(values):
+        return f"{math.exp(sum(values) / len(values)):.2f}" if values else "-"
+
+    return " | ".join(
+        f"{name[:12]} " + " ".join(cell(v) for length, v in of.items() if length.isdigit())
+        for name, of in scores.items()
+    )
+
+
+# ---- report
+
+
+def report(args) -> None:
+    """Markdown: ratio of perplexities to the teacher of the same seed, mean and half the range over seeds; then paired
+    differences to the uniform window in nats a token at 8k over both foreign texts."""
+    runs: dict[str, dict[int, dict]] = {}
+    for path in sorted(args.data.glob("student_*.json")):
+        run = json.loads(path.read_text())
+        runs.setdefault(run["arm"], {})[run["seed"]] = run
+    teachers = {seed: run["teacher"] for seed, run in runs["teacher"].items()}
+    names = list(next(iter(teachers.values())))
+    print("| student | seeds | kB a layer at 8k | " + " | ".join(names) + " | 8k against the window |")
+    for arm, seeds in runs.items():
+        for part in ("mixed", "softmax"):
+            found = {seed: run[part] for seed, run in seeds.items() if part in run and seed in teachers}
+            if not found:
+                continue
+            lengths = ("1024", "4096", "8192")
+            cells = [" / ".join(ratio(found, teachers, text, length) for length in lengths) for text in names]
+            size = next(iter(seeds.values()))["bytes"]["8192"] / 30_000
+            print(f"| {arm}, {part} | {len(found)} | {size:.0f} | {' | '.join(cells)} | {against(runs, found)} |")
+
+
+def ratio(found: dict, teachers: dict, text: str, length: str) -> str:
+    values = [
+        math.exp(np.mean(of[text][length]) - np.mean(teachers[seed][text][length])) for seed, of in found.items()
+    ]
+    spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.3f}{spread}"
+
+
+def against(runs: dict, found: dict) -> str:
+    """Mean gain over the uniform window with its paired 95% interval over pieces and seeds."""
+    gains = [
+        old - new
+        for seed, of in found.items()
+        if seed in runs.get("window", {})
+        for text in of
+        if text != "validation"
+        for old, new in zip(runs["window"][seed]["mixed"][text]["8192"], of[text]["8192"], strict=True)
+    ]
+    if not gains:
+        return ""
+    return f"{np.mean(gains):.4f} ± {1.96 * np.std(gains, ddof=1) / math.sqrt(len(gains)):.4f}"
+
+
+if __name__ == "__main__":
+    main()
