@@ -62,7 +62,8 @@ def test_figures_are_a_direct_computation(mechanism):
     perturb(student)
     one, two = text(17), text(9, "other.txt", seed=1)
     report = measure_by_length(student, [one, two], TRAINED)
-    branches = [SOFTMAX_ARM, LINEAR_ARM] if mechanism in ("linear", "cosine") else []
+    both = [SOFTMAX_ARM, LINEAR_ARM]
+    branches = {"linear": both, "cosine": both, "salient": [SOFTMAX_ARM]}.get(mechanism, [])
     assert report.names() == [TEACHER, f"{TEACHER}, {MATCHED}", STUDENT, *branches]
     assert report.texts() == [HELD_OUT, "other.txt"] and not report.notes
     arms = {TEACHER: "teacher", STUDENT: "mixed", SOFTMAX_ARM: "softmax", LINEAR_ARM: "linear"}
