@@ -20,6 +20,7 @@ from linearize.cli_import import importer
 from linearize.cli_runs import KINDS, TRAINING, Config, add_run_commands
 from linearize.cli_select import select
 from linearize.context_flags import (
+    ByLength,
     ContextSeed,
     Depths,
     NaturalLengths,
@@ -157,7 +158,9 @@ def evaluate(
         str | None, typer.Option("--teacher", help="The teacher, for the rows that merged weights cannot give.")
     ] = None,
     sequence_length: Annotated[int, typer.Option("--sequence_length", help="Tokens of one scored sequence.")] = 1024,
-    max_tokens: Annotated[int, typer.Option("--max_tokens", help="Tokens to score.")] = 65_536,
+    max_tokens: Annotated[
+        int | None, typer.Option("--max_tokens", help="Tokens to score.", show_default="65536")
+    ] = None,
     batch_size: Annotated[int, typer.Option("--batch_size", help="Sequences scored together.")] = 1,
     controls: Annotated[
         bool,
@@ -175,6 +178,7 @@ def evaluate(
     passkey: PasskeyLengths = None,
     natural: NaturalLengths = None,
     context_perplexity: PerplexityLengths = None,
+    by_length: ByLength = None,
     trials: TrialNumbers = None,
     depths: Depths = 10,
     seed: ContextSeed = 0,
@@ -189,7 +193,8 @@ def evaluate(
         typer.Option(
             "--output",
             help="Folder for evaluation.json, evaluation.md, tasks.json and plots. Default none, but `evaluation` "
-            "with --noise, --cell_sweeps, --passkey, --natural or --context_perplexity, which draw a plot.",
+            "with --noise, --cell_sweeps, --passkey, --natural, --context_perplexity or --by_length, which draw "
+            "a plot.",
         ),
     ] = None,
 ) -> None:
@@ -200,10 +205,10 @@ def evaluate(
 
     how: dict[str, Any] = {"depths": depths, "seed": seed, "rope_scaling": rope_scaling}
     contexts = plan_contexts(passkey, natural, context_perplexity, trials=trials, **how)
-    if not text and not tasks and not contexts.lengths():
+    if not text and not tasks and not contexts.lengths() and by_length is None:
         raise UserError(
-            "Nothing to measure: give --text FILE, --tasks NAMES, or lengths by --passkey, --natural or "
-            "--context_perplexity."
+            "Nothing to measure: give --text FILE, --tasks NAMES, or lengths by --passkey, --natural, "
+            "--context_perplexity or --by_length."
         )
     if (noise is not None or cell_sweeps) and not text:
         raise UserError("--noise and --cell_sweeps measure a perplexity: give --text FILE.")
@@ -224,6 +229,7 @@ def evaluate(
         trials=trials,
         cell_sweeps=cell_sweeps,
         contexts=contexts,
+        by_length=by_length,
         dtype=dtype,
         device=device,
         output=output,

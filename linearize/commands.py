@@ -13,6 +13,8 @@ from linearize.modeling import is_encoder
 
 HARDWARE = ("gain-cell",)
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+MAX_TOKENS = 65_536
+"""Tokens that `linearize evaluate` scores where nobody says how many."""
 
 
 def choose_device(name: str) -> Any:
@@ -104,7 +106,7 @@ def evaluate_model(
     limit: int | None,
     teacher: str | None,
     sequence_length: int,
-    max_tokens: int,
+    max_tokens: int | None,
     batch_size: int,
     controls: bool,
     speed: bool,
@@ -112,6 +114,7 @@ def evaluate_model(
     trials: str | None,
     cell_sweeps: bool,
     contexts: Any,
+    by_length: str | None,
     dtype: str,
     device: str,
     output: str | None,
@@ -120,27 +123,30 @@ def evaluate_model(
 
     Args:
         contexts: a `ContextPlan`.
+        by_length: the trained length, as a person writes it, or auto.
     """
     from linearize.data import load_text_blocks
     from linearize.evaluation import evaluate, measure_noise, parse_noise, run_tasks, sweep_cells
     from linearize.evaluation.arms import gain_cell_layers
     from linearize.evaluation.context_lengths import parse_trials
-    from linearize.evaluation.context_run import prepare_contexts
+    from linearize.evaluation.context_run import prepare_by_length, prepare_contexts, trained_length
     from linearize.hub import base_is_teacher, read_record
 
     for name, value in (("batch_size", batch_size), ("max_tokens", max_tokens), ("limit", limit)):
         if value is not None and value < 1:
             raise UserError(f"--{name} is {value}, but it must be at least 1.")
     if is_encoder(_config(_model_of(source))):
-        if tasks or noise is not None or cell_sweeps or contexts.lengths() or speed:
+        if tasks or noise is not None or cell_sweeps or contexts.lengths() or speed or by_length is not None:
             raise UserError(f"{source} is an encoder, which is measured by its embeddings: give --text FILE alone.")
-        how: dict[str, Any] = {"batch_size": batch_size, "controls": controls, "max_length": sequence_length}
-        evaluate_encoder(source, texts, text_field, teacher, device=device, output=output, **how)
+        plain: dict[str, Any] = {"batch_size": batch_size, "controls": controls, "max_length": sequence_length}
+        evaluate_encoder(source, texts, text_field, teacher, device=device, output=output, **plain)
         return
     deviations = None if noise is None else parse_noise(noise)
     draws = 16 if trials is None else parse_trials(trials).default
-    if output is None and (noise is not None or cell_sweeps or contexts.lengths()):
+    trained = None if by_length is None else trained_length(by_length, source)
+    if output is None and (noise is not None or cell_sweeps or contexts.lengths() or trained is not None):
         output = "evaluation"
+    limit, max_tokens = max_tokens, max_tokens or MAX_TOKENS
     model, tokenizer, converted = load(source, dtype, device, contexts)
     if deviations is not None:
         gain_cell_layers(model, "--noise")
@@ -151,10 +157,15 @@ def evaluate_model(
     with stage("evaluation", f"lower --batch_size (now {batch_size}) or --sequence_length (now {sequence_length})"):
         measured: dict[str, Any] = {"max_tokens": max_tokens, "batch_size": batch_size, "output": output}
         parts = prepare_contexts(model, tokenizer, contexts, texts=texts, text_field=text_field, **measured)
+        scored = bool(texts) or trained is not None
+        merged = scored and converted and not base_is_teacher(read_record(source))
+        original = _original(model, teacher) if scored and converted and teacher else None
+        if trained is not None:
+            how: dict[str, Any] = {"texts": texts, "text_field": text_field, "limit": limit, "batch_size": batch_size}
+            how |= {"original": original, "merged": merged, "controls": controls}
+            parts.append(prepare_by_length(model, tokenizer, trained, **how))
         if texts:
             blocks = load_text_blocks(list(texts), tokenizer, sequence_length, max_tokens, text_field=text_field)
-            merged = converted and not base_is_teacher(read_record(source))
-            original = _original(model, teacher) if converted and teacher else None
             report = evaluate(
                 model, blocks, original=original, merged=merged, controls=controls, batch_size=batch_size, speed=speed
             )

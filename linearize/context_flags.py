@@ -24,6 +24,15 @@ PerplexityLengths = Annotated[
         "lengths; --max_tokens are scored at each.",
     ),
 ]
+ByLength = Annotated[
+    str | None,
+    typer.Option(
+        "--by_length",
+        help="Perplexity at 1, 4 and 8 times this trained length (1k, or auto: as the record has it) of each --text "
+        "(default the demo's): a student's arms, the teacher, and a plain window of as many bytes. At most "
+        "--max_tokens of each, on a CPU 8192 unless given.",
+    ),
+]
 TrialNumbers = Annotated[
     str | None,
     typer.Option(

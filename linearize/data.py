@@ -156,12 +156,13 @@ def load_text_blocks(
     return TokenBlocks(torch.from_numpy(ids.reshape(count, sequence_length)))
 
 
-def refuse_training_files(dataset: str | list[str], texts: str | list[str]) -> None:
+def refuse_training_files(dataset: str | list[str], texts: str | list[str], setting: str = "evaluation.texts") -> None:
     """Refuse to call text held out that the run trains on.
 
     Args:
         dataset: As in `DataConfig`; a Hub dataset is not compared.
         texts: Local files to evaluate on.
+        setting: That names them.
 
     Raises:
         UserError: A file of `texts` has the contents of one of the dataset's files.
@@ -171,8 +172,8 @@ def refuse_training_files(dataset: str | list[str], texts: str | list[str]) -> N
     for file in (file for name in held_out for file in expand(name)):
         if open_files([file]).identity in known:
             raise UserError(
-                f"evaluation.texts: {file} is part of the training data; give other text, or leave evaluation.texts "
-                "out to evaluate on the documents held out."
+                f"{setting}: {file} is part of the training data; give other text, or leave {setting} out to evaluate "
+                "on the documents held out."
             )
 
 

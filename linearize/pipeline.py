@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from linearize.calibration import CalibrationReport
     from linearize.data import TokenBlocks
     from linearize.evaluation import Report, TaskReport
+    from linearize.evaluation.by_length import LengthText
     from linearize.finetuning import FinetuneResult
     from linearize.run_plan import RunPlan
     from linearize.stages.select import Selection
@@ -90,6 +91,7 @@ class _Run:
         self.state: PartialState = PartialState(cpu=config.device == "cpu")
         self.record: dict[str, Any] = {}
         self.selection: Selection | None = None
+        self.length_texts: list[LengthText] = []
         self.result = RunResult(self.directory.path, self.directory.final)
 
     def run(self) -> RunResult:
@@ -131,6 +133,8 @@ class _Run:
             if report is not None:
                 self._measure(lambda: report.after_transfer(model))
         if config.finetune is not None:
+            if config.evaluation is not None and config.evaluation.yardstick:
+                self._train_yardstick(config.finetune, model, train, report)
             self._finetune(config.finetune, model, train)
         if self.state.is_main_process:
             final = self._merged(model)
@@ -144,6 +148,8 @@ class _Run:
         self._evaluate(final, report)
         self._push()
         self._say(f"Saved {self.directory.final}")
+        if report is not None and report.report.by_length is not None:
+            report.report.by_length.warn()
 
     def _push(self) -> None:
         """Upload the repository, if asked to; a push that failed is made good by resuming."""
@@ -163,6 +169,7 @@ class _Run:
     def _load_data(self) -> tuple[TokenBlocks | None, TokenBlocks | None, TokenBlocks | None]:
         """Sequences to train on, to validate on and to evaluate on, as far as this run needs them."""
         from linearize.data import load_text_blocks, prepare_data, refuse_training_files
+        from linearize.evaluation.by_length import run_texts
         from linearize.stages.finetune_lengths import training_rows
 
         data, evaluation = self.config.data, self.config.evaluation
@@ -181,6 +188,9 @@ class _Run:
                 length = evaluation.sequence_length or data.sequence_length
                 limit, column = evaluation.max_tokens, data.text_field
                 held_out = load_text_blocks(evaluation.texts, self.tokenizer, length, limit, text_field=column)
+            if evaluation is not None and held_out and self.state.is_main_process:
+                where = (self.tokenizer, self.state.device)
+                self.length_texts = run_texts(evaluation, data, held_out, *where, trains=bool(trains))
         if evaluation is not None and not held_out:
             raise UserError(
                 "There is no held-out text to evaluate on: give data.validation or evaluation.texts, raise "
@@ -265,7 +275,12 @@ class _Run:
         from linearize.run_report import RunReport
 
         report = RunReport(
-            self.config.evaluation, blocks, self.directory.measurements, keep=self.config.resume_from_checkpoint
+            self.config.evaluation,
+            blocks,
+            self.directory.measurements,
+            keep=self.config.resume_from_checkpoint,
+            texts=self.length_texts,
+            trained=self.config.data.sequence_length,
         )
         if self.selection is not None and (note := self.selection.sentence()) not in report.report.notes:
             report.report.notes.append(note)
@@ -301,24 +316,27 @@ class _Run:
             )
         self._say_stage("attention transfer", self.result.transfer)
 
+    def _train_yardstick(self, settings: FinetuneConfig, model: Any, train: Any, report: Any) -> None:
+        """The same stage 2 on the softmax teacher, which is measured and taken off again."""
+        trained = self._train_lora(settings, model, train, self.directory.yardstick, arm="teacher")
+        self._say_stage("yardstick", trained)
+        if report is not None:
+            self._measure(lambda: report.after_yardstick(trained.model))
+        trained.model.unload()
+
     def _finetune(self, settings: FinetuneConfig, model: Any, train: Any) -> None:
+        given = {"tokenizer": self.tokenizer, **self._base_of_adapter(model)}
+        self.result.finetune = self._train_lora(settings, model, train, self.directory.path, **given)
+        self._say_stage("finetuning", self.result.finetune)
+
+    def _train_lora(self, settings: FinetuneConfig, model: Any, train: Any, output: Path, **options: Any) -> Any:
         from linearize.finetuning import SMALLER, finetune
 
-        length = self.config.data.sequence_length
-        lower = smaller("finetune.batch_size", settings.batch_size, length, *SMALLER)
+        config = self.config
+        lower = smaller("finetune.batch_size", settings.batch_size, config.data.sequence_length, *SMALLER)
+        options |= {"seed": config.seed, "resume": config.resume_from_checkpoint, "report_to": config.report_to}
         with stage("stage 2 (finetuning)", lower):
-            self.result.finetune = finetune(
-                model,
-                train,
-                settings,
-                output_dir=self.directory.path,
-                seed=self.config.seed,
-                resume=self.config.resume_from_checkpoint,
-                report_to=self.config.report_to,
-                tokenizer=self.tokenizer,
-                **self._base_of_adapter(model),
-            )
-        self._say_stage("finetuning", self.result.finetune)
+            return finetune(model, train, settings, output_dir=output, **options)
 
     def _base_of_adapter(self, model: Any) -> dict[str, Any]:
         """The repository that stage 2's adapters belong on: the one that the run starts from, or what calibration and
@@ -401,13 +419,14 @@ class _Run:
         from linearize.hub import write_record
 
         lower = (
-            f"lower evaluation.batch_size (now {settings.batch_size}); the model is saved in {self.directory.final}"
+            f"lower evaluation.batch_size (now {settings.batch_size}) or evaluation.length_tokens; the model is saved "
+            f"in {self.directory.final}"
         )
         with stage("evaluation", lower):
             model = self._placed(model)
             self.result.report = report.finish(model)
             self.record["evaluation"] = self.result.report.to_dict()
-            self._draw(self.result.report)
+            self.result.report.draw(self.directory.path / "plots")
             write_record(self.directory.final, self.record, model.config)
             self.result.report.show()
             if settings.tasks:
@@ -432,18 +451,6 @@ class _Run:
         if "quantization_config" not in options or fits(model, self.state.device):
             return model.to(self.state.device)
         return load_student(self.directory.final, **options)
-
-    def _draw(self, report: Any) -> None:
-        from linearize.evaluation.plots import plot_arms, plot_linear_share
-
-        plots = self.directory.path / "plots"
-        plots.mkdir(exist_ok=True)
-        reference = report.reference if report.row(report.reference) else None
-        plot_arms(
-            {row.name: row.perplexity for row in report.rows}, plots / "evaluation_arms.png", reference=reference
-        )
-        if report.share is not None and report.share.per_layer:
-            plot_linear_share(report.share.per_layer, plots / "evaluation_linear_share.png", mean=report.share.mean)
 
     def _run_tasks(self, model: Any) -> TaskReport:
         from linearize.evaluation import run_tasks
@@ -500,5 +507,5 @@ class _Run:
 
     def _measure(self, work: Callable[[], None]) -> None:
         """Measure on the main process; the others go on and wait for it in the next stage."""
-        with stage("evaluation", "lower evaluation.batch_size"):
+        with stage("evaluation", "lower evaluation.batch_size or evaluation.length_tokens"):
             work()

@@ -6,6 +6,7 @@ logs/{transfer,finetune}.jsonl       losses; evaluation.json: what has been meas
 plots/*.png
 checkpoints/{transfer,finetune}/step-N
 transferred/                         the converted repository after stage 1, where stage 2 follows
+yardstick/                           the same stage 2 on the teacher, where evaluation.yardstick asks for it
 adapter/                             LoRA and the trained mechanisms, in peft's format
 final/                               the converted repository
 """
@@ -27,8 +28,8 @@ from linearize.settings_io import differences, resolve, write_config
 
 CONFIG = "config.yaml"
 INPUTS = Path("logs", "inputs.json")
-TRANSFERRED = "transferred"
-CONTENTS = (CONFIG, *FILES, "logs", "plots", "checkpoints", TRANSFERRED, "adapter", FINAL)
+TRANSFERRED, YARDSTICK = "transferred", "yardstick"
+CONTENTS = (CONFIG, *FILES, "logs", "plots", "checkpoints", TRANSFERRED, YARDSTICK, "adapter", FINAL)
 FREE_TO_CHANGE = (
     "output_dir",
     "overwrite",
@@ -66,6 +67,11 @@ class RunDirectory:
     def transferred(self) -> Path:
         """The converted repository after stage 1, where stage 2 follows."""
         return self.path / TRANSFERRED
+
+    @property
+    def yardstick(self) -> Path:
+        """The teacher's stage 2: its logs, checkpoints and adapter."""
+        return self.path / YARDSTICK
 
     @property
     def measurements(self) -> Path:

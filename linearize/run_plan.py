@@ -95,6 +95,8 @@ class RunPlan:
             rows.insert(-4, ["sliding window", f"{window:,} tokens, {done}"])
         if self.calibration:
             rows.insert(-2, ["calibration", f"{self.calibration:,} sequences"])
+        if config.evaluation is not None and config.evaluation.yardstick:
+            rows.insert(-2, ["yardstick", "the teacher, by the same finetuning"])
         if config.transfer is not None:
             rows.insert(-2, ["transfer trains", BRANCHES[config.transfer.branch]])
         tables = [Table("Run", ["", "value"], rows, text=True)]

@@ -6,11 +6,13 @@ measured.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch.utils.data import Subset
 
+from linearize.evaluation import by_length
 from linearize.evaluation.arms import has_branches
 from linearize.evaluation.report import (
     LINEAR_ARM,
@@ -39,7 +41,16 @@ ALL_QUANTIZED = "All rows were measured on quantised weights: the full ones do n
 class RunReport:
     """The measurements of one run."""
 
-    def __init__(self, config: EvaluationConfig, blocks: Any, path: Path, *, keep: bool) -> None:
+    def __init__(
+        self,
+        config: EvaluationConfig,
+        blocks: Any,
+        path: Path,
+        *,
+        keep: bool,
+        texts: Sequence[by_length.LengthText] = (),
+        trained: int = 0,
+    ) -> None:
         """Start a report, or go on with the one that an interrupted run left.
 
         Args:
@@ -47,10 +58,17 @@ class RunReport:
             blocks: Held-out sequences.
             path: Where the rows are kept.
             keep: Whether rows that lie there belong to this run.
+            texts: To score by length; none: no figures by length.
+            trained: Tokens of a training sequence.
         """
         self.config, self.path = config, path
         self.blocks = Subset(blocks, range(min(len(blocks), max(1, config.max_tokens // blocks.sequence_length))))
         self.report = Report.from_json(path.read_text(encoding="utf-8")) if keep and path.is_file() else Report()
+        self.texts = texts
+        fresh = by_length.start_report(texts, trained) if texts else None
+        kept = self.report.by_length
+        if fresh is None or kept is None or kept.read != fresh.read:  # what a resumed run scores may be other text
+            self.report.by_length = fresh
 
     def measure(self, name: str, model: Any, arm: str) -> None:
         """Append the perplexity of one arm, unless it is there."""
@@ -58,6 +76,16 @@ class RunReport:
 
         if self.report.row(name) is None:
             self.report.add(name, perplexity(model, self.blocks, arm=arm, batch_size=self.config.batch_size))
+            self.keep()
+
+    def measure_lengths(self, measure: Callable[..., None], model: Any, **options: Any) -> None:
+        """Append rows by length, unless they are there.
+
+        Args:
+            measure: `by_length.measure_controls` or `measure_student`.
+        """
+        if self.report.by_length is not None:
+            measure(self.report.by_length, model, self.texts, batch_size=self.config.batch_size, **options)
             self.keep()
 
     def keep(self) -> None:
@@ -84,6 +112,8 @@ class RunReport:
                 self.report.control = control_name(model)
                 self.measure(self.report.control, model, "softmax")
             self.measure(CONVERTED, model, "mixed")
+            if not self.config.yardstick:
+                self.measure_lengths(by_length.measure_controls, model, name=self.report.reference)
 
     def after_calibration(self, model: Any) -> None:
         """Measure the student before anything trains."""
@@ -94,6 +124,12 @@ class RunReport:
         """Measure the student between the stages."""
         if self.config.controls:
             self.measure(TRANSFERRED, model, "mixed")
+
+    def after_yardstick(self, model: Any) -> None:
+        """Measure the softmax teacher with adapters of its own."""
+        name = f"{self.report.reference} + the same LoRA steps"
+        self.measure(name, model, "teacher")
+        self.measure_lengths(by_length.measure_controls, model, name=name)
 
     def finish(self, model: Any) -> Report:
         """Measure the finished student, and where it has branches their arms and the linear branch's share."""
@@ -111,5 +147,6 @@ class RunReport:
                 report.linear_index = linear_index(*(row.nll for row in rows if row))
             report.share = linear_share(model, self.blocks, batch_size=self.config.batch_size, max_tokens=SHARE_TOKENS)
         report.state = state_bytes(model.config)
+        self.measure_lengths(by_length.measure_student, model, arms=self.config.controls)
         self.keep()
         return report

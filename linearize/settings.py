@@ -306,7 +306,29 @@ class FinetuneConfig(StageSettings):
 
 
 @dataclass
-class EvaluationConfig:
+class LengthConfig:
+    """What is scored by length at the end of a run."""
+
+    length_tokens: int | None = None
+    """Tokens of each text to score at 1, 4 and 8 times the trained length; none: 65,536, on a CPU 8,192; 0: not
+    measured."""
+    foreign_texts: str | list[str] | None = None
+    """Path(s) of text of other domains, each scored at these lengths too."""
+
+    def __post_init__(self) -> None:
+        convert_fields(self, "evaluation")
+        require(
+            self.length_tokens is None or self.length_tokens >= 0,
+            f"evaluation.length_tokens is {self.length_tokens}, but it must be none or at least 0.",
+        )
+        require(
+            self.foreign_texts is None or self.length_tokens != 0,
+            "evaluation.foreign_texts are scored by length alone: leave evaluation.length_tokens 0 out.",
+        )
+
+
+@dataclass
+class EvaluationConfig(LengthConfig):
     """What is measured at the end of a run."""
 
     texts: str | list[str] | None = None
@@ -315,6 +337,9 @@ class EvaluationConfig:
     """Tokens of text to score."""
     sequence_length: int | None = None
     """Tokens of one scored sequence; none: that of the training data."""
+    yardstick: bool = False
+    """Train the teacher by the same stage 2, which takes as long again, and compare the student by length with that;
+    else with the untouched teacher."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of the lm-eval harness, e.g. piqa,arc_easy."""
     include_path: str | None = None
@@ -327,7 +352,7 @@ class EvaluationConfig:
     """Sequences (or requests of the harness) scored together."""
 
     def __post_init__(self) -> None:
-        convert_fields(self, "evaluation")
+        super().__post_init__()
         for key in ("max_tokens", "batch_size"):
             require(getattr(self, key) >= 1, f"evaluation.{key} is {getattr(self, key)}, but it must be at least 1.")
         require(
@@ -487,6 +512,10 @@ class RunConfig(LayerChoice, RunSettings):
         require(
             not (self.load_in_4bit and self.load_in_8bit),
             "load_in_4bit and load_in_8bit are both set: choose one of them.",
+        )
+        require(
+            self.finetune is not None or self.evaluation is None or not self.evaluation.yardstick,
+            "evaluation.yardstick trains the teacher as stage 2 trains the student: set finetune, or leave it out.",
         )
         require(
             self.push_to_hub is None or self.push_to_hub.count("/") <= 1,

@@ -9,15 +9,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from linearize.failures import stage
 from linearize.pretraining import CHECKPOINTS, pretrain
 from linearize.pretraining_settings import PretrainConfig, PretrainingConfig
 from linearize.run_directory import CONFIG, FINAL, RunDirectory
 from linearize.run_identity import StageState
-from linearize.settings import DataConfig, DistillationConfig, RunSettings
+from linearize.settings import DataConfig, DistillationConfig, LengthConfig, RunSettings
 from linearize.settings_io import to_values
+
+if TYPE_CHECKING:
+    from linearize.evaluation.by_length import LengthReport, LengthText
 
 REPORT = "report.json"
 TEACHER = "teacher, trained on the same tokens"
@@ -42,6 +45,8 @@ class StagedRunConfig(RunSettings):
     distillation: DistillationConfig | None = field(default_factory=DistillationConfig)
     """In the trained stages, learn from a teacher as well; `teacher` none: the one that was trained first, else the
     untouched one. None: the labels alone, as published."""
+    evaluation: LengthConfig | None = field(default_factory=LengthConfig)
+    """The last model's perplexity by length; none: not measured."""
     report_to: list[str] = field(default_factory=lambda: ["none"])
     """Trackers of transformers' Trainer: trackio, wandb, tensorboard, all or none."""
 
@@ -144,6 +149,7 @@ class StagedRun:
             self.train, validation = prepare_data(settings.data, self.tokenizer)
         shown = max(1, eval_tokens // settings.data.sequence_length)
         self.validation = [validation[i] for i in range(min(shown, len(validation)))]
+        self.length_texts = self._length_texts(validation)
         self.rows: list[Row] = []
         inputs = {"base": source_identity(settings.model_name_or_path), "data": data_identity(self.train)}
         main_process_first(lambda: directory.prepare(inputs) if self.state.is_main_process else None)
@@ -158,6 +164,16 @@ class StagedRun:
         config = load_config(source)
         teacher = load_config(distillation.teacher or source) if distillation is not None else None
         check_full_training(source, config, self.state, teacher=teacher)
+
+    def _length_texts(self, validation: Any) -> list[LengthText]:
+        """What the main process scores by length, if anything."""
+        from linearize.evaluation.by_length import run_texts
+
+        chosen = self.settings.evaluation
+        if chosen is None or not len(validation) or not self.state.is_main_process:
+            return []
+        with stage("preparing the data"):
+            return run_texts(chosen, self.settings.data, validation, self.tokenizer, self.state.device)
 
     def _train(self, name: str, start: Path, training: PretrainingConfig) -> Path:
         """A stage of training, on from `start`; the directory of what comes out."""
@@ -252,6 +268,25 @@ class StagedRun:
         result = perplexity(model, self.validation, arm=arm, batch_size=self.batch_size, description=name)
         self.rows.append(Row(name, tokens, result.perplexity))
 
+    def _by_length(self, final: Path) -> LengthReport | None:
+        """The last model between its controls: the teacher that was trained, else the untouched one, and the same with
+        a plain window of as many bytes."""
+        from linearize.conversion import convert_like, load_student
+        from linearize.evaluation.by_length import measure_controls, measure_student, start_report
+
+        if not self.length_texts:
+            return None
+        trained = self.path / "teacher" / FINAL
+        source, name = (trained, TEACHER) if trained.is_dir() else (self.settings.model_name_or_path, "teacher")
+        report = start_report(self.length_texts, self.settings.data.sequence_length)
+        student: Any = load_student(final, dtype="float32")
+        control: Any = convert_like(source, student.config, dtype="float32")
+        options: dict[str, Any] = {"batch_size": self.batch_size}
+        measure_controls(report, control.to(self.state.device), self.length_texts, name, **options)
+        del control  # before the student takes its place
+        measure_student(report, student.to(self.state.device), self.length_texts, **options)
+        return report
+
     def _finish(self, final: Path, curves: Sequence[Curve], **values: Any) -> None:
         """On the main process: copy the last model to `final`; write, plot and print the figures."""
         import shutil
@@ -262,12 +297,35 @@ class StagedRun:
             with atomic_directory(self.directory.final) as target:
                 shutil.copytree(final, target, dirs_exist_ok=True)
             self._plot(curves)
+        with stage("evaluation", "lower evaluation.length_tokens"):
+            lengths = self._by_length(final)
+            self._record(lengths)
             content = {"rows": [asdict(row) for row in self.rows], **values}
+            if lengths is not None:
+                content["by_length"] = asdict(lengths)
             write_file(self.path / REPORT, (json.dumps(content, indent=1) + "\n").encode())
         for row in self.rows:
             figure = "-" if row.perplexity is None else f"{row.perplexity:.2f}"
             print(f"{row.name:40s} {row.tokens:>14,} tokens   perplexity {figure}", flush=True)
+        if lengths is not None:
+            lengths.show()
         print(f"Saved {self.directory.final}", flush=True)
+        if lengths is not None:
+            lengths.warn()
+
+    def _record(self, lengths: LengthReport | None) -> None:
+        """Add the figures by length to the record and card of the last model, and draw them."""
+        from linearize.conversion import load_config
+        from linearize.evaluation.plots import plot_by_length
+        from linearize.evaluation.report import Report
+        from linearize.hub import read_record, write_record
+
+        if lengths is None or not lengths.figures:
+            return
+        final = self.directory.final
+        record = read_record(final) | {"evaluation": Report(reference=lengths.reference, by_length=lengths).to_dict()}
+        write_record(final, record, load_config(str(final)))
+        plot_by_length(lengths, self.path / "plots" / "evaluation_by_length.png")
 
     def _plot(self, curves: Sequence[Curve]) -> None:
         """Perplexity over tokens: the curves of the training stages, one after the other, beside the teacher's."""

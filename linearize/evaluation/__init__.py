@@ -1,10 +1,11 @@
 """Evaluation: perplexity by arm, the linear branch's share, state bytes, speed, tasks; one report.
 For gain cells also noise, other cells, and test vectors of one head; for any model retrieval and perplexity over the
-context length.
+context length, and perplexity at and past the trained length.
 
 Some functions are named as their modules: import from here, or by `from linearize.evaluation.<module> import ...`.
 """
 
+from linearize.evaluation.by_length import LengthReport, LengthText, measure_by_length
 from linearize.evaluation.cell_sweeps import SweepPoint, SweepReport, exchanged_cells, sweep_cells
 from linearize.evaluation.context_lengths import Trials, wilson
 from linearize.evaluation.context_perplexity import ContextPerplexityReport, context_perplexity, load_stretches
@@ -27,6 +28,8 @@ __all__ = [
     "ContextPerplexityReport",
     "ContextPlan",
     "Info",
+    "LengthReport",
+    "LengthText",
     "LinearShare",
     "NoiseReport",
     "PerplexityResult",
@@ -51,6 +54,7 @@ __all__ = [
     "linear_index",
     "linear_share",
     "load_stretches",
+    "measure_by_length",
     "measure_contexts",
     "measure_noise",
     "measure_retrieval",

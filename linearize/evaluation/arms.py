@@ -14,6 +14,13 @@ from linearize.errors import UserError
 from linearize.mixed_precision import outside_mixed_precision
 
 ARMS = ("mixed", "teacher", "softmax", "linear")
+TEACHER = "teacher"
+OWN_WEIGHTS = "its weights with softmax attention"
+STUDENT = "student"
+SOFTMAX_ARM = "student, softmax arm alone"
+LINEAR_ARM = "student, linear arm alone"
+ROW_NAMES = {"mixed": STUDENT, "softmax": SOFTMAX_ARM, "linear": LINEAR_ARM}
+"""Arm -> what a report calls it."""
 
 
 def unwrap(model: Any) -> Any:

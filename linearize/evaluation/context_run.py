@@ -5,7 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from linearize.evaluation import natural, passkey
+from linearize.errors import UserError
+from linearize.evaluation import by_length, natural, passkey
 from linearize.evaluation.context_lengths import Trials, check_trials, parse_lengths, parse_trials
 from linearize.evaluation.context_perplexity import ContextPerplexityReport, context_perplexity, load_stretches
 from linearize.evaluation.context_reading import check_positions
@@ -125,6 +126,55 @@ def measure_contexts(model: Any, tokenizer: Any, plan: ContextPlan, **options: A
         UserError: see there; nothing has been measured or written then.
     """
     return [measure() for measure in prepare_contexts(model, tokenizer, plan, **options)]
+
+
+def trained_length(given: str, source: str) -> int:
+    """The tokens that `--by_length` means.
+
+    Args:
+        given: a length as a person writes it, or auto: the one in the record of `source`.
+
+    Raises:
+        UserError: it is no length, or the record has none.
+    """
+    from linearize.hub import read_record
+
+    if given.strip().lower() == "auto":
+        recipe = read_record(source).get("recipe") or {}
+        recorded = (recipe.get("data") or {}).get("sequence_length")
+        if recorded is None:
+            raise UserError(f"--by_length auto: {source} has no record of a trained length; give it, such as 1k.")
+        return int(recorded)
+    lengths = parse_lengths(given, "--by_length")
+    if len(lengths) > 1 or lengths[0] < 2:
+        raise UserError(f"--by_length is {given!r}: give one trained length of 2 tokens or more, such as 1k, or auto.")
+    return lengths[0]
+
+
+def prepare_by_length(
+    model: Any,
+    tokenizer: Any,
+    trained: int,
+    *,
+    texts: Sequence[str | Path] = (),
+    text_field: str = "text",
+    limit: int | None = None,
+    **options: Any,
+) -> Callable[[], by_length.LengthReport]:
+    """Read the texts; what comes back measures and returns the report.
+
+    Args:
+        texts: files, each scored by itself; default the demo's held-out text.
+        limit: tokens of each to read at most; default as many as the device has time for.
+        options: of `measure_by_length`.
+
+    Raises:
+        UserError: a text is missing, unreadable or shorter than the trained length.
+    """
+    where, field = (list(texts), text_field) if texts else ([DEMO_TEXT], "text")
+    limit = limit or by_length.default_tokens(model.device)
+    read = by_length.load_lengths(where, tokenizer, trained, limit, text_field=field)
+    return lambda: by_length.measure_by_length(model, read, trained, **options)
 
 
 def _notes(model: Any) -> list[str]:

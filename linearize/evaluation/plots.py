@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from linearize.evaluation.by_length import LengthReport
     from linearize.evaluation.cell_sweeps import SweepReport
     from linearize.evaluation.context_perplexity import ContextPerplexityReport
     from linearize.evaluation.noise import NoiseReport
@@ -170,6 +171,53 @@ def plot_context_perplexity(report: "ContextPerplexityReport", path: str | os.Pa
     axes.set(xlabel="tokens of the context, log scale", ylabel=f"perplexity of the same tokens{scale}")
     axes.set_title(report.describe(), fontsize=11)
     _save(figure, path)
+
+
+def plot_by_length(report: "LengthReport", path: str | os.PathLike[str]) -> None:
+    """Perplexity of each arm over the length of a piece, both on logarithmic axes; a panel of each text.
+
+    An arm that is far worse than the others, as a memory alone can be, leaves the panel at its top: triangles.
+    """
+    from linearize.evaluation.context_lengths import length_label
+
+    texts, names = report.texts(), report.names()
+    figure, _ = _figure(height=4.2, panels=len(texts), width=3.4 + 3.6 * len(texts))
+    for axes, text in zip(figure.axes, texts, strict=True):
+        curves = {name: [x for x in report.figures if (x.text, x.name) == (text, name)] for name in names}
+        for place, (name, points) in enumerate(curves.items()):
+            lengths, values = [x.times * report.trained for x in points], [x.perplexity for x in points]
+            control = name.startswith(report.reference)
+            style = {"color": f"C{place}", "linestyle": "--" if control else "-", "marker": "s" if control else "o"}
+            axes.plot(lengths, values, label=name, **style)
+        lengths = sorted({x.times * report.trained for points in curves.values() for x in points})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [length_label(length) for length in lengths])
+        axes.set_yscale("log")
+        low, top = _without_outliers([[x.perplexity for x in points] for points in curves.values()])
+        axes.set_ylim(low, top)
+        for place, points in enumerate(curves.values()):
+            beyond = [x.times * report.trained for x in points if x.perplexity > top]
+            axes.plot(beyond, [top] * len(beyond), "^", color=f"C{place}", clip_on=False, in_layout=False)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        axes.yaxis.set_minor_formatter("{x:g}" if top / low < 12 else "")
+        axes.set_title(text, fontsize=11)
+        axes.set_xlabel(f"tokens of a piece (trained at {length_label(report.trained)})")
+        axes.grid(axis="y", linewidth=0.5, alpha=0.5, which="both")
+        axes.minorticks_on()
+        axes.tick_params(axis="x", which="minor", length=0)
+    figure.axes[0].set_ylabel("perplexity, log scale")
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", frameon=False, ncols=2, fontsize=9)
+    _save(figure, path)
+
+
+def _without_outliers(curves: list[list[float]]) -> tuple[float, float]:
+    """Limits of an axis that hold all values but those more than 4 times above each curve's best, in the median."""
+    finite = [value for values in curves for value in values if math.isfinite(value)]
+    typical = sorted(min(values) for values in curves if values)[len(curves) // 2]
+    kept = [value for value in finite if value <= 4 * typical] or finite
+    room = max(max(kept) / min(kept), 1.05) ** 0.08
+    return min(kept) / room, max(kept) * room
 
 
 def _figure(height: float, panels: int = 1, width: float = 8, rows: int = 1) -> tuple[Any, Any]:

@@ -14,18 +14,24 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import UserError
-from linearize.evaluation.arms import adapters_off, has_branches, is_student, unwrap
+from linearize.evaluation.arms import (
+    LINEAR_ARM,
+    OWN_WEIGHTS,
+    SOFTMAX_ARM,
+    STUDENT,
+    TEACHER,
+    adapters_off,
+    has_branches,
+    is_student,
+    unwrap,
+)
+from linearize.evaluation.by_length import LengthReport
 from linearize.evaluation.generation import Speed, measure_speed
 from linearize.evaluation.memory import StateBytes, state_bytes, state_table
 from linearize.evaluation.perplexity import PerplexityResult, perplexity
 from linearize.evaluation.share import LinearShare, linear_share
 from linearize.evaluation.tables import Table, format_number, markdown_tables, show_tables
 
-TEACHER = "teacher"
-OWN_WEIGHTS = "its weights with softmax attention"
-STUDENT = "student"
-SOFTMAX_ARM = "student, softmax arm alone"
-LINEAR_ARM = "student, linear arm alone"
 MERGED_NOTE = (
     "These weights were trained or have LoRA merged, so the teacher cannot be measured on them: the reference is the "
     "same weights with softmax attention. Give the teacher to compare with it."
@@ -61,7 +67,7 @@ class Report:
     reach, window + sinks in tokens (the largest of the layers): from there on the linear branch has keys; None without
     branches;
     linear_index, see the function; state, bytes per sequence; speed, by row name; seconds, by stage; samples, texts by
-    name; notes, sentences for the reader.
+    name; notes, sentences for the reader; by_length, perplexity at and past the trained length.
     """
 
     rows: list[Row] = dataclasses.field(default_factory=list)
@@ -75,6 +81,7 @@ class Report:
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     samples: dict[str, str] = dataclasses.field(default_factory=dict)
     notes: list[str] = dataclasses.field(default_factory=list)
+    by_length: LengthReport | None = None
 
     def add(self, name: str, result: PerplexityResult) -> Row:
         """Append a measured row."""
@@ -102,7 +109,9 @@ class Report:
         return row.nll
 
     def tables(self) -> list[Table]:
-        tables = [self._perplexity_table()]
+        tables = [self._perplexity_table()] if self.rows else []
+        if self.by_length is not None:
+            tables += self.by_length.tables()
         if self.share is not None:
             tables.append(self._share_table())
         if self.state:
@@ -122,11 +131,15 @@ class Report:
 
     def show(self, console: Any = None) -> None:
         """Print the tables in the terminal."""
-        show_tables(self.tables(), self.notes, console)
+        show_tables(self.tables(), self.sentences(), console)
 
     def markdown(self, heading: str = "###") -> str:
         """The tables for a model card."""
-        return markdown_tables(self.tables(), self.notes, heading)
+        return markdown_tables(self.tables(), self.sentences(), heading)
+
+    def sentences(self) -> list[str]:
+        """What stands below the tables: whether the student is worse than its own window first, then the notes."""
+        return self.notes if self.by_length is None else [*self.by_length.sentences(), *self.notes]
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -143,6 +156,8 @@ class Report:
         if values["share"] is not None:
             per_layer = {int(layer): share for layer, share in values["share"]["per_layer"].items()}
             values["share"] = LinearShare(**{**values["share"], "per_layer": per_layer})
+        if values.get("by_length") is not None:
+            values["by_length"] = LengthReport.from_dict(values["by_length"])
         return cls(**values)
 
     @classmethod
@@ -151,18 +166,26 @@ class Report:
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
         """Write evaluation.json, evaluation.md and, where there is something to draw, the plots; returns the paths."""
-        from linearize.evaluation.plots import plot_arms, plot_linear_share
-
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         paths = [folder / "evaluation.json", folder / "evaluation.md"]
         paths[0].write_text(self.to_json() + "\n")
         paths[1].write_text(self.markdown())
+        return paths + self.draw(folder)
+
+    def draw(self, folder: Path) -> list[Path]:
+        """Write the plots of what there is; returns the paths."""
+        from linearize.evaluation.plots import plot_arms, plot_by_length, plot_linear_share
+
+        paths = []
         if self.rows:
             paths.append(folder / "evaluation_arms.png")
             values = {row.name: row.perplexity for row in self.rows}
             untrained = [name for name in (self.reference, self.control) if name is not None]
             plot_arms(values, paths[-1], reference=self.reference, untrained=untrained)
+        if self.by_length is not None and self.by_length.figures:
+            paths.append(folder / "evaluation_by_length.png")
+            plot_by_length(self.by_length, paths[-1])
         if self.share is not None and self.share.per_layer:
             paths.append(folder / "evaluation_linear_share.png")
             plot_linear_share(self.share.per_layer, paths[-1], mean=self.share.mean)

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import linearize
 from linearize import LandmarkAttentionConfig, UserError
 from linearize.cli import main
+from linearize.evaluation.by_length import MATCHED
 from linearize.hub import read_record
 from linearize.landmark_stages import AFTER, BEFORE, CALIBRATED, FITTED, LandmarkRunConfig, run_landmark
 from linearize.settings import RunConfig
@@ -68,7 +69,13 @@ def test_all_weights(settings, tmp_path, capsys):
     assert final.config.mixer(0).block_dropout == 0.8 and final.config.sliding_window is None
     moved = {name for name, weight in final.state_dict().items() if not torch.equal(weight, start[name])}
     assert {"model.mixer.embedding", "model.layers.0.self_attn.q_proj.weight"} <= moved
-    assert AFTER in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    lengths = json.loads((out / "report.json").read_text())["by_length"]
+    assert {figure["name"] for figure in lengths["figures"]} == {TEACHER, f"{TEACHER}, {MATCHED}", "student"}
+    assert {figure["times"] for figure in lengths["figures"]} >= {1, 4} and lengths["reference"] == TEACHER
+    for where in (shown, (out / "final" / "README.md").read_text()):
+        assert "Perplexity by length, trained at" in where
+    assert AFTER in shown and (out / "plots" / "evaluation_by_length.png").is_file()
     with pytest.raises(UserError, match="already holds a run"):
         run_landmark(settings)
 
