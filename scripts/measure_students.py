@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from linearize.calibration import calibrate
 from linearize.conversion import convert
 from linearize.data import TokenBlocks
 from linearize.evaluation import state_bytes
@@ -39,7 +40,19 @@ from linearize.transfer import transfer_attention
 LENGTH, BUCKETS = 1024, (0, 1024, 2048, 4096, 8192)
 BUDGET, SMALL = "344KB/layer", "200KB/layer"
 UNIFORM = {"type": "salient", "sinks": 4}
-LOLCATS = {"type": "linear", "window": 64, "sinks": 0, "magnitude": False, "window_reference": "max"}
+MEMORIES = {
+    "lolcats": {
+        **{"type": "linear", "window": 64, "sinks": 0, "magnitude": False, "initialization": "identity_first"},
+        **{"window_reference": "max", "window_weight_form": "sigmoid", "window_weight": 0.1, "window_shift": None},
+    },
+    "memory": {
+        **{"type": "linear", "window": 250, "sinks": 4, "feature_dim": 32, "share_key_map": True},
+        **{"map_input": "projections", "gate": "token"},
+    },
+    "cosine": {"type": "cosine", "window": 250, "sinks": 4, "directions": "projections", "gate": "token"},
+    "cosine_rotated": {"type": "cosine", "window": 250, "sinks": 4},
+}
+"""Arms with a memory, which attention transfer trains first."""
 
 
 def main() -> None:
@@ -114,7 +127,7 @@ def arm_layers(args, name: str) -> dict[str, Any]:
         "window": {**UNIFORM, "window": 440, "kept_tokens": 0},
         "kept": {**UNIFORM, "window": 220, "kept_tokens": 220},
         "small_kept": {**UNIFORM, "window": 126, "kept_tokens": 126},
-        "lolcats": LOLCATS,
+        **MEMORIES,
     }
     if name in uniform:
         return {"attention": uniform[name]}
@@ -140,8 +153,12 @@ def train(args) -> None:
         found: dict[str, Any] = {"arm": name, "seed": args.seed, "steps": args.steps, "device": _device(args)}
         settings = {"max_steps": args.steps, "batch_size": 8, "tokens_per_step": 8 * LENGTH, "warmup_steps": 20}
         config = FinetuneConfig(**settings, learning_rate=args.learning_rate, save_steps=10**6, logging_steps=20)
-        if name == "lolcats":
-            stage = {"max_steps": 90, "batch_size": 8, "tokens_per_step": 8 * LENGTH, "save_steps": 10**6}
+        if name in MEMORIES:
+            cosine = MEMORIES[name]["type"] == "cosine"
+            if cosine:
+                calibrate(model, blocks(args), 64, 8)
+            stage: dict[str, Any] = {"max_steps": 90, "batch_size": 8, "tokens_per_step": 8 * LENGTH, "save_steps": 10**6}
+            stage["branch"] = "mixed" if cosine else "both"
             transfer_attention(model, blocks(args), TransferConfig(**stage), output_dir=args.data / f"run_{name}")
         out = args.data / f"run_{name}_{args.seed}"
         result = finetune(model, blocks(args), config, output_dir=out, seed=args.seed, arm=arm, device=args.device)

@@ -19,7 +19,7 @@ def with_state(call: Call, state, key: Tensor, value: Tensor):
         Key and value `(B, G, K + S + W + T, D)`; the ring's masses `(B, G, W)` in that order; the slots' ranks.
     """
     rows, window = call.rows, call.window
-    near_key, near_value, _ = extend_keys(rows, window, state, key, value, None)
+    near_key, near_value, *_ = extend_keys(rows, window, state, key, value, None, None)
     sink_key, sink_value = new_sinks(rows, call.sinks, state, key, value)
     held_key = torch.cat([state.kept_key.to(key.dtype), sink_key.to(key.dtype), near_key], dim=2)
     held_value = torch.cat([state.kept_value.to(value.dtype), sink_value.to(value.dtype), near_value], dim=2)
