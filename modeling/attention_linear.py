@@ -22,7 +22,7 @@ from .op_hybrid_linear_decode import hybrid_linear_step_
 
 ARMS = ("mixed", "softmax", "linear")
 MAP_INPUTS = ("projections", "rotated")
-DEFAULT_MAP_INPUT, DEFAULT_GATE = "rotated", "none"
+DEFAULT_MAP_INPUT, DEFAULT_GATE = "projections", "token"
 CONTRACT_1 = {"map_input": "rotated", "gate": "none"}
 """What a config.json of contract 1, which lacks these settings, means; whatever the defaults are."""
 
