@@ -103,7 +103,7 @@ def decode_step_(
         ),
         {"HAS_MASK": mask is not None},
         warps=4,  # with eight and products of 16 columns (the sinks' tile) Triton 3.6 gives wrong results on an H100
-        stages=2,
+        stages=3,
         shared=constants,
     )
     return output

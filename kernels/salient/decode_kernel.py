@@ -26,6 +26,17 @@ def in_window(slot, n, W: tl.constexpr, S: tl.constexpr):
 
 
 @triton.jit
+def fold_slots(
+    q, key, value, slot, seen, scale, acc, top, total,
+    D: tl.constexpr, BD: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A tile of dense rows of keys and values in the online softmax."""
+    k = load_rows(key, D, slot, seen, D, BD).to(DOT)
+    v = load_rows(value, D, slot, seen, D, BD).to(DOT)
+    return softmax_step(q, k, v, seen[None, :], scale, acc, top, total, DOT, PRECISION)
+
+
+@triton.jit
 def salient_decode_kernel(
     query, key, value, real_mask, window_key, window_value, window_mass, kept_key, kept_value, kept_rank, sink_key,
     sink_value, count, scores, output, q_b, q_h, k_b, k_h, v_b, v_h, scale, age,
@@ -66,11 +77,10 @@ def salient_decode_kernel(
     total = tl.full((BR,), 1.0, tl.float32)
     acc = tl.zeros((BR, BD), tl.float32) + own_value.to(tl.float32)[None, :]
     if S > 0:
-        slot = tl.arange(0, BS)
-        seen = slot < tl.minimum(n, S)
-        k = load_rows(sink_key, D, slot, seen, D, BD).to(DOT)
-        v = load_rows(sink_value, D, slot, seen, D, BD).to(DOT)
-        acc, top, total = softmax_step(q, k, v, seen[None, :], scale, acc, top, total, DOT, PRECISION)
+        sink = tl.arange(0, BS)
+        acc, top, total = fold_slots(
+            q, sink_key, sink_value, sink, sink < tl.minimum(n, S), scale, acc, top, total, D, BD, DOT, PRECISION
+        )
     for low in range(0, W, BW):
         slot = low + tl.arange(0, BW)
         distance, seen = in_window(slot, n, W, S)
@@ -98,16 +108,16 @@ def salient_decode_kernel(
         enters = (leaving >= S) & (rank > tl.min(ranks, 0))
         taken = tl.where(enters, tl.argmin(ranks, 0), -1)
         for low in range(0, K, BK):
-            slot = low + tl.arange(0, BK)
-            held = tl.load(kept_rank + slot, mask=slot < K, other=float("-inf"))
-            seen = (held > float("-inf")) & (slot != taken)
-            k = load_rows(kept_key, D, slot, seen, D, BD).to(DOT)
-            v = load_rows(kept_value, D, slot, seen, D, BD).to(DOT)
-            acc, top, total = softmax_step(q, k, v, seen[None, :], scale, acc, top, total, DOT, PRECISION)
-        given = tl.sum(q.to(tl.float32) * left_key.to(tl.float32)[None, :], 1) * scale
-        given = tl.where(enters, given, float("-inf"))
-        new_top = tl.maximum(top, given)
-        decay, p = tl.exp2(top - new_top), tl.exp2(given - new_top)
+            stored = low + tl.arange(0, BK)
+            ranked = tl.load(kept_rank + stored, mask=stored < K, other=float("-inf")) > float("-inf")
+            acc, top, total = fold_slots(
+                q, kept_key, kept_value, stored, ranked & (stored != taken), scale, acc, top, total, D, BD, DOT,
+                PRECISION,
+            )  # fmt: skip
+        last = tl.sum(q.to(tl.float32) * left_key.to(tl.float32)[None, :], 1) * scale
+        last = tl.where(enters, last, float("-inf"))
+        new_top = tl.maximum(top, last)
+        decay, p = tl.exp2(top - new_top), tl.exp2(last - new_top)
         acc = acc * decay[:, None] + p[:, None] * left_value.to(tl.float32)[None, :]
         total = total * decay + p
 
@@ -117,13 +127,13 @@ def salient_decode_kernel(
             start = tl.sum(tl.where((turn < R) & (n >= S), tl.exp2(own - level), 0.0), 0)
         tl.debug_barrier()
         for low in range(0, W, BM):
-            slot = low + tl.arange(0, BM)
-            distance, seen = in_window(slot, n, W, S)
-            far = (turn < R)[:, None] & (seen & (distance >= W // 2))[None, :]
-            given = tl.load(scores + turn[:, None] * W + slot[None, :], mask=far, other=float("-inf"))
-            mass = tl.load(window_mass + slot, mask=seen, other=0.0) + tl.sum(tl.exp2(given - level[:, None]), 0)
+            index = low + tl.arange(0, BM)
+            back, there = in_window(index, n, W, S)
+            counted = (turn < R)[:, None] & (there & (back >= W // 2))[None, :]
+            share = tl.load(scores + turn[:, None] * W + index[None, :], mask=counted, other=float("-inf"))
+            mass = tl.load(window_mass + index, mask=there, other=0.0) + tl.sum(tl.exp2(share - level[:, None]), 0)
             tl.debug_barrier()
-            tl.store(window_mass + slot, tl.where(slot == place, start, mass), mask=slot < W)
+            tl.store(window_mass + index, tl.where(index == place, start, mass), mask=index < W)
         entering = column < tl.where(enters, D, 0)
         tl.store(kept_key + taken * D + column, left_key.to(kept_key.dtype.element_ty), mask=entering)
         tl.store(kept_value + taken * D + column, left_value.to(kept_value.dtype.element_ty), mask=entering)
