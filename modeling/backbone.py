@@ -23,6 +23,7 @@ from .cache_names import EitherCacheName, named
 from .counter_draws import draw_words, uniform
 from .decay_gate import DecayGate
 from .decoding import CapturedDecoding, replace_forward
+from .far_sinks import plan_far_sinks
 from .feature_maps import FeatureMap
 from .landmark_keys import LandmarkKeys
 from .landmark_tokens import Landmarks, LandmarkTokens, forget_call, published_loss
@@ -91,31 +92,39 @@ class MixerAttention(EitherCacheName, AttentionBase):
         return {name: given[name] for name in self.reads}
 
     def mix(
-        self, query, key, value, padding_mask=None, cache_layer=None, arm="mixed", packing=None, **extra
-    ) -> Tensor:
+        self, query, key, value, padding_mask=None, cache_layer=None, arm="mixed", packing=None, far_sinks=None,
+        **extra,
+    ) -> Tensor:  # fmt: skip
         """The mechanism on queries, keys and values, and what else it reads, as this backbone sees them (causal or
         not): `(B, H, T, D)`."""
+        if arm == "linear" or not getattr(self.mixer, "sinks", 0):
+            far_sinks = None
         if packing is not None:
             query, key, value = (packing.join(x) for x in (query, key, value))
             extra = {name: packing.join(x) for name, x in extra.items()}
+            if far_sinks is not None:
+                return packing.split(far_sinks.run(self.mixer, (query, key, value), None, None, arm, **extra))
             output = self.mixer(query, key, value, arm=arm, causal=self.causal, cu_seqlens=packing.cu_seqlens, **extra)
             return packing.split(output)
+        if far_sinks is not None:
+            return far_sinks.run(self.mixer, (query, key, value), padding_mask, cache_layer, arm, **extra)
         return self.mixer(
             query, key, value, padding_mask, cache_layer=cache_layer, arm=arm, causal=self.causal, **extra
         )
 
     def attend(
         self, query, key, value, attention_mask, padding_mask, past_key_values, eager, landmarks=None, packing=None,
-        context=None, **kwargs,
+        far_sinks=None, context=None, **kwargs,
     ) -> Tensor:  # fmt: skip
         """Mix tokens in the current arm: `(B, T, H, D)`. attention_mask is the softmax's, padding_mask the mixer's;
-        with landmarks, query and key are not rotated; context is what `context` gave, None where nothing is read."""
+        with landmarks, query and key are not rotated; far_sinks is what `plan_far_sinks` gave; context is what
+        `context` gave, None where nothing is read."""
         context = context or {}
         if self.arm != "teacher":
             if self.training and self.attention_dropout and not torch.compiler.is_compiling():
                 _say_no_dropout(self.attention_dropout)
             layer = None if past_key_values is None else self._cache_layer(past_key_values)
-            extra = {"packing": packing} if landmarks is None else {"landmarks": landmarks}
+            extra = {"packing": packing, "far_sinks": far_sinks} if landmarks is None else {"landmarks": landmarks}
             return self.mix(query, key, value, padding_mask, layer, self.arm, **extra, **context).transpose(1, 2)
         new_key, new_value = key, value
         if past_key_values is not None:
@@ -195,12 +204,14 @@ class MixerModelMixin(EitherCacheName, ModelBase):
         too_long: what to do about a text past the last learned position.
         optional_weights: prefixes of names that a teacher's checkpoint may lack.
         auto_classes: name of an Auto class -> of the class that it loads, from the backbone's file.
+        key_rotation: method of a base model that rotates, see `RotaryModel`; None in others.
     """
 
     layers_path, attention_path = "layers", "self_attn"
     too_long = "shorten the text, or generate fewer new tokens"
     optional_weights: tuple[str, ...] = ()
     auto_classes: dict[str, str]
+    key_rotation: Any = None
     _is_stateful = True
     _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = False
     _can_compile_fullgraph = False
@@ -417,6 +428,18 @@ class RotaryModel(ModelBase):
         cos, sin = self.rotary_emb(torch.empty(0, device=device), torch.arange(positions, device=device)[None])
         return cos[0], sin[0]
 
+    def key_rotation(self, positions: int) -> Callable[[Tensor], Tensor]:
+        """What rotates keys `(B, G, T, D)` that have a position on to one that is `positions` later; not scaled."""
+        angles = positions * self.rotary_emb.inv_freq.double()
+        cosine, sine = (torch.cat([x, x]) for x in (angles.cos(), angles.sin()))
+
+        def rotate(key: Tensor) -> Tensor:
+            wide = key.to(torch.promote_types(key.dtype, torch.float32))
+            tables = (x.to(wide)[None, None] for x in (cosine, sine))
+            return apply_rotary_pos_emb(wide, wide, *tables)[1].to(key.dtype)
+
+        return rotate
+
     @base_forward
     def forward(
         self,
@@ -435,6 +458,7 @@ class RotaryModel(ModelBase):
             self, hidden_states, attention_mask, position_ids, past_key_values, kwargs.get("packing")
         )
         position_embeddings = self.rotary_emb(hidden_states, position_ids=position_ids)
+        kwargs |= plan_far_sinks(self, hidden_states, padding_mask, past_key_values, kwargs.get("packing"))
         for layer in self.layers:
             hidden_states = layer(
                 hidden_states,

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .cache_names import NAMES, named
+from .far_sinks import move_sinks_, sink_limit
 from .packing import check_mask
 from .registry import mechanism
 
@@ -55,6 +56,7 @@ class DecodingSession:
         self._graph: Any = None
         self._shifted = False  # whether `shift` may be other than 0
         self._most = 0  # no row has more tokens: known without asking the device
+        self._sink_limit = sink_limit(model.base_model)
         with torch.inference_mode(False), torch.no_grad():  # buffers that any mode may change later
             self.token_ids = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)
             self.real = torch.ones(batch_size, 1, dtype=torch.bool, device=device)
@@ -109,6 +111,9 @@ class DecodingSession:
             ValueError: a row has no learned position left.
         """
         self._check_positions()
+        if self._sink_limit is not None and self._most > self._sink_limit:
+            sink_keys = [layer.buffers.sink_key for layer in self.layers]
+            move_sinks_(self.model.base_model, sink_keys, self.count, self.real[:, 0])
         if self._graph is not None:
             self._graph.replay()
             return

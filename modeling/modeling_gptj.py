@@ -4,6 +4,7 @@ Attention and MLP read one norm, and the rotary embedding turns neighbouring dim
 head. Positions are computed, where the stock model reads them from a table that ends.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from .backbone import MixerAttention, MixerModelMixin
 from .base_forward import base_forward
 from .cache_names import CACHE, EitherCacheName, named
 from .configuration import MixerConfigMixin
+from .far_sinks import plan_far_sinks
 from .model_call import layer_masks, start_call
 
 ROTARY_BASE = 10_000
@@ -197,6 +199,18 @@ class LinearizedGPTJModel(LinearizedGPTJPreTrainedModel, GPTJModel):
             for table, value in ((cosine, 1.0), (sine, 0.0))
         )
 
+    def key_rotation(self, positions: int) -> Callable[[Tensor], Tensor]:
+        """What rotates keys `(B, H, T, D)` that have a position on to one that is `positions` later."""
+        attention: Any = self.h[0].attn
+        tables = self.rotary(torch.full((1, 1), positions, device=self.wte.weight.device))
+
+        def rotate(key: Tensor) -> Tensor:
+            wide = key.to(torch.promote_types(key.dtype, torch.float32)).transpose(1, 2)
+            here = tuple(x.to(key.device) for x in tables)
+            return attention.rotate(wide, here).transpose(1, 2).to(key.dtype)
+
+        return rotate
+
     @base_forward
     def forward(
         self,
@@ -219,6 +233,7 @@ class LinearizedGPTJModel(LinearizedGPTJPreTrainedModel, GPTJModel):
             hidden_states = hidden_states + self.wte(token_type_ids)
         hidden_states = self.drop(hidden_states)
         rotary = self.rotary(position_ids)
+        kwargs |= plan_far_sinks(self, hidden_states, padding_mask, past_key_values, kwargs.get("packing"))
         for block in self.h:
             hidden_states = block(
                 hidden_states,

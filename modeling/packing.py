@@ -236,7 +236,7 @@ def real_positions(attention_mask: Tensor | None, length: int, cache: Any, devic
     past = 0 if cache is None else cache.get_seq_length()
     if attention_mask is not None and attention_mask.shape[1] == past + length:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    before = None if cache is None else _counted(cache)
+    before = None if cache is None else counted(cache)
     if attention_mask is None:
         new = torch.arange(length, device=device)[None]
     else:
@@ -244,7 +244,7 @@ def real_positions(attention_mask: Tensor | None, length: int, cache: Any, devic
     return new + (past if before is None else before.to(device)[:, None])
 
 
-def _counted(cache: Any) -> Tensor | None:
+def counted(cache: Any) -> Tensor | None:
     """Real tokens of each row so far, `(B,)`, as the first state that there is knows them."""
     for layer in cache.layers:
         count = getattr(getattr(layer, "state", None), "count", None)
