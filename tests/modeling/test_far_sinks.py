@@ -348,3 +348,17 @@ def test_half_precision_keeps_its_dtype():
     assert model(ids, past_key_values=cache).logits.isfinite().all()
     for layer in cache.layers:
         assert layer.state.sink_key.dtype == torch.bfloat16
+
+
+def test_a_step_past_the_limit_asks_no_device():
+    """A tensor without values stands for one on a GPU: to read it would fail."""
+    from linearize.modeling.far_sinks import plan_far_sinks
+
+    model, cache = make(), DynamicCache(config=make().config)
+    model(make_ids(LIMIT), past_key_values=cache)
+    for layer in cache.layers:
+        layer.state = layer.state._replace(count=layer.state.count.to("meta"))
+    token = torch.empty(2, 1, 32, device="meta")
+    for mask in (None, torch.ones(2, 1, dtype=torch.bool, device="meta")):
+        plan = plan_far_sinks(model.model, token, mask, cache)["far_sinks"]
+        assert [[(x.start, x.stop, x.moved.shape) for x in pieces] for pieces in plan.texts] == [[(0, 1, (2,))]]
