@@ -18,11 +18,11 @@ from .decay_gate import reads as names_read
 from .feature_maps import INITIALIZATIONS, WIDTH, FeatureMap, FeatureMapWeights
 from .op_dispatch import take_contract
 from .op_hybrid_linear import CONTRACT, HybridLinearState, hybrid_linear_attention, linear_share
-from .op_hybrid_linear_decode import hybrid_linear_step_
+from .op_hybrid_linear_decode import DecodeBuffers, hybrid_linear_step_, new_buffers, read_buffers
 
 ARMS = ("mixed", "softmax", "linear")
 MAP_INPUTS = ("projections", "rotated")
-DEFAULT_MAP_INPUT, DEFAULT_GATE = "rotated", "none"
+DEFAULT_MAP_INPUT, DEFAULT_GATE = "projections", "token"
 CONTRACT_1 = {"map_input": "rotated", "gate": "none"}
 """What a config.json of contract 1, which lacks these settings, means; whatever the defaults are."""
 
@@ -153,6 +153,7 @@ class LinearAttention(nn.Module):
     """
 
     arms = ARMS
+    read_buffers = staticmethod(read_buffers)
 
     def __init__(
         self,
@@ -252,6 +253,11 @@ class LinearAttention(nn.Module):
             count=cache_layer.count,
             backend=self.op_backend,
         )
+
+    def new_buffers(self, num_key_value_heads: int, arm: str, batch: int, dtype: torch.dtype, device) -> DecodeBuffers:
+        """What a step changes in place, for `batch` rows before their first token; dtype is that of keys and
+        values."""
+        return new_buffers(self.empty_state(num_key_value_heads, arm, dtype, device), batch)
 
     def empty_state(self, num_key_value_heads: int, arm: str, dtype: torch.dtype, device) -> HybridLinearState:
         """The state of one row before its first token; dtype is that of keys and values."""

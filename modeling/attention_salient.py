@@ -6,11 +6,14 @@ it by LoRA or by training all weights. Sources: see `op_salient.py`.
 
 from dataclasses import dataclass
 
+import torch
 from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
 
 from .op_dispatch import check_contract
 from .op_salient import CONTRACT, salient_attention
+from .op_salient_chunked import SalientState, Settings, empty_state
+from .op_salient_decode import SalientBuffers, new_buffers, read_buffers, salient_step_
 
 ARMS = ("mixed", "softmax")
 
@@ -58,11 +61,13 @@ class SalientAttention(nn.Module):
     """
 
     arms = ARMS
+    read_buffers = staticmethod(read_buffers)
 
     def __init__(self, config, num_heads: int, num_key_value_heads: int, head_dim: int, scaling: float):
         super().__init__()
         self.window, self.sinks, self.kept_tokens = config.window, config.sinks, config.kept_tokens
         self.age_penalty, self.scaling, self.op_backend = config.age_penalty, scaling, "auto"
+        self.head_dim = head_dim
 
     def forward(
         self,
@@ -80,7 +85,7 @@ class SalientAttention(nn.Module):
         Args:
             query: `(B, H, T, D)`; key, value: `(B, G, T, D)`; after RoPE, unscaled, never repeated.
             padding_mask: `(B, T)` of these tokens, 1 = real.
-            cache_layer: holder of the running state, or None.
+            cache_layer: holder of the running state, or None; one with buffers takes a step of one token in place.
             arm: `mixed`; `softmax`, the window and sinks alone.
             causal: True.
             cu_seqlens: `(N + 1,)`, where packed texts lie in a single row without padding and cache.
@@ -88,19 +93,19 @@ class SalientAttention(nn.Module):
         Returns:
             `(B, H, T, D)` in the query's dtype.
         """
-        if arm not in self.arms:
-            raise ValueError(f"unknown arm {arm!r}: use one of {', '.join(self.arms)}")
         if not causal:
             raise ValueError("salient-token attention is causal: a token is kept by what later ones saw in it")
+        settings = self._settings(arm)._asdict()
+        if cache_layer is not None and cache_layer.buffers is not None:
+            cache_layer.seen += query.shape[2]
+            held = {"buffers": cache_layer.buffers, "count": cache_layer.count}
+            options = {**settings, **held, "attention_mask": padding_mask, "backend": self.op_backend}
+            return salient_step_(query, key, value, **options)
         output, state = salient_attention(
             query,
             key,
             value,
-            window=self.window,
-            sinks=self.sinks,
-            kept=self.kept_tokens if arm == "mixed" else 0,
-            age_penalty=float(self.age_penalty),
-            scaling=self.scaling,
+            **settings,
             attention_mask=padding_mask,
             cu_seqlens=cu_seqlens,
             initial_state=None if cache_layer is None else cache_layer.state,
@@ -110,6 +115,24 @@ class SalientAttention(nn.Module):
         if cache_layer is not None:
             cache_layer.store(state, query.shape[2])
         return output
+
+    def new_buffers(
+        self, num_key_value_heads: int, arm: str, batch: int, dtype: torch.dtype, device
+    ) -> SalientBuffers:
+        """What a step changes in place, for `batch` rows before their first token; dtype is that of keys and
+        values."""
+        return new_buffers(self.empty_state(num_key_value_heads, arm, dtype, device), batch)
+
+    def empty_state(self, num_key_value_heads: int, arm: str, dtype: torch.dtype, device) -> SalientState:
+        """The state of one row before its first token; dtype is that of keys and values."""
+        key = torch.zeros(1, num_key_value_heads, 0, self.head_dim, dtype=dtype, device=device)
+        return empty_state(key, key, key, self._settings(arm))
+
+    def _settings(self, arm: str) -> Settings:
+        if arm not in self.arms:
+            raise ValueError(f"unknown arm {arm!r}: use one of {', '.join(self.arms)}")
+        kept = self.kept_tokens if arm == "mixed" else 0
+        return Settings(self.window, self.sinks, kept, float(self.age_penalty), self.scaling)
 
 
 def state_bytes(config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes) -> int:

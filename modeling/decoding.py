@@ -14,13 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from .cache_layers import LinearStateLayer
 from .cache_names import NAMES, named
 from .far_sinks import move_sinks_, sink_limit
-from .op_hybrid_linear_decode import new_buffers, read_buffers
 from .packing import check_mask
 from .registry import mechanism
 
@@ -65,19 +63,16 @@ class DecodingSession:
             self.count = torch.zeros(batch_size, dtype=torch.int64, device=device)
             self.shift = torch.zeros(batch_size, 1, dtype=torch.int64, device=device)  # of positions, from the count
             dtype = dtype or model.dtype
-            self.layers: list[Any] = [self._new_layer(x, dtype, device) for x in model.mixer_attentions()]
-            self.cache: Any = Cache(layers=self.layers)
+            cache: Any = DynamicCache(config=model.config)
+            self.cache, self.layers = cache, cache.layers
+            self.mixers: list[Any] = [attention.mixer for attention in model.mixer_attentions()]
+            for attention, layer in zip(model.mixer_attentions(), self.layers, strict=True):
+                heads = getattr(attention.config, "num_key_value_heads", None) or attention.config.num_attention_heads
+                layer.buffers = attention.mixer.new_buffers(heads, attention.arm, batch_size, dtype, device)
+                layer.count = self.count
             if capture:
                 with torch.cuda.device(device):
                     self._capture()
-
-    def _new_layer(self, attention, dtype, device) -> LinearStateLayer:
-        config = attention.config
-        groups = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        state = attention.mixer.empty_state(groups, attention.arm, dtype, device)
-        layer = LinearStateLayer()
-        layer.buffers, layer.count = new_buffers(state, self.batch_size), self.count
-        return layer
 
     @torch.no_grad()
     def step(self, token_ids: Tensor, real: Tensor | None = None, position_ids: Tensor | None = None) -> Tensor:
@@ -178,18 +173,13 @@ class DecodingSession:
             return
         generator = torch.Generator(self.count.device).manual_seed(fill)
         for layer in self.layers:
-            for x in layer.buffers:
-                if x is not None:
-                    x.normal_(generator=generator)
-            layer.buffers.normalizer.abs_().add_(1.0)
-            if layer.buffers.ring_features is not None:
-                layer.buffers.ring_features.abs_()
+            layer.buffers.fill_(generator)
 
     def to_cache(self) -> DynamicCache:
         """An ordinary cache with copies of the rows' states."""
         cache: Any = DynamicCache(config=self.model.config)
-        for mine, layer in zip(self.layers, cache.layers, strict=True):
-            layer.store(read_buffers(mine.buffers, self.count), int(self.count.max()))
+        for mixer, mine, layer in zip(self.mixers, self.layers, cache.layers, strict=True):
+            layer.store(mixer.read_buffers(mine.buffers, self.count), int(self.count.max()))
         return cache
 
     def nbytes(self) -> int:
@@ -199,7 +189,7 @@ class DecodingSession:
     def close(self) -> None:
         """Give lent states back and free graph and buffers."""
         self.release()
-        self._graph, self.logits, self.layers, self.cache = None, None, [], None
+        self._graph, self.logits, self.layers, self.mixers, self.cache = None, None, [], [], None
 
     # A cache of `generate` lends its layers' states for as long as only one-token calls come.
 
@@ -218,10 +208,10 @@ class DecodingSession:
     def release(self) -> None:
         """Give every state back that is still lent."""
         lenders, self._lenders = self._lenders, []
-        for mine, reference in zip(self.layers, lenders, strict=False):
+        for mixer, mine, reference in zip(self.mixers, self.layers, lenders, strict=False):
             layer = reference()
             if layer is not None and layer.holder is self:
-                layer.state = read_buffers(mine.buffers, self.count)
+                layer.state = mixer.read_buffers(mine.buffers, self.count)
 
     @torch.no_grad()
     def reorder_(self, layer, rows: Tensor) -> None:
@@ -282,15 +272,14 @@ class CapturedDecoding:
         if (mask is not None and mask.dim() != 2) or kwargs.get("use_cache") is False:
             return None
         layers = getattr(cache, "layers", [])
-        kind = LinearStateLayer._layer_type
-        if len(layers) != len(self.attentions) or any(getattr(x, "_layer_type", None) != kind for x in layers):
+        if [getattr(x, "_layer_type", None) for x in layers] != [x.cache_layer_type for x in self.attentions]:
             return None
         return layers if all(layer.is_initialized for layer in layers) else None
 
     def _session(self, layers, setting: tuple) -> DecodingSession:
         """The session of this batch size, made on first use."""
         state = layers[0].state
-        batch, dtype = state.kv.shape[0], state.window_key.dtype
+        batch, dtype = len(state.count), state.window_key.dtype
         key = (batch, dtype, *setting)
         session = self.sessions.pop(key, None)
         if session is None:

@@ -40,6 +40,22 @@ def find_kernel(op: str, contract: int) -> tuple[ModuleType | None, str]:
     return kernel, ""
 
 
+def find_decoding(op: str, contract: int, backend: str, on_gpu: bool) -> ModuleType | None:
+    """The module with the kernel of a one-token step in place, or None where the ordinary op does the step; arguments
+    as in `choose_backend`."""
+    if backend == "auto":
+        backend = os.environ.get(BACKEND_VARIABLE, "auto")
+    if backend not in ("auto", "triton") or (backend == "auto" and not on_gpu):
+        return None
+    kernels, _ = find_kernel(op, contract)
+    if kernels is None:
+        return None
+    try:
+        return importlib.import_module(f"{kernels.__name__}.decode")
+    except ImportError:
+        return None
+
+
 def check_contract(name: str, saved: int, supported: int, oldest: int | None = None) -> None:
     """Refuse a checkpoint of another contract of an op than `supported`, or than those from `oldest` on; name as in
     "linear attention"."""

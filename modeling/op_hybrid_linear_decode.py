@@ -5,15 +5,13 @@ has one slot more than the window, and the normaliser has two halves. The count 
 of a model, advanced by the caller after a whole step.
 """
 
-import importlib
-import os
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .op_dispatch import BACKEND_VARIABLE, find_kernel
+from .op_dispatch import find_decoding
 from .op_hybrid_linear import CONTRACT, hybrid_linear_attention
 from .op_hybrid_linear_chunked import HybridLinearState
 
@@ -56,6 +54,15 @@ class DecodeBuffers(NamedTuple):
         for x in self:
             if x is not None:
                 x.copy_(x.index_select(1 if x is self.normalizer else 0, rows))
+
+    def fill_(self, generator: torch.Generator) -> None:
+        """Random values that a state may have."""
+        for x in self:
+            if x is not None:
+                x.normal_(generator=generator)
+        self.normalizer.abs_().add_(1.0)
+        if self.ring_features is not None:
+            self.ring_features.abs_()
 
 
 def _windows(state: HybridLinearState) -> tuple[Tensor | None, ...]:
@@ -142,15 +149,6 @@ def hybrid_linear_step_(
 
 def _decode_kernel(query, query_features, key_features, backend: str) -> ModuleType | None:
     """The module of the decode kernel, or None where the ordinary op does the step."""
-    if backend == "auto":
-        backend = os.environ.get(BACKEND_VARIABLE, "auto")
-    if backend not in ("auto", "triton") or (backend == "auto" and not query.is_cuda):
-        return None
-    kernels, _ = find_kernel("hybrid_linear", CONTRACT)
-    if kernels is None:
-        return None
-    try:
-        decode = importlib.import_module(f"{kernels.__name__}.decode")
-    except ImportError:
-        return None
-    return decode if decode.decode_unsupported(query, query_features, key_features) is None else None
+    decode = find_decoding("hybrid_linear", CONTRACT, backend, query.is_cuda)
+    supported = decode is not None and decode.decode_unsupported(query, query_features, key_features) is None
+    return decode if supported else None

@@ -73,7 +73,7 @@ def salient_attention(
     _check_settings(window, sinks, kept, age_penalty)
     check_rows(query, True, attention_mask, cu_seqlens, stateful=initial_state is not None or return_state)
     if initial_state is not None:
-        _check_state(initial_state, window, sinks, kept)
+        check_state(initial_state, window, sinks, kept)
     args = (query, key, value)
     options = {
         "window": window,
@@ -100,7 +100,8 @@ def _check_settings(window: int, sinks: int, kept: int, age_penalty: float) -> N
         raise ValueError(f"age_penalty is {age_penalty}: it must be a finite number of nats, at least 0")
 
 
-def _check_state(state: SalientState, window: int, sinks: int, kept: int) -> None:
+def check_state(state: SalientState, window: int, sinks: int, kept: int) -> None:
+    """Refuse a state of other settings."""
     held = tuple(x.shape[2] for x in (state.window_key, state.sink_key, state.kept_key))
     if held != (window, sinks, kept):
         raise ValueError(f"initial_state was made with window, sinks and kept {held}, not {(window, sinks, kept)}")

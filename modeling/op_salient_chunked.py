@@ -168,17 +168,19 @@ def _block(query: Tensor, start: int, keys: Keys, store: Store, end: Tensor, set
             visible[..., kept + sinks : kept + sinks + size] |= seen[..., kept:]
         parts_key, parts_value = [store.key, *parts_key], [store.value, *parts_value]
         store = Store(
-            _moved(store.key, keys.key[:, :, start : start + size], after),
-            _moved(store.value, keys.value[:, :, start : start + size], after),
+            _moved(store.key, keys.key[:, :, start : start + size], after, rank),
+            _moved(store.value, keys.value[:, :, start : start + size], after, rank),
             rank,
         )
     output = _attend(query, torch.cat(parts_key, dim=2), torch.cat(parts_value, dim=2), visible, settings.scaling)
     return output, store
 
 
-def _moved(stored: Tensor, leaving: Tensor, after: Tensor) -> Tensor:
-    """What is stored after a block, of what was and what leaves: `after` `(B, G, K)` are places in both together."""
-    return torch.cat([stored, leaving], dim=2).gather(2, after[..., None].expand_as(stored))
+def _moved(stored: Tensor, leaving: Tensor, after: Tensor, rank: Tensor) -> Tensor:
+    """What is stored after a block, of what was and what leaves: `after` `(B, G, K)` are places in both together; 0
+    in slots without a rank."""
+    moved = torch.cat([stored, leaving], dim=2).gather(2, after[..., None].expand_as(stored))
+    return moved.masked_fill(torch.isneginf(rank)[..., None], 0.0)
 
 
 def _receive(query: Tensor, key: Tensor, visible: Tensor, distance: Tensor, mass: Tensor, settings: Settings) -> None:

@@ -33,9 +33,9 @@ class Mechanism:
     state_bytes takes (config, num_heads, num_key_value_heads, head_dim, num_tokens, dtype_bytes). bidirectional:
     whether its forward takes `causal=False`, which encoders need. transfers: whether attention transfer has something
     to train in it. constant_state: whether its state never grows. in_place: whether a step can change its state in
-    place, which captured decoding needs. calibrates: whether settings of it leave numbers that can be fitted to
-    softmax attention before any training. reads: names of what a layer of these settings is given beside queries,
-    keys and values (`MixerAttention.context`).
+    place, in the buffers of the attention's `new_buffers` and `read_buffers`, which captured decoding needs.
+    calibrates: whether settings of it leave numbers that can be fitted to softmax attention before any training.
+    reads: names of what a layer of these settings is given beside queries, keys and values (`MixerAttention.context`).
     """
 
     attention: type[nn.Module]
@@ -105,6 +105,7 @@ ATTENTIONS = {
         "https://arxiv.org/abs/2306.14048",
         bidirectional=False,
         transfers=False,
+        in_place=True,
     ),
 }
 

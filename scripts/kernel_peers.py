@@ -426,14 +426,21 @@ def decode_cosine(inputs: Inputs) -> Step:
     return Step(run, [x for x in state if x is not None])
 
 
-def decode_salient(inputs: Inputs) -> Step:
+def decode_salient(inputs: Inputs, in_place: bool = False) -> Step:
+    """As `decode_hybrid`."""
     from linearize.modeling import salient_attention
+    from linearize.modeling.op_salient_decode import new_buffers, salient_step_
 
     past, last = _split_last(inputs)
     options: dict = {"window": inputs.shape.window, "return_state": True, "backend": "triton"}
     _, state = salient_attention(*past[:3], **options)
     assert state is not None
-    return Step(lambda: salient_attention(*last[:3], **options, initial_state=state)[0], list(state))
+    if not in_place:
+        return Step(lambda: salient_attention(*last[:3], **options, initial_state=state)[0], list(state))
+    buffers = new_buffers(state._make(x[:1] for x in state), inputs.shape.batch).load_(state)
+    options = {"window": inputs.shape.window, "sinks": state.sink_key.shape[2], "kept": state.kept_key.shape[2]}
+    options |= {"age_penalty": 0.6, "scaling": None, "attention_mask": None, "backend": "triton"}
+    return Step(lambda: salient_step_(*last[:3], **options, buffers=buffers, count=state.count), list(buffers))
 
 
 def decode_sdpa(inputs: Inputs, backends: list[SDPBackend]) -> Step:
@@ -453,6 +460,7 @@ DECODERS: list[tuple[str, bool, Callable[[Inputs], Step]]] = [
     ("ours: hybrid, maps, 4 sinks", True, partial(decode_hybrid, by_maps=True)),
     ("ours: hybrid, features, 4 sinks", True, decode_hybrid),
     ("ours: cosine", True, decode_cosine),
+    ("ours: salient, in place", True, partial(decode_salient, in_place=True)),
     ("ours: salient", True, decode_salient),
     ("SDPA flash, KV cache", False, partial(decode_sdpa, backends=[SDPBackend.FLASH_ATTENTION])),
     ("SDPA cuDNN, KV cache", False, partial(decode_sdpa, backends=[SDPBackend.CUDNN_ATTENTION])),

@@ -157,7 +157,12 @@ def train(args) -> None:
             cosine = MEMORIES[name]["type"] == "cosine"
             if cosine:
                 calibrate(model, blocks(args), 64, 8)
-            stage: dict[str, Any] = {"max_steps": 90, "batch_size": 8, "tokens_per_step": 8 * LENGTH, "save_steps": 10**6}
+            stage: dict[str, Any] = {
+                "max_steps": 90,
+                "batch_size": 8,
+                "tokens_per_step": 8 * LENGTH,
+                "save_steps": 10**6,
+            }
             stage["branch"] = "mixed" if cosine else "both"
             transfer_attention(model, blocks(args), TransferConfig(**stage), output_dir=args.data / f"run_{name}")
         out = args.data / f"run_{name}_{args.seed}"

@@ -28,6 +28,7 @@ LONGEST = (
     "tests/linearize/test_calibration.py",
     "tests/linearize/test_distributed.py",
     "tests/kernels/test_hybrid_linear_decode.py",
+    "tests/kernels/test_salient_decode.py",
     "tests/kernels/test_landmark_fused.py",
     "tests/test_packaging.py",
     "tests/linearize/test_minilm.py",

@@ -13,6 +13,12 @@ from .tiles import EMPTY, LOG2E, far_keys, holds_keys, locate, sees_far, sees_ne
 def softmax_step(q, k, v, seen, scale, acc, top, total, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """One tile of keys of the online softmax, base 2."""
     scores = tl.where(seen, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
+    return fold_scores(scores, v, acc, top, total, DOT, PRECISION)
+
+
+@triton.jit
+def fold_scores(scores, v, acc, top, total, DOT: tl.constexpr, PRECISION: tl.constexpr):
+    """The same by the tile's scores, -inf where a key is not seen."""
     new_top = tl.maximum(top, tl.max(scores, 1))
     decay = tl.exp2(top - new_top)
     p = tl.exp2(scores - new_top[:, None])

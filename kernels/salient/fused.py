@@ -5,28 +5,19 @@ from torch.nn import functional
 
 from ..hybrid_linear.rows import compacted, make_rows
 from ..launching import dense_rows
-from ..triton_support import common_dtype, unavailable
+from ..triton_support import common_dtype
+from .decode import decode_step, decode_unsupported
 from .function import Call, Salient, run_choice, run_forward
 from .states import next_state, with_state
 
-WIDEST = 128
-MOST_KEPT = 1024  # a list is held in registers
-MOST_SINKS = 128  # a tile of keys for the masses
 MOST_ROWS = 65535  # programs along the second side of a CUDA grid
 
 
 def unsupported(query, key, value, *, window, sinks, kept, **options) -> str | None:
     """Say why `fused` cannot do this call (arguments of the public function), or None when it can."""
-    reason = unavailable(query, key, value)
+    reason = decode_unsupported(query, key, value, sinks=sinks, kept=kept)
     if reason is not None:
         return reason
-    if query.shape[-1] > WIDEST:
-        return f"its Triton kernels hold a head dimension of at most {WIDEST}, this call has {query.shape[-1]}"
-    if sinks > MOST_SINKS or kept > MOST_KEPT:
-        return (
-            f"its Triton kernels hold at most {MOST_SINKS} sinks and {MOST_KEPT} kept tokens, this call has {sinks} "
-            f"and {kept}"
-        )
     if query.shape[0] * query.shape[1] > MOST_ROWS:
         rows = f"{query.shape[0]} x {query.shape[1]}"
         return f"the Triton kernels run {MOST_ROWS} rows times heads at most, this call has {rows}"
@@ -59,6 +50,9 @@ def fused(
             *padded, **options, attention_mask=mask, initial_state=initial_state, return_state=return_state
         )
         return output[:, :, :0], state
+    train = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value, *(initial_state or ())))
+    if query.shape[2] == 1 and initial_state is not None and return_state and not train:
+        return decode_step(query, key, value, **options, attention_mask=attention_mask, state=initial_state)
     attention_mask, (query, key, value), restore = compacted(attention_mask, query, key, value)
     rows = make_rows(query, attention_mask, cu_seqlens, None if initial_state is None else initial_state.count)
     call = Call(rows, **options)
@@ -69,7 +63,7 @@ def fused(
     q, k, v = (dense_rows(x.to(dtype)) for x in (query, *held))
     choice = run_choice(call, q, k, old_mass, old_rank) if kept else None
     lists, until = (None, None) if choice is None else choice[:2]
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if train:
         output = Salient.apply(call, lists, until, q, k, v)
     else:
         output, _ = run_forward(call, q, k, v, lists, until, save=False)

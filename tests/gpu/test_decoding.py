@@ -114,9 +114,18 @@ def test_steps_equal_the_definition(shape, dtype, tolerance):
         assert torch.equal(final.sink_value.cpu(), last.sink_value.to(dtype))
 
 
-@pytest.fixture
-def model():
-    student = make_student(make_teacher(), {"linear": {"type": "linear", "window": 5, "sinks": 2}})
+LINEAR = {"type": "linear", "window": 5, "sinks": 2}
+SALIENT = {"type": "salient", "window": 6, "sinks": 2, "kept_tokens": 5}
+STUDENTS = {
+    "linear": ({"linear": LINEAR}, None),
+    "salient": ({"salient": SALIENT}, None),
+    "both": ({"linear": LINEAR, "salient": SALIENT}, ["salient", "linear", "salient"]),
+}
+
+
+@pytest.fixture(params=STUDENTS)
+def model(request):
+    student = make_student(make_teacher(), *STUDENTS[request.param])
     perturb(student)
     return student.cuda()
 
@@ -159,7 +168,7 @@ def test_a_session_gives_the_logits_of_a_full_forward(model, ids, capture, compi
 
 @torch.no_grad()
 def test_a_session_in_bfloat16_and_back_to_a_cache(ids):
-    student = make_student(make_teacher(head_dim=64), {"linear": {"type": "linear", "window": 5, "sinks": 2}})
+    student = make_student(make_teacher(head_dim=64), {"linear": LINEAR})
     perturb(student)
     student.cuda()
     for name, parameter in student.named_parameters():

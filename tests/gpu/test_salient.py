@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from linearize.kernels import salient as kernel
-from linearize.modeling import salient_attention
+from linearize.modeling import SalientState, salient_attention
+from linearize.modeling.op_salient_decode import new_buffers, read_buffers, salient_step_
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -113,6 +114,42 @@ def test_packing():
 @pytest.mark.parametrize("see", SEES[:4], ids=str)
 def test_any_cut_gives_the_same(see, dtype):
     check(make_inputs(2, 4, 2, 900, 64, dtype), options(see), cuts=(500, 501, 502, 880))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("see", [*SEES, (225, 128, 1024), (2048, 4, 220)], ids=str)
+@pytest.mark.parametrize("heads, dim", [((9, 3), 64), ((8, 2), 128), ((2, 2), 48), ((20, 1), 16)], ids=str)
+@pytest.mark.parametrize("dtype", ROW, ids=str)
+def test_steps_of_one_token(dtype, heads, dim, see):
+    """In place and from state to state, after a text of several lengths; a row pauses, and NaN is its input then."""
+    start, length = 300, 460
+    inputs, settings = make_inputs(3, *heads, length, dim, dtype), options(see)
+    mask = torch.ones(3, length, dtype=torch.bool, device="cuda")
+    mask[0, :297], mask[1, :100], mask[2, [310, 444]] = False, False, False
+    wide = [x.double() for x in inputs]
+    call = {**settings, "return_state": True}
+    expected, last = salient_attention(*wide, **call, attention_mask=mask, backend="chunked")
+    inputs = [x.masked_fill(~mask[:, None, :, None], torch.nan) for x in inputs]
+    before = mask[:, :start]
+    _, state = salient_attention(*(x[:, :, :start] for x in inputs), **call, attention_mask=before, backend="triton")
+    buffers = new_buffers(SalientState._make(x[:1] for x in state), 3).load_(state)
+    count, functional, in_place = state.count.clone(), [], []
+    for i in range(start, length):
+        token, real = [x[:, :, i : i + 1] for x in inputs], mask[:, i : i + 1]
+        output, state = salient_attention(*token, **call, attention_mask=real, initial_state=state, backend="triton")
+        functional.append(output)
+        held = {"buffers": buffers, "count": count, "backend": "triton"}
+        in_place.append(salient_step_(*token, **settings, scaling=None, attention_mask=real, **held))
+        count += real[:, 0]
+    assert all(torch.equal(a, b) for a, b in zip(functional, in_place, strict=True))
+    found, final = torch.cat(in_place, 2).double(), read_buffers(buffers, count)
+    assert all(torch.equal(a, b) for a, b in zip(state, final, strict=True))
+    expected = expected[:, :, start:]
+    wrong = (found - expected).norm(dim=-1) > ROW[dtype] * (expected.norm(dim=-1) + 1e-3)
+    assert wrong.double().mean().item() <= OTHERWISE
+    assert same_tokens(final, last) >= 1 - OTHERWISE and torch.equal(final.count, last.count)
+    assert torch.equal(final.window_value.double(), last.window_value)
+    assert (final.window_mass - last.window_mass).abs().max() <= 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

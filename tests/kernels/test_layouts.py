@@ -14,9 +14,11 @@ from linearize.modeling import (
     CosineState,
     FeatureMapWeights,
     HybridLinearState,
+    SalientState,
     cosine_attention,
     hybrid_linear_attention,
     landmark_attention,
+    salient_attention,
 )
 
 pytestmark = pytest.mark.skipif(not interpreting(), reason="a GPU is there")
@@ -202,6 +204,29 @@ def test_landmark(seed):
         "attention_mask": torch.arange(20) >= torch.tensor([[0], [5]]),
     }
     check(landmark_attention, qkv(draw, 20, value_dim=DIM), options, seed)
+
+
+# --- salient
+
+
+def salient_by_rank(*args, **options):
+    """The store in the order of its ranks, which is no part of the contract."""
+    output, state = salient_attention(*args, **options)
+    rank, order = state.kept_rank.sort(dim=-1)
+    key, value = (x.gather(2, order[..., None].expand_as(x)) for x in (state.kept_key, state.kept_value))
+    return output, state._replace(kept_key=key, kept_value=value, kept_rank=rank)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_salient_decodes(seed):
+    draw = draws(seed)
+    held = {name: (draw(BATCH, GROUPS, n, DIM), draw(BATCH, GROUPS, n, DIM)) for name, n in (("w", 6), ("k", 3))}
+    mass, rank = draw(BATCH, GROUPS, 6).abs(), draw(BATCH, GROUPS, 3)
+    sinks = (draw(BATCH, GROUPS, SINKS, DIM), draw(BATCH, GROUPS, SINKS, DIM))
+    state = SalientState._make((*held["w"], mass, *held["k"], rank, *sinks, 40 + counts()))
+    options = {"window": 6, "sinks": SINKS, "kept": 3, "age_penalty": 0.6, "initial_state": state}
+    options |= {"return_state": True, "attention_mask": torch.tensor([[1], [seed % 2]]).bool()}
+    check(salient_by_rank, qkv(draw, 1, value_dim=DIM), options, seed, train=False)
 
 
 # --- packed rows

@@ -13,23 +13,35 @@ import torch
 
 KERNELS = ("window", "mass", "sort", "merge", "until", "fwd", "bwd_query", "bwd_far", "bwd_key")
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
+POINTERS[torch.uint8] = "*u8"
 CALLS = ["plain", "packed", "state", "none kept"]
+STEPS = ["masked", "whole", "float32", "window of one", "none kept", "window alone"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS)
 def test_every_kernel_compiles(call):
+    expected = {f"salient_{name}_kernel" for name in KERNELS if call != "none kept" or name in KERNELS[5:]}
+    assert set(compiled("call", call)) == expected
+
+
+@pytest.mark.slow
+def test_the_decode_kernel_compiles():
+    assert compiled("steps") == ["salient_decode_kernel"] * len(STEPS)
+
+
+def compiled(*arguments):
+    """The names that this file prints as a script."""
     pytest.importorskip("triton")
     done = subprocess.run(
-        [sys.executable, __file__, call],
+        [sys.executable, __file__, *arguments],
         env=os.environ | {"TRITON_INTERPRET": "0"},
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    expected = {f"salient_{name}_kernel" for name in KERNELS if call != "none kept" or name in KERNELS[5:]}
-    assert set(done.stdout.split()) == expected
+    return done.stdout.split()
 
 
 def compile_launch(kernel, grid, tensors, numbers, constants, warps, stages, registers=None, shared=None):
@@ -72,5 +84,32 @@ def compile_call(call):
     function.run_backward(settings, query, key, value, *chosen, output, level, torch.zeros_like(output))
 
 
+def compile_steps():
+    """One-token steps of every kind."""
+    import linearize.kernels.salient.decode as decode
+
+    decode.launch = compile_launch
+    for step in STEPS:
+        window, sinks = 1 if step == "window of one" else 40, 0 if step == "window alone" else 2
+        kept = 0 if step in ("none kept", "window alone") else 20
+        dtype = torch.float32 if step == "float32" else torch.bfloat16
+        query, key, value = (torch.zeros(1, heads, 1, 16, dtype=dtype) for heads in (2, 1, 1))
+        held = [torch.zeros(1, 1, n, 16, dtype=dtype) for n in (window, window, kept, kept, sinks, sinks)]
+        mass, rank = torch.zeros(1, 1, window), torch.zeros(1, 1, kept)
+        decode.decode_step_(
+            query,
+            key,
+            value,
+            window=window,
+            sinks=sinks,
+            kept=kept,
+            age_penalty=0.6,
+            scaling=None,
+            attention_mask=torch.ones(1, 1, dtype=torch.bool) if step == "masked" else None,
+            buffers=[*held[:2], mass, *held[2:4], rank, *held[4:]],
+            count=torch.tensor([5]),
+        )
+
+
 if __name__ == "__main__":
-    compile_call(sys.argv[1])
+    compile_steps() if sys.argv[1] == "steps" else compile_call(sys.argv[2])

@@ -247,6 +247,7 @@ def test_every_invalid_pair_is_one_sentence(workshop, mechanism, backbone, capsy
     sentence = make_pair(mechanism, backbone).refusal
     assert "\n" not in sentence and mechanism in sentence and not make_pair(mechanism, backbone).stages
     teacher, out = workshop.teacher(backbone), workshop.root / "refused"
+    capsys.readouterr()  # what saving it has printed
     with pytest.raises(UserError) as caught:
         linearize.convert(teacher, {"type": mechanism, **SETTINGS[mechanism]})
     assert str(caught.value) == sentence

@@ -352,6 +352,21 @@ def test_a_run_onto_cosine_attention_with_a_budget(config):
     assert {name.removeprefix("cosine_") for name in student.config.mixers} <= set(map(str, WINDOWS))
 
 
+def test_a_run_onto_salient_attention_with_a_budget(config):
+    attention = {"type": "salient", "sinks": 2}
+    config = {**config, "attention": attention, "state_budget": "28KB", "transfer": None, "finetune": None}
+    result = linearize.run({**config, "softmax_layers": [1]})
+    student = linearize.load_student(result.final, dtype=torch.float32)
+    selection = result.record["selection"]
+    assert sum(state_of(student, 64)) == selection["state_bytes"] <= 28_000
+    for layer, (window, kept) in enumerate(zip(selection["windows"], selection["kept"], strict=True)):
+        settings = student.config.mixer(layer)
+        assert (settings is None) == (window is None) == (kept is None) == (layer == 1)
+        assert settings is None or (settings.window, settings.kept_tokens) == (window, kept)
+        assert settings is None or (window + kept in WINDOWS and kept in (0, (window + kept) // 2))
+    assert "windows + kept tokens: " in (result.output_dir / "selection.yaml").read_text().splitlines()[0]
+
+
 def test_an_untrained_conversion_stands_for_its_teacher(inputs, tmp_path, capsys):
     student = tmp_path / "student"
     assert main(["convert", str(inputs / "teacher"), str(student), "--attention.sinks", "2"]) == 0

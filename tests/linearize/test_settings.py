@@ -74,7 +74,9 @@ def test_every_preset_is_valid():
     names = preset_names()
     assert {"llama3_8b_linear", "llama3_8b_lolcats", "mistral_7b", "smollm2_135m"} <= set(names)
     for name in names:
-        kind = next((kind for kind in ("gain_cell", "landmark", "cosine") if kind in name), "linear")
+        kinds = {"gain_cell": "gain_cell", "landmark": "landmark", "cosine": "cosine"}
+        kinds |= {"constant": "salient", "hybrid": "salient"}
+        kind = next((kind for word, kind in kinds.items() if word in name), "linear")
         assert resolve(name).attention["type"] == kind
 
 

@@ -102,7 +102,7 @@ def test_a_layers_graph_is_gone_before_the_next_layer():
 
     class Saved:
         def __init__(self, tensor):
-            self.tensor = tensor
+            self.tensor = tensor.detach()  # a node that keeps its own output would never go
 
     def most_saved(layers, immediate):
         model = make_student(make_teacher(num_hidden_layers=layers))
@@ -120,7 +120,7 @@ def test_a_layers_graph_is_gone_before_the_next_layer():
         return most[0]
 
     one = most_saved(1, True)
-    assert most_saved(4, True) == one
+    assert most_saved(4, True) <= 1.1 * one  # a gate keeps the layer's input besides
     assert most_saved(4, False) > 3 * one
 
 
@@ -353,7 +353,8 @@ def test_nan_names_layer_and_step_and_keeps_the_last_good_checkpoint(blocks, tmp
             student.model.layers[1].self_attn.mixer.feature_map_q.weight.data.fill_(float("nan"))
 
     with pytest.raises(
-        TrainingDiverged, match=r"the mixed loss of layer 1 is nan at step 4; lower transfer.learning_rate"
+        TrainingDiverged,
+        match="the mixed loss of layer 1 is nan at step 4; lower transfer.gate_learning_rate and transfer",
     ):
         transfer_attention(student, blocks, settings(save_steps=2), output_dir=tmp_path, on_log=poison)
     checkpoint = latest_checkpoint(tmp_path / "checkpoints" / "transfer")

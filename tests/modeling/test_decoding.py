@@ -29,15 +29,32 @@ MIXERS = {
     "gated": {
         "linear": {"type": "linear", "window": 5, "map_input": "projections", "gate": "token", "gate_bias": 0.5}
     },
+    "salient": {"salient": {"type": "salient", "window": 6, "sinks": 2, "kept_tokens": 3}},
+    "salient-window-alone": {"salient": {"type": "salient", "window": 5, "sinks": 0, "kept_tokens": 0}},
+    "linear-and-salient": {
+        "linear": {"type": "linear", "window": 5, "sinks": 2},
+        "salient": {"type": "salient", "window": 4, "sinks": 1, "kept_tokens": 4, "age_penalty": 9.0},
+    },
 }
+TYPES = {"linear-and-salient": ["salient", "linear", "salient"]}
+
+
+def make_model(name):
+    student = make_student(make_teacher(), MIXERS[name], TYPES.get(name))
+    perturb(student)
+    return student
+
+
+@pytest.fixture(params=["hybrid", "salient", "linear-and-salient"])
+def student(request):
+    """In float32."""
+    return make_model(request.param)
 
 
 @pytest.fixture(params=MIXERS)
 def model(request):
     """In float64: a token decides the same way however its logits are summed."""
-    student = make_student(make_teacher(), MIXERS[request.param])
-    perturb(student)
-    return student.double()
+    return make_model(request.param).double()
 
 
 @pytest.fixture
@@ -166,7 +183,7 @@ def test_a_dropped_cache_is_not_kept(student, ids):
 def test_training_calls_pass_through(student, ids):
     with student.captured_decoding():
         student(ids, labels=ids).loss.backward()
-        assert student.mixer_attentions()[0].mixer.feature_map_q.weight.grad is not None
+        assert student.get_input_embeddings().weight.grad is not None
 
 
 @torch.no_grad()
@@ -217,7 +234,7 @@ def test_what_cannot_be_captured_is_named(teacher, student, ids):
 def test_arms_change_within_a_block(student, ids):
     student.double()
     expected = {}
-    for arm in ("softmax", "linear", "mixed"):
+    for arm in reversed(student.mixer_attentions()[0].mixer.arms):
         with student.use_arm(arm):
             expected[arm] = student.generate(ids, max_new_tokens=6, do_sample=False)
     with student.captured_decoding():

@@ -215,9 +215,15 @@ def test_parameters_start_where_settings_say_and_stay_float32(tmp_path):
     assert torch.isfinite(loaded(torch.arange(3, 40)[None]).logits).all()
 
 
-def test_the_default_is_that_of_contract_1():
+def test_the_default_reads_before_position_and_forgets_by_the_token():
+    settings = make_student(make_teacher(), {"linear": {"type": "linear"}}).config.mixers["linear"]
+    assert (settings["map_input"], settings["gate"]) == ("projections", "token")
+
+
+def test_published_settings_have_no_trace_of_it():
     """No new parameter, nothing read, nothing kept: published presets are what they were."""
-    student = make_student(make_teacher(), {"linear": {"type": "linear"}})
+    published = {"type": "linear", "map_input": "rotated", "gate": "none"}
+    student = make_student(make_teacher(), {"linear": published})
     attention = student.mixer_attentions()[0]
     assert attention.reads == () and attention.mixer.gate is None
     assert not any("gate." in name for name in attention.mixer.state_dict())
@@ -269,7 +275,7 @@ def test_bad_settings_give_a_sentence(settings, sentence):
 
 def test_a_mixer_without_what_it_reads_says_so():
     student = make_student(make_teacher(), {"linear": SETTINGS["token"]})
-    plain = make_student(make_teacher())
+    plain = make_student(make_teacher(), {"linear": {"type": "linear", "map_input": "rotated", "gate": "none"}})
     tensors = torch.zeros(1, 4, 3, 16), torch.zeros(1, 2, 3, 16), torch.zeros(1, 2, 3, 16)
     with pytest.raises(ValueError, match="reads unrotated_query, unrotated_key, layer_input, and was given nothing"):
         student.mixer_attentions()[0].mixer(*tensors)

@@ -19,8 +19,10 @@ def close(left, right):
 
 
 @torch.no_grad()
-def test_padding_may_hold_nan_before_the_mixer(student):
-    """NaN hidden states at padded places reach the attention of a mixer layer and stay there."""
+def test_padding_may_hold_nan_before_the_mixer(teacher):
+    """NaN hidden states at padded places reach the attention of a mixer layer and stay there; test_gates.py has what
+    a gate reads."""
+    student = make_student(teacher, {"linear": {"type": "linear", "map_input": "rotated", "gate": "none"}})
     attention = student.mixer_attentions()[0]
     query, key, value = torch.randn(2, 4, 9, 16), torch.randn(2, 2, 9, 16), torch.randn(2, 2, 9, 16)
     mask = torch.ones(2, 9, dtype=torch.bool)
@@ -103,7 +105,7 @@ def test_every_llama_shape_converts(shape, ids, tmp_path):
 def test_observer_sees_what_both_attentions_are_given(student, teacher, ids):
     seen = []
     for attention in student.mixer_attentions():
-        attention.observer = lambda *args: seen.append(args)
+        attention.observer = lambda *args, **context: seen.append(args)
     with student.use_arm("teacher"):
         student.model(ids, use_cache=False)
     assert [args[0].layer_idx for args in seen] == [0, 1, 2]

@@ -27,6 +27,10 @@ MODELS = {
         },
         None,
     ),
+    "salient": (
+        {"salient": {"type": "salient", "window": 4, "sinks": 2, "kept_tokens": 3, "age_penalty": 30.0}},
+        ["salient", "softmax", "salient"],
+    ),
     "pure-linear": ({"linear": {"type": "linear", "window": 0, "sinks": 0, "feature_map": "exp"}}, None),
     "sinks-only": ({"linear": {"type": "linear", "window": 0, "sinks": 3, "feature_map": "elu"}}, None),
     "shared-key-map": (
