@@ -18,7 +18,7 @@ BACKBONES = {
 WINDOW = {"window": 8, "sinks": SINKS}
 GATED = {"gate": "token", "gate_bias": 1.0}
 MIXERS = {
-    "linear": {"type": "linear", **WINDOW},
+    "linear": {"type": "linear", **WINDOW, "gate": "none", "map_input": "rotated"},
     "linear-gated": {"type": "linear", **WINDOW, **GATED, "map_input": "projections"},
     "cosine": {"type": "cosine", **WINDOW},
     "cosine-gated": {"type": "cosine", **WINDOW, **GATED, "directions": "projections"},
@@ -159,6 +159,17 @@ def test_gradients_reach_across_the_moves():
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-6)
 
 
+def in_calls(model, ids, cut, cache=None, mask=None):
+    """Logits of the last tokens, read with a cache in calls of `cut` tokens; mask is that of all tokens."""
+    cache, outputs = DynamicCache(config=model.config) if cache is None else cache, []
+    start = ids.shape[1] - sum(cut)
+    for part in ids[:, start:].split(cut, 1):
+        start += part.shape[1]
+        seen = None if mask is None else mask[:, :start]
+        outputs.append(model(part, attention_mask=seen, past_key_values=cache).logits)
+    return torch.cat(outputs, 1)
+
+
 CUTS = {
     "single tokens at both boundaries": [63, *[1] * 20, 37],
     "at a boundary": [64, 16, 16, 24],
@@ -173,8 +184,7 @@ def test_any_cut_into_calls(mechanism, cut):
     model, ids = make(mechanism), make_ids(sum(CUTS[cut]))
     one, other = DynamicCache(config=model.config), DynamicCache(config=model.config)
     expected = model(ids, past_key_values=one).logits
-    parts = [model(x, past_key_values=other).logits for x in ids.split(CUTS[cut], 1)]
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(in_calls(model, ids, CUTS[cut], other), expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=0, atol=1e-9)
     for a, b in zip(one.layers, other.layers, strict=True):
         torch.testing.assert_close(a.state.sink_key, b.state.sink_key, rtol=0, atol=1e-9)
@@ -188,11 +198,7 @@ def test_rows_of_other_lengths_beside(mechanism, cut):
     model, ids = make(mechanism), make_ids(sum(CUTS[cut]), rows=4)
     mask = torch.ones_like(ids)
     mask[1, :9] = mask[2, :64] = mask[3, 40:47] = mask[3, 80:82] = 0
-    cache, outputs, start = DynamicCache(config=model.config), [], 0
-    for part in ids.split(CUTS[cut], 1):
-        start += part.shape[1]
-        outputs.append(model(part, attention_mask=mask[:, :start], past_key_values=cache).logits)
-    found = torch.cat(outputs, 1)
+    found = in_calls(model, ids, CUTS[cut], mask=mask)
     whole = model(ids, attention_mask=mask, use_cache=False).logits
     for row in range(4):
         real = mask[row].bool()
@@ -213,11 +219,9 @@ def test_beams_take_their_sinks_along(mechanism):
     order = torch.tensor([1, 0])
     cache.reorder_cache(order)
     ids, mask = ids[order], mask[order]
-    found = [
-        model(ids[:, n, None], attention_mask=mask[:, : n + 1], past_key_values=cache).logits for n in range(78, 90)
-    ]
+    found = in_calls(model, ids, [1] * 12, cache, mask)
     expected = model(ids, attention_mask=mask, use_cache=False).logits[:, 78:]
-    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
@@ -245,17 +249,18 @@ def test_generate_goes_on_past_the_limit(mechanism):
     assert torch.equal(logits[:, 54:-1].argmax(-1), found[:, 55:])
     with unmoved(model):
         assert not torch.equal(model.generate(ids, **options), found)
-    if mechanism.startswith("linear"):
+    if not mechanism.startswith("cosine"):  # which makes a new state with every token
         with model.captured_decoding():
             assert torch.equal(model.generate(ids, **options), found)
 
 
 @torch.no_grad()
-def test_a_decoding_session_moves_sinks_in_place():
+@pytest.mark.parametrize("mechanism", ["linear", "linear-gated", "salient"])
+def test_a_decoding_session_moves_sinks_in_place(mechanism):
     """Rows that rest, states that come from a cache and go back."""
     from linearize.modeling.decoding import DecodingSession
 
-    model, ids = make("linear"), make_ids(100)
+    model, ids = make(mechanism), make_ids(100)
     session = DecodingSession(model, 2)
     cache = DynamicCache(config=model.config)
     model(ids[:, :60], past_key_values=cache)
@@ -324,10 +329,9 @@ def test_what_has_no_rotation_to_go_on_with_is_left_as_it_is():
 @torch.no_grad()
 def test_beside_softmax_layers():
     model = make_student(BACKBONES["llama"](), {"mixer": MIXERS["linear"]}, ["softmax", "mixer", "softmax"]).double()
-    ids, cache = make_ids(LIMIT + STEP + 5), DynamicCache(config=model.config)
-    parts = [model(x, past_key_values=cache).logits for x in ids.split([30, 40, *[1] * 15], 1)]
+    ids = make_ids(LIMIT + STEP + 5)
     expected = model(ids, use_cache=False).logits
-    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=1e-9)
+    torch.testing.assert_close(in_calls(model, ids, [30, 40, *[1] * 15]), expected, rtol=0, atol=1e-9)
     with unmoved(model):
         assert (model(ids, use_cache=False).logits - expected)[:, LIMIT:].abs().max() > 1e-3
 
@@ -345,3 +349,17 @@ def test_half_precision_keeps_its_dtype():
     assert model(ids, past_key_values=cache).logits.isfinite().all()
     for layer in cache.layers:
         assert layer.state.sink_key.dtype == torch.bfloat16
+
+
+def test_a_step_past_the_limit_asks_no_device():
+    """A tensor without values stands for one on a GPU: to read it would fail."""
+    from linearize.modeling.far_sinks import plan_far_sinks
+
+    model, cache = make(), DynamicCache(config=make().config)
+    model(make_ids(LIMIT), past_key_values=cache)
+    for layer in cache.layers:
+        layer.state = layer.state._replace(count=layer.state.count.to("meta"))
+    token = torch.empty(2, 1, 32, device="meta")
+    for mask in (None, torch.ones(2, 1, dtype=torch.bool, device="meta")):
+        plan = plan_far_sinks(model.model, token, mask, cache)["far_sinks"]
+        assert [[(x.start, x.stop, x.moved.shape) for x in pieces] for pieces in plan.texts] == [[(0, 1, (2,))]]
