@@ -148,6 +148,7 @@ def _student_cache(model, batch: int, context: int) -> DynamicCache:
             sink_key=raw(batch, groups, settings.sinks, dim),
             sink_value=raw(batch, groups, settings.sinks, dim),
             count=torch.full((batch,), context, device=model.device),
+            window_map_key=raw(batch, groups, settings.window, dim) if settings.map_input == "projections" else None,
         )
         layer.store(state, context)
     return cache

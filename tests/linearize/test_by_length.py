@@ -175,7 +175,8 @@ def test_rows_are_joined_without_their_padding():
 def test_a_student_worse_than_its_window_is_said_so(student):
     """Made one: nothing but the memory, and its values are wrong."""
     good = measure_by_length(student, [text()], TRAINED)
-    bad = student_of("llama", types=["student"] * 3)
+    never_forgets = {"type": "linear", "window": 4, "map_input": "rotated", "gate": "none"}
+    bad = make_student(MAKERS["llama"](), {"student": never_forgets}, ["student"] * 3)
     with torch.no_grad():
         for attention in bad.mixer_attentions():
             attention.mixer.window_mix.weight.fill_(-30.0)  # the memory outweighs the window

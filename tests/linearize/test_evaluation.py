@@ -185,9 +185,9 @@ def test_linear_share_at_the_ends(student):
     assert pure.mean == pytest.approx(1.0)
 
 
-def test_share_is_a_direct_computation(student):
+def test_share_is_a_direct_computation():
     """One layer's share from its own formula: linear sum over linear sum plus window mass, on the layer's inputs."""
-    caught = {}
+    student, caught = make_student(map_input="rotated", gate="none"), {}
     attention = student.mixer_attentions()[0]
     hook = attention.mixer.register_forward_pre_hook(lambda m, args: caught.update(inputs=args[:3]))
     blocks = Blocks(number=1)

@@ -154,7 +154,7 @@ def test_the_tables_are_those_of_models_with_one_window(make, kind):
             assert tables.divergence[layer][option] == pytest.approx(float(divergence), rel=1e-3, abs=1e-7)
             caught = []
             one.set_arm("teacher")
-            one.mixer_attentions()[0].observer = lambda *call, caught=caught: caught.append(call)
+            one.mixer_attentions()[0].observer = lambda *call, caught=caught, **context: caught.append(call)
             one(ids)
             attention, query, key, value, output, _ = caught[0]
             error = (attention.mix(query, key, value, arm=arm) - output).square().sum() / output.square().sum()

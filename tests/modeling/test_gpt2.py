@@ -129,7 +129,7 @@ def test_the_scaling_of_a_layer_reaches_both_attentions(ids):
     seen = []
     for layer, attention in enumerate(student.mixer_attentions()):
         assert attention.scaling == attention.mixer.scaling == pytest.approx(16**-0.5 / (layer + 1))
-        attention.observer = lambda *args: seen.append(args)
+        attention.observer = lambda *args, **context: seen.append(args)
     with student.use_arm("teacher"):
         student.transformer(ids, use_cache=False)
     attention, query, key, value, output, padding_mask = seen[2]

@@ -140,7 +140,7 @@ def test_the_mechanism_gets_rotated_queries_and_keys(ids, rotary_dim):
     student = make_student(make_gptj(rotary_dim=rotary_dim), MIXERS).double()
     seen, inputs = [], []
     attention = student.mixer_attentions()[1]
-    attention.observer = lambda *args: seen.append(args)
+    attention.observer = lambda *args, **context: seen.append(args)
     attention.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
     with student.use_arm("teacher"):
         student(ids)

@@ -153,7 +153,7 @@ def test_attention_transfer_is_given_the_window_s_output(ids):
     student = make_student(make_mistral(), MIXERS)
     seen = []
     for attention in student.mixer_attentions():
-        attention.observer = lambda *args: seen.append(args)
+        attention.observer = lambda *args, **context: seen.append(args)
     with student.use_arm("teacher"):
         student.model(ids, use_cache=False)
     attention, query, key, value, output, padding_mask = seen[2]

@@ -136,7 +136,7 @@ def test_gradients_of_packed_texts_in_training(backbone, mixers):
     expected = gradients([loss(text) for text in texts])
     for ours, theirs in zip(found, expected, strict=True):
         assert (ours is None) == (theirs is None)
-        assert ours is None or close(ours, theirs)
+        assert ours is None or close(ours, theirs, 1e-6 * max(1.0, float(theirs.abs().max())))  # norms are in float32
 
 
 @torch.no_grad()
