@@ -4,8 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LATEST := .venv-latest
-LATEST_TESTS := tests/modeling $(addprefix tests/linearize/test_, checkpointing.py evaluation.py evaluation_context.py \
-	finetuning.py finetuning_stops.py generation_settings.py glue_resume.py hub.py transfer.py)
+LATEST_TESTS := tests/modeling $(addprefix tests/linearize/test_, by_length.py checkpointing.py evaluation.py evaluation_context.py \
+	finetuning.py finetuning_lengths.py finetuning_stops.py generation_settings.py glue_resume.py hub.py transfer.py)
 SMOLLM2 := .cache/smollm2-135m-instruct
 
 PYTEST_ARGS ?=

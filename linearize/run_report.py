@@ -12,6 +12,7 @@ from typing import Any
 
 from torch.utils.data import Subset
 
+from linearize.config.evaluation import EvaluationConfig
 from linearize.evaluation import by_length
 from linearize.evaluation.arms import has_branches
 from linearize.evaluation.report import (
@@ -27,7 +28,6 @@ from linearize.evaluation.report import (
     window_reach,
 )
 from linearize.quantization import is_quantized
-from linearize.settings import EvaluationConfig
 
 CONVERTED = "student after conversion"
 CALIBRATED = "student after calibration"

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+from linearize.config.evaluation import LengthConfig
 from linearize.failures import stage
 from linearize.pretraining import CHECKPOINTS, pretrain
 from linearize.pretraining_settings import PretrainConfig, PretrainingConfig
 from linearize.run_directory import CONFIG, FINAL, RunDirectory
 from linearize.run_identity import StageState
-from linearize.settings import DataConfig, DistillationConfig, LengthConfig, RunSettings
+from linearize.settings import DataConfig, DistillationConfig, RunSettings
 from linearize.settings_io import to_values
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from .feature_maps import FeatureMapWeights, apply_feature_map, feature_width
 from .op_hybrid_linear_decay import ChunkDecay, after_entry, chunk_decay, per_head, sums_at_starts
-from .op_rows import Rows
+from .op_rows import Rows, overwrite_slots, take_slots
 
 CHUNK = 64
 SEGMENT = 2048  # tokens of a causal pass: bounds what lives at once when no graph is kept
@@ -240,23 +240,23 @@ def _causal_keys(inputs, real, state, dtype, settings) -> Keys:
     key, value = inputs.key, inputs.value
     end = count + real
     order = (count[:, None] + torch.arange(window, device=key.device)) % max(window, 1)
-    keys = torch.cat([_take(state.window_key, order).to(dtype), key.to(dtype)], dim=2)
-    values = torch.cat([_take(state.window_value, order).to(dtype), value.to(dtype)], dim=2)
+    keys = torch.cat([take_slots(state.window_key, order).to(dtype), key.to(dtype)], dim=2)
+    values = torch.cat([take_slots(state.window_value, order).to(dtype), value.to(dtype)], dim=2)
     index = count[:, None] - window + torch.arange(keys.shape[2], device=key.device)
     visible = (index >= sinks) & (index < end[:, None])
     features = None
     if settings.key_map is not None:
         read = keys
         if inputs.map_key is not None:
-            read = torch.cat([_take(state.window_map_key, order).to(dtype), inputs.map_key.to(dtype)], dim=2)
+            read = torch.cat([take_slots(state.window_map_key, order).to(dtype), inputs.map_key.to(dtype)], dim=2)
         features = settings.key_map.apply(read, index)
     elif inputs.key_features is not None:
-        features = torch.cat([_take(state.window_features, order), inputs.key_features], dim=2).to(dtype)
+        features = torch.cat([take_slots(state.window_features, order), inputs.key_features], dim=2).to(dtype)
     if features is not None:
         features = features.masked_fill(~visible[:, None, :, None], 0.0)
     places = torch.arange(sinks, device=key.device)
-    sink_key = _overwrite(state.sink_key, key, places, count, end)
-    sink_value = _overwrite(state.sink_value, value, places, count, end)
+    sink_key = overwrite_slots(state.sink_key, key, places, count, end)
+    sink_value = overwrite_slots(state.sink_value, value, places, count, end)
     return Keys(keys, values, features, index, visible, sink_key, sink_value, end)
 
 
@@ -277,14 +277,14 @@ def _advance(inputs, keys: Keys, state, settings) -> HybridLinearState:
     newest = newest.masked_fill(newest < settings.sinks, -1)
     features, map_key = state.window_features, state.window_map_key
     if features is not None and inputs.key_features is not None:
-        features = _overwrite(features, inputs.key_features, newest, count, end)
+        features = overwrite_slots(features, inputs.key_features, newest, count, end)
     if map_key is not None:
-        map_key = _overwrite(map_key, inputs.map_key, newest, count, end)
+        map_key = overwrite_slots(map_key, inputs.map_key, newest, count, end)
     return HybridLinearState(
         kv,
         normalizer,
-        _overwrite(state.window_key, inputs.key, newest, count, end),
-        _overwrite(state.window_value, inputs.value, newest, count, end),
+        overwrite_slots(state.window_key, inputs.key, newest, count, end),
+        overwrite_slots(state.window_value, inputs.value, newest, count, end),
         features,
         keys.sink_key,
         keys.sink_value,
@@ -448,16 +448,3 @@ def _grouped(x: Tensor, groups: int, product) -> Tensor:
         return product(x)
     folded = x.unflatten(1, (groups, ratio)).movedim(2, -3).flatten(-3, -2)
     return product(folded).unflatten(-2, (ratio, -1)).movedim(-3, 2).flatten(1, 2)
-
-
-def _take(x: Tensor, order: Tensor) -> Tensor:
-    """Reorder the slots of x `(B, heads, slots, D)` by order `(B, slots)`."""
-    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
-
-
-def _overwrite(old: Tensor, new: Tensor, index: Tensor, count: Tensor, end: Tensor) -> Tensor:
-    """Slots of `old` `(B, heads, slots, D)` take this call's token of that index, `(slots,)` or `(B, slots)`."""
-    index = index.expand(old.shape[0], -1)
-    fresh = (index >= count[:, None]) & (index < end[:, None])
-    place = (index - count[:, None]).clamp(0, new.shape[2] - 1)
-    return torch.where(fresh[:, None, :, None], _take(new, place).to(old.dtype), old)

@@ -94,3 +94,16 @@ def over_rows(run: Callable, inputs: Sequence, options: dict):
     spans = [slice(a, b) for a, b in zip(bounds[:-1], bounds[1:], strict=True) if a < b]
     outputs = [run(*change(lambda x, span=span: x[:, :, span]), **options)[0] for span in spans]
     return torch.cat(outputs, dim=2).to(query.dtype), None
+
+
+def take_slots(x: Tensor, order: Tensor) -> Tensor:
+    """Reorder the slots of x `(B, heads, slots, D)` by order `(B, slots)`."""
+    return x.gather(2, order[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
+
+
+def overwrite_slots(old: Tensor, new: Tensor, index: Tensor, count: Tensor, end: Tensor) -> Tensor:
+    """Slots of `old` `(B, heads, slots, D)` take this call's token of that index, `(slots,)` or `(B, slots)`."""
+    index = index.expand(old.shape[0], -1)
+    fresh = (index >= count[:, None]) & (index < end[:, None])
+    place = (index - count[:, None]).clamp(0, new.shape[2] - 1)
+    return torch.where(fresh[:, None, :, None], take_slots(new, place).to(old.dtype), old)

@@ -2,8 +2,8 @@
 
 The public function and its checks; the state and the chunked PyTorch path are in `op_salient_chunked.py`.
 
-Legend: B batch, H query heads, G key/value heads, T tokens, D head dim, W window, S sinks, K kept tokens. Tensors are
-`(B, H|G, T, D)`.
+Legend: B batch, H query heads, G key/value heads, T tokens, D head dim of queries, keys and values, W window, S sinks,
+K kept tokens. Tensors are `(B, H|G, T, D)`.
 
 Sources: heavy hitters, Zhang et al. 2023, arXiv 2306.14048; kept by what the window says, beside a linear memory:
 STILL, arXiv 2602.02180. Scores from the far half of the window alone, the age penalty, and scores that do not depend
@@ -50,7 +50,7 @@ def salient_attention(
 
     Args:
         query: `(B, H, T, D)`.
-        key, value: `(B, G, T, D)`, `(B, G, T, Dv)`, never repeated.
+        key, value: `(B, G, T, D)`, never repeated.
         window: tokens around the query, itself included; at least 1.
         sinks: first tokens of a row that always stay.
         kept: tokens kept of those that have left the window; 0 leaves the window and the sinks.
@@ -63,7 +63,7 @@ def salient_attention(
         backend: `auto`, `reference`, `chunked` or `triton`.
 
     Returns:
-        Output `(B, H, T, Dv)` in the query's dtype, 0 at padding; the state, or None. Scores that rank are float32
+        Output `(B, H, T, D)` in the query's dtype, 0 at padding; the state, or None. Scores that rank are float32
         (float64 for float64); the output of half-precision input is as exact as `scaled_dot_product_attention`.
 
     Raises:

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .op_hybrid_linear_chunked import _overwrite as overwrite
-from .op_hybrid_linear_chunked import _take as take
-from .op_rows import Rows
+from .op_rows import Rows, overwrite_slots, take_slots
 
 BLOCK = 512
 MASS_FLOOR = 1e-20
@@ -25,10 +23,10 @@ MASS_FLOOR = 1e-20
 class SalientState(NamedTuple):
     """What a sequence leaves behind; batch first.
 
-    Fields: window_key `(B, G, W, D)`, window_value `(B, G, W, Dv)`, the keys j >= S of the last W, as a ring: slot =
+    Fields: window_key `(B, G, W, D)`, window_value `(B, G, W, D)`, the keys j >= S of the last W, as a ring: slot =
     j % W; window_mass `(B, G, W)`, what each of them has received so far, float32 (float64 for float64 input);
-    kept_key `(B, G, K, D)`, kept_value `(B, G, K, Dv)`, in no order; kept_rank `(B, G, K)`, float32 (float64), -inf
-    where a slot is empty; sink_key `(B, G, S, D)`, sink_value `(B, G, S, Dv)`; count `(B,)` int64, the real tokens so
+    kept_key `(B, G, K, D)`, kept_value `(B, G, K, D)`, in no order; kept_rank `(B, G, K)`, float32 (float64), -inf
+    where a slot is empty; sink_key `(B, G, S, D)`, sink_value `(B, G, S, D)`; count `(B,)` int64, the real tokens so
     far. Keys and values not yet written are 0.
     """
 
@@ -52,7 +50,7 @@ class Settings(NamedTuple):
 
 
 class Store(NamedTuple):
-    """The kept keys between two blocks: `(B, G, K, D)`, `(B, G, K, Dv)`, `(B, G, K)`."""
+    """The kept keys between two blocks: `(B, G, K, D)`, `(B, G, K, D)`, `(B, G, K)`."""
 
     key: Tensor
     value: Tensor
@@ -60,7 +58,7 @@ class Store(NamedTuple):
 
 
 class Keys(NamedTuple):
-    """All keys of a call by place, `(B, G, W + T, D | Dv)`; mass `(B, G, W + T)`, complete for the places whose keys
+    """All keys of a call by place, `(B, G, W + T, D)`; mass `(B, G, W + T)`, complete for the places whose keys
     have left; index `(B, W + T)` of each token, and whether it is there and no sink; the sinks."""
 
     key: Tensor
@@ -133,18 +131,18 @@ def _keys(key: Tensor, value: Tensor, state: SalientState, end: Tensor, settings
     index = count[:, None] - window + torch.arange(window + tokens, device=key.device)
     places = torch.arange(sinks, device=key.device)
     return Keys(
-        torch.cat([take(state.window_key, order).to(key.dtype), key], dim=2),
-        torch.cat([take(state.window_value, order).to(value.dtype), value], dim=2),
+        torch.cat([take_slots(state.window_key, order).to(key.dtype), key], dim=2),
+        torch.cat([take_slots(state.window_value, order).to(value.dtype), value], dim=2),
         functional.pad(old_mass, (0, tokens)),
         index,
         (index >= sinks) & (index < end[:, None]),
-        overwrite(state.sink_key, key, places, count, end),
-        overwrite(state.sink_value, value, places, count, end),
+        overwrite_slots(state.sink_key, key, places, count, end),
+        overwrite_slots(state.sink_value, value, places, count, end),
     )
 
 
 def _block(query: Tensor, start: int, keys: Keys, store: Store, end: Tensor, settings: Settings):
-    """A block's output `(B, H, C, Dv)`, and the store after it; adds to `keys.mass`."""
+    """A block's output `(B, H, C, D)`, and the store after it; adds to `keys.mass`."""
     window, sinks, kept = settings.window, settings.sinks, settings.kept
     size, groups = query.shape[2], keys.key.shape[1]
     near = slice(start, start + window + size)
@@ -233,8 +231,8 @@ def _advance(key, value, keys: Keys, store: Store, state: SalientState, end: Ten
     place = (newest - count[:, None] + window)[:, None].expand(-1, key.shape[1], -1)
     mass = keys.mass.gather(2, place).masked_fill((fresh < 0)[:, None], 0.0)
     return SalientState(
-        overwrite(state.window_key, key, fresh, count, end),
-        overwrite(state.window_value, value, fresh, count, end),
+        overwrite_slots(state.window_key, key, fresh, count, end),
+        overwrite_slots(state.window_value, value, fresh, count, end),
         mass,
         store.key.to(state.kept_key.dtype),
         store.value.to(state.kept_value.dtype),

@@ -189,8 +189,8 @@ def _device(args) -> str:
 
 @torch.no_grad()
 def score(args, model: Any, arm: str, lengths: list[int]) -> dict:
-    """text -> length -> mean log-likelihood loss of each whole piece; and, of 8k pieces, of each bucket; of 32k pieces
-    that of the last 8k predictions of each 8k span (`late`), for the same tokens with more context."""
+    """text -> length -> mean loss of each whole piece; of 8k pieces also each bucket's; of 8k and longer ones that of
+    the last half of every 8k span (`same_LENGTH`): the same tokens, read with more context."""
     found: dict[str, Any] = {}
     with model.use_arm(arm):
         for name, ids in texts(args).items():

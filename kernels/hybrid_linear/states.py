@@ -28,8 +28,8 @@ def extend_keys(
         if rows.kind == SPANS:
             assert rows.start is not None
             place = (rows.start[:, None] + torch.arange(new.shape[2], device=new.device)).clamp(max=new.shape[2] - 1)
-            new = _take(new, place.long())
-        return torch.cat([_take(ring, order).to(new.dtype), new], dim=2)
+            new = take_slots(new, place.long())
+        return torch.cat([take_slots(ring, order).to(new.dtype), new], dim=2)
 
     return (
         extend(state.window_key, key),
@@ -42,7 +42,8 @@ def extend_keys(
 def new_sinks(rows: Rows, sinks: int, state, key: Tensor, value: Tensor) -> list[Tensor]:
     """The sinks after this call, `(B, G, S, .)`."""
     position = torch.arange(sinks, device=key.device)[None]
-    return [_overwrite(old, new, position, rows) for old, new in ((state.sink_key, key), (state.sink_value, value))]
+    sinks_of_both = ((state.sink_key, key), (state.sink_value, value))
+    return [overwrite_slots(old, new, position, rows) for old, new in sinks_of_both]
 
 
 def next_state(rows: Rows, window: int, sinks: int, state, tensors, kv, normalizer) -> State:
@@ -66,7 +67,7 @@ def next_state(rows: Rows, window: int, sinks: int, state, tensors, kv, normaliz
     def slots(name: str, new: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
         shape = (*new.shape[:2], position.shape[1], new.shape[3])
         old = new.new_zeros(shape, dtype=dtype) if state is None else getattr(state, name)
-        return _overwrite(old, new, position, rows)
+        return overwrite_slots(old, new, position, rows)
 
     features = None
     if key_features is None or isinstance(key_features, Tensor):
@@ -93,12 +94,12 @@ def _no_sums(state, query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return sums, sums.new_zeros(batch, heads, 0)
 
 
-def _take(x: Tensor, place: Tensor) -> Tensor:
+def take_slots(x: Tensor, place: Tensor) -> Tensor:
     """Slots `place` `(B, slots)` of x `(B, heads, places, .)`."""
     return x.gather(2, place[:, None, :, None].expand(-1, x.shape[1], -1, x.shape[3]))
 
 
-def _overwrite(old: Tensor, new: Tensor, position: Tensor, rows: Rows) -> Tensor:
+def overwrite_slots(old: Tensor, new: Tensor, position: Tensor, rows: Rows) -> Tensor:
     """Slots of `old` take this call's token at that position in the row, where there is one."""
     assert rows.past is not None
     position = position.expand(old.shape[0], -1)
@@ -107,4 +108,4 @@ def _overwrite(old: Tensor, new: Tensor, position: Tensor, rows: Rows) -> Tensor
     fresh = (local >= 0) & (local < size)
     start = 0 if rows.start is None else rows.start[:, None]
     place = (local + start).clamp(0, new.shape[2] - 1)
-    return torch.where(fresh[:, None, :, None], _take(new, place).to(old.dtype), old)
+    return torch.where(fresh[:, None, :, None], take_slots(new, place).to(old.dtype), old)

@@ -6,8 +6,7 @@ Plain tensor operations, so that gradients pass through a state. The window is a
 import torch
 from torch import Tensor
 
-from ..hybrid_linear.states import _overwrite as overwrite
-from ..hybrid_linear.states import extend_keys, new_sinks
+from ..hybrid_linear.states import extend_keys, new_sinks, overwrite_slots
 from .function import Call, Choice
 from .reference import State
 
@@ -47,7 +46,7 @@ def next_state(call: Call, state, key: Tensor, value: Tensor, held, choice: Choi
     def slots(name: str, new: Tensor, position: Tensor) -> Tensor:
         old = None if state is None else getattr(state, name)
         shape = (*new.shape[:2], position.shape[1], new.shape[3])
-        return overwrite(new.new_zeros(shape) if old is None else old, new, position, rows)
+        return overwrite_slots(new.new_zeros(shape) if old is None else old, new, position, rows)
 
     kept_key, kept_value, kept_rank = _kept(call, state, key, value, held, choice)
     return State(

@@ -12,6 +12,7 @@ from tiny_students import MAKERS, MIXERS, student_of
 from torch.nn import functional
 
 import linearize
+from linearize.config.evaluation import EvaluationConfig
 from linearize.data import TokenBlocks
 from linearize.errors import UserError
 from linearize.evaluation.arms import LINEAR_ARM, OWN_WEIGHTS, SOFTMAX_ARM, STUDENT, TEACHER
@@ -28,7 +29,6 @@ from linearize.evaluation.by_length import (
 from linearize.evaluation.memory import state_bytes
 from linearize.evaluation.plain_window import NAME, matched_window, plain_window
 from linearize.run_report import RunReport
-from linearize.settings import EvaluationConfig
 from linearize.settings_io import resolve
 
 TRAINED = 8

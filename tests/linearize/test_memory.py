@@ -186,6 +186,8 @@ def test_forecast_of_the_fused_path_is_close_to_peaks_on_a_gpu(shape, batch, len
 def test_fused_kernels_hold_less_than_the_chunked_path():
     teacher = types.SimpleNamespace(**LLAMA_8B)
     config = stage_one(8, 1024)
+    published = stage_one(8, 1024, attention={"map_input": "rotated", "gate": "none"})
+    assert memory.forecast_transfer(teacher, published).total == 19_882_405_068  # as before there was a fused path
     assert (
         memory.forecast_transfer(teacher, config, fused=True).activations
         < memory.forecast_transfer(teacher, config).activations / 3

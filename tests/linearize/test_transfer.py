@@ -120,7 +120,7 @@ def test_a_layers_graph_is_gone_before_the_next_layer():
         return most[0]
 
     one = most_saved(1, True)
-    assert most_saved(4, True) <= 1.1 * one  # a gate keeps the layer's input besides
+    assert most_saved(4, True) == one
     assert most_saved(4, False) > 3 * one
 
 
@@ -354,7 +354,8 @@ def test_nan_names_layer_and_step_and_keeps_the_last_good_checkpoint(blocks, tmp
 
     with pytest.raises(
         TrainingDiverged,
-        match="the mixed loss of layer 1 is nan at step 4; lower transfer.gate_learning_rate and transfer",
+        match="the mixed loss of layer 1 is nan at step 4; lower transfer.gate_learning_rate and "
+        "transfer.learning_rate and transfer.window_learning_rate",
     ):
         transfer_attention(student, blocks, settings(save_steps=2), output_dir=tmp_path, on_log=poison)
     checkpoint = latest_checkpoint(tmp_path / "checkpoints" / "transfer")
