@@ -8,7 +8,8 @@
 `select` measures layers on the training text (`linearize.stages.select`). `train` converts, finetunes
 (`linearize.finetuning`) and scores: each arm leaves `DATA/student_ARM_SEED.json` with the mean log-likelihood of every
 whole piece of 1k, 4k, 8k and 32k tokens of each text (the teacher's positions end at 8k), for all of the attention and
-for its window alone, and of the buckets of an 8k piece by position.
+for its window alone, of the buckets of an 8k piece by position and of every 1k of a 32k piece; and what it recalls
+(`recall_tasks.py`).
 """
 
 import argparse
@@ -22,8 +23,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from recall_tasks import accuracy, tasks
 from torch import Tensor
 from torch.nn import functional
+from transformers import AutoTokenizer
 
 from linearize.calibration import calibrate
 from linearize.conversion import convert
@@ -40,7 +43,8 @@ from linearize.transfer import transfer_attention
 LENGTH, BUCKETS = 1024, (0, 1024, 2048, 4096, 8192)
 BUDGET, SMALL = "344KB/layer", "200KB/layer"
 UNIFORM = {"type": "salient", "sinks": 4}
-MEMORIES = {
+COSINE = {"type": "cosine", "sinks": 4, "directions": "projections", "gate": "token"}
+LEARNED: dict[str, dict[str, Any]] = {
     "lolcats": {
         **{"type": "linear", "window": 64, "sinks": 0, "magnitude": False, "initialization": "identity_first"},
         **{"window_reference": "max", "window_weight_form": "sigmoid", "window_weight": 0.1, "window_shift": None},
@@ -49,10 +53,26 @@ MEMORIES = {
         **{"type": "linear", "window": 250, "sinks": 4, "feature_dim": 32, "share_key_map": True},
         **{"map_input": "projections", "gate": "token"},
     },
-    "cosine": {"type": "cosine", "window": 250, "sinks": 4, "directions": "projections", "gate": "token"},
+    "cosine": {**COSINE, "window": 250},
+    "cosine_wide": {**COSINE, "window": 448},
+    "cosine_pure": {**COSINE, "window": 0, "sinks": 0},
     "cosine_rotated": {"type": "cosine", "window": 250, "sinks": 4},
+    "cosine_pure_rotated": {"type": "cosine", "window": 0, "sinks": 0},
+    "gain_cell": {"type": "gain_cell", "window": 1024, "cell_kind": "linear"},
+    "landmark": {"type": "landmark", "top_k": 14, "selection": "head", "block_weight": "tokens"},
 }
-"""Arms with a memory, which attention transfer trains first."""
+"""Arms whose mechanism learns or is fitted before LoRA."""
+UNTRANSFERRED = ("landmark",)
+"""Of these, the one that attention transfer has nothing to teach."""
+TRAINING: dict[str, dict[str, Any]] = {
+    "longer": {"sequence_length": 4 * LENGTH, "batch_size": 2},
+    "mixed_lengths": {"sequence_length": [LENGTH, 4 * LENGTH], "batch_size": 2},
+    "passing": {"state_passing": 0.5},
+    "memory_longer": {"sequence_length": 4 * LENGTH, "batch_size": 2},
+    "memory_passing": {"state_passing": 0.5},
+}
+"""What an arm trains with, where it is not rows of 1024 tokens on their own; by the end of their names they are
+`constant` or `memory`."""
 
 
 def main() -> None:
@@ -63,7 +83,10 @@ def main() -> None:
     parser.add_argument("--arms", default="teacher")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=560)
+    parser.add_argument("--transfer_steps", type=int, default=90)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
+    parser.add_argument("--calibrated", type=int, default=64, help="sequences of a calibration")
+    parser.add_argument("--recalled", type=int, default=64, help="prompts of each recall task and length; 0: none")
     parser.add_argument("--lengths", default="1024,4096,8192,32768")
     parser.add_argument("--scored", type=int, default=65_536)
     parser.add_argument("--select_tokens", type=int, default=16_384)
@@ -120,6 +143,16 @@ def windows_alone(args) -> Selection:
     return Selection(narrow, tables, full.identity, placed(narrow, tables.divergence))
 
 
+def by_error(chosen: Selection) -> Selection:
+    """The same measurements, layers ranked by the error of their own output."""
+    return replace(chosen, options=placed(chosen.plan, chosen.tables.error))
+
+
+def attention_of(name: str) -> str:
+    """The arm whose attention an arm of other training has."""
+    return name if name not in TRAINING else "memory" if name.startswith("memory") else "constant"
+
+
 def arm_layers(args, name: str) -> dict[str, Any]:
     """What `convert` takes."""
     uniform = {
@@ -127,7 +160,7 @@ def arm_layers(args, name: str) -> dict[str, Any]:
         "window": {**UNIFORM, "window": 440, "kept_tokens": 0},
         "kept": {**UNIFORM, "window": 220, "kept_tokens": 220},
         "small_kept": {**UNIFORM, "window": 126, "kept_tokens": 126},
-        **MEMORIES,
+        **LEARNED,
     }
     if name in uniform:
         return {"attention": uniform[name]}
@@ -137,6 +170,8 @@ def arm_layers(args, name: str) -> dict[str, Any]:
         "window_placed": lambda: windows_alone(args),
         "small": lambda: place(args, UNIFORM, SMALL),
         "hybrid": lambda: place(args, UNIFORM, BUDGET, 4),
+        "constant_error": lambda: by_error(place(args, UNIFORM, BUDGET)),
+        "hybrid_error": lambda: by_error(place(args, UNIFORM, BUDGET, 4)),
         "spread": lambda: place(args, UNIFORM, BUDGET, spread),
     }[name]()
     return {"mixer_types": chosen.mixer_types, "mixers": chosen.mixers}
@@ -148,25 +183,15 @@ def arm_layers(args, name: str) -> dict[str, Any]:
 def train(args) -> None:
     for name in args.arms.split(","):
         begun = time.time()
-        model: Any = convert(args.model, **arm_layers(args, name), dtype=args.dtype).to(args.device)
-        arm = "teacher" if name == "teacher" else "mixed"
+        attention = attention_of(name)
+        model: Any = convert(args.model, **arm_layers(args, attention), dtype=args.dtype).to(args.device)
         found: dict[str, Any] = {"arm": name, "seed": args.seed, "steps": args.steps, "device": _device(args)}
-        settings = {"max_steps": args.steps, "batch_size": 8, "tokens_per_step": 8 * LENGTH, "warmup_steps": 20}
-        config = FinetuneConfig(**settings, learning_rate=args.learning_rate, save_steps=10**6, logging_steps=20)
-        if name in MEMORIES:
-            cosine = MEMORIES[name]["type"] == "cosine"
-            if cosine:
-                calibrate(model, blocks(args), 64, 8)
-            stage: dict[str, Any] = {
-                "max_steps": 90,
-                "batch_size": 8,
-                "tokens_per_step": 8 * LENGTH,
-                "save_steps": 10**6,
-            }
-            stage["branch"] = "mixed" if cosine else "both"
-            transfer_attention(model, blocks(args), TransferConfig(**stage), output_dir=args.data / f"run_{name}")
+        if attention in LEARNED:
+            learn(args, model, name, LEARNED[attention]["type"])
+        arm: Any = "teacher" if name == "teacher" else "mixed"
         out = args.data / f"run_{name}_{args.seed}"
-        result = finetune(model, blocks(args), config, output_dir=out, seed=args.seed, arm=arm, device=args.device)
+        rows, config = blocks(args), finetune_settings(args, name)
+        result = finetune(model, rows, config, output_dir=out, seed=args.seed, arm=arm, device=args.device)
         found |= {"seconds": round(result.seconds), "loss": result.losses[-20:]}
         student = result.model.merge_and_unload().eval().requires_grad_(False)
         found["bytes"] = {x.tokens: x.student for x in state_bytes(student.config, args.lengths, torch.bfloat16)}
@@ -175,12 +200,33 @@ def train(args) -> None:
             lengths = [n for n in args.lengths if n <= 8192 or part != "teacher"]
             found[part] = score(args, student, part, lengths)
             print(f"{name:10s} {args.seed} {part:8s} {perplexities(found[part])}", flush=True)
+            if part != "softmax" and args.recalled:
+                found["recall"] = recall(args, student, part)
+                print(f"{name:10s} {args.seed} {found['recall']}", flush=True)
         found["total_seconds"] = round(time.time() - begun)
         (args.data / f"student_{name}_{args.seed}.json").write_text(json.dumps(found))
         del model, result, student
         gc.collect()
         if args.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def finetune_settings(args, name: str) -> FinetuneConfig:
+    settings: dict[str, Any] = {"max_steps": args.steps, "batch_size": 8, "warmup_steps": 20, "logging_steps": 20}
+    settings |= {"tokens_per_step": 8 * LENGTH, "learning_rate": args.learning_rate, "save_steps": 10**6}
+    return FinetuneConfig(**{**settings, **TRAINING.get(name, {})})
+
+
+def learn(args, model: Any, name: str, kind: str) -> None:
+    """Calibration and attention transfer, as the mechanism has them."""
+    if kind in ("cosine", "landmark"):
+        calibrate(model, blocks(args), args.calibrated, 8)
+    if kind in UNTRANSFERRED:
+        return
+    steps = args.transfer_steps
+    stage = {"max_steps": steps, "batch_size": 8, "tokens_per_step": 8 * LENGTH, "save_steps": 10**6}
+    config = TransferConfig(**stage, branch="both" if kind == "linear" else "mixed")
+    transfer_attention(model, blocks(args), config, output_dir=args.data / f"run_{name}_{args.seed}")
 
 
 def _device(args) -> str:
@@ -206,10 +252,33 @@ def score(args, model: Any, arm: str, lengths: list[int]) -> dict:
                 if length == 8192:
                     spans = zip(BUCKETS, BUCKETS[1:], strict=False)
                     of["buckets"] = [losses[:, max(a - 1, 0) : b - 1].mean(1).tolist() for a, b in spans]
+                if length > 8192:
+                    pairs = [losses[:, max(a - 1, 0) : a + 1023] for a in range(0, length, 1024)]
+                    of[f"each_1024_of_{length}"] = torch.stack([x.mean(1) for x in pairs], 1).tolist()
                 if length >= 8192:  # the same tokens: the last half of every 8k span
                     halves = [losses[:, s + 4096 - 1 : s + 8192 - 1] for s in range(0, length, 8192)]
                     of[f"same_{length}"] = torch.stack([h.mean(1) for h in halves], 1).flatten().tolist()
     return found
+
+
+@torch.no_grad()
+def recall(args, model: Any, arm: str) -> dict[str, dict[str, list[float]]]:
+    """task -> length -> of each prompt, the share of the answer's tokens that are the most likely one."""
+    tokenizer, text = AutoTokenizer.from_pretrained(args.model), texts(args)["validation"]
+    found: dict[str, dict[str, list[float]]] = {}
+    with model.use_arm(arm):
+        for length in (n for n in args.lengths if n <= 8192):
+            together = max(1, 16384 // length)
+            for task, (ids, answers) in tasks(tokenizer, text, length, args.recalled).items():
+                best = torch.cat([predictions(model, x.to(args.device)) for x in ids.split(together)])
+                found.setdefault(task, {})[str(length)] = accuracy(best, ids, answers).tolist()
+    return found
+
+
+def predictions(model: Any, ids: Tensor) -> Tensor:
+    """`(B, T)` -> the most likely token after each, `(B, T)`, on the CPU."""
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+    return torch.cat([model.lm_head(part).argmax(-1).cpu() for part in hidden.split(2048, 1)], 1)
 
 
 def piece_losses(model: Any, ids: Tensor) -> Tensor:
