@@ -260,9 +260,8 @@ def measure_mass(model: Any, tokenizer: Any, asked: Sequence[Prompt], args, top_
         few = torch.cat([turned[..., : top_k + 1, :], turned[..., top_k + 1 : top_k + 2, :]], dim=-2)
         near = count.clamp(max=top_k)
         truth = true_sums(call, turned, age).masked_fill(~open_[:, None, :, None], op.HIDDEN).softmax(-1)[:, :, 0, 0]
-        held = torch.stack(
-            [torch.isin(i, torch.tensor(sorted(f), device=i.device)) for i, f in zip(call.blocks.index, facts)]
-        )
+        rows = zip(call.blocks.index, facts, strict=True)
+        held = torch.stack([torch.isin(row, torch.tensor(sorted(fact), device=row.device)) for row, fact in rows])
         fact = (truth * held[:, None]).sum(-1)
         row: dict[str, tuple[Tensor, Tensor]] = {}
         for name, score in kinds.items():
