@@ -77,8 +77,8 @@ class _Fit:
     def __init__(self, layer: int, mixer: Any, total: int) -> None:
         if mixer.keys is None:
             raise UserError(
-                "Landmarks whose key is the token's own (landmark_key: token) have nothing to calibrate: set "
-                "calibration_sequences to 0, or landmark_key to pooled."
+                f"Landmarks whose keys are not pooled (landmark_key: {mixer.config.landmark_key}) have nothing to "
+                "calibrate: set calibration_sequences to 0, or landmark_key to pooled."
             )
         self.layer, self.mixer, self.keys = layer, mixer, mixer.keys
         groups = [{"params": [x], "lr": RATES[name]} for name, x in mixer.keys.named_parameters()]

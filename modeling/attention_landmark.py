@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .counter_draws import draw_words, uniform
-from .landmark_keys import LandmarkKeys
+from .landmark_keys import LandmarkKeys, key_bounds
 from .op_dispatch import check_contract
 from .op_landmark import (
     CONTRACT,
@@ -29,7 +29,7 @@ from .op_landmark import (
 from .op_landmark_chunked import Grid, TextGrid
 
 LAYERS = 2  # counters of a row's draws before those of its layers
-LANDMARK_KEYS = ("pooled", "token")
+LANDMARK_KEYS = ("pooled", "token", "bounds")
 
 
 @strict
@@ -48,8 +48,12 @@ class LandmarkAttentionConfig:
     the text is cut into calls; for each token, shared by the heads (`token`)."""
     landmark_key: str = "pooled"
     """Where a landmark's key comes from: from the keys of its block, by learned weights and a linear map, and in part
-    from the landmark token (`pooled`), which can be fitted to the model before it trains; or from the token alone, as
-    published (`token`)."""
+    from the landmark token (`pooled`), which can be fitted to the model before it trains; from the token alone, as
+    published (`token`); or there is none, and the least and greatest of the block's keys bound its tokens' scores
+    (`bounds`, with block_weight `tokens`), which nothing is fitted for."""
+    key_parts: int = 1
+    """Parts of a block with bounds of their own, of which the best counts; as many as the block has tokens: blocks are
+    ranked by their tokens' own scores. Each part takes as much room as one token's key and value."""
     block_weight: str = "landmark"
     """What a block that is read weighs by: its landmark's score, as published (`landmark`); or its tokens' own scores,
     so that landmarks only select and what is read is read by ordinary softmax attention (`tokens`)."""
@@ -75,6 +79,7 @@ class LandmarkAttentionConfig:
         if self.landmark_key not in LANDMARK_KEYS:
             raise ValueError(f"landmark_key is {self.landmark_key!r}: choose one of {', '.join(LANDMARK_KEYS)}")
         check_block_weight(self.block_weight)
+        self._check_bounds()
         if self.block_weight == "tokens" and self.landmark_key == "token":
             raise ValueError(
                 "with block_weight tokens nothing trains a landmark's own key: set landmark_key to pooled, which is "
@@ -85,6 +90,19 @@ class LandmarkAttentionConfig:
         if not 0 <= self.block_dropout_rows <= 1:
             raise ValueError(f"block_dropout_rows is {self.block_dropout_rows}: it must be between 0 and 1")
         self._check_contract()
+
+    def _check_bounds(self) -> None:
+        if self.landmark_key != "bounds":
+            if self.key_parts != 1:
+                raise ValueError(f"key_parts is {self.key_parts}: only landmark_key bounds has parts, leave it out")
+            return
+        if self.block_weight != "tokens":
+            raise ValueError("landmark_key bounds only selects blocks: set block_weight to tokens")
+        if not 1 <= self.key_parts < self.block_size:
+            raise ValueError(
+                f"key_parts is {self.key_parts}: it must be at least 1 and at most the {self.block_size - 1} tokens of "
+                "a block"
+            )
 
     def _check_contract(self) -> None:
         """Contract 2 changed what a block weighs by its landmark, and nothing of a block that weighs by its tokens."""
@@ -182,11 +200,11 @@ class LandmarkAttention(nn.Module):
             local = self._key_blocks(grid, query, placed, landmarks), grid.spread(value).unflatten(2, (-1, size))
             number = torch.arange(local[0].shape[2], device=key.device)
             first = torch.zeros(key.shape[0], dtype=torch.long, device=key.device)
-            blocks = LandmarkBlocks(*local, local[0][:, :, :, -1], torch.where(grid.real[..., -1], number, -1))
+            blocks = LandmarkBlocks(*local, self._summary(local[0]), torch.where(grid.real[..., -1], number, -1))
         else:
             finish = self._finished if landmarks.position.shape[1] > landmarks.tokens else None
             local, first, blocks = cache_layer.append(
-                placed, value, landmarks, size, self.config.max_blocks, self.config.offload, finish
+                placed, value, landmarks, size, self.config.max_blocks, self.config.offload, finish, self._summary
             )
         return landmark_retrieval_attention(
             query, local[0], local[1], blocks,
@@ -271,6 +289,12 @@ class LandmarkAttention(nn.Module):
         own = torch.where(complete[:, None, :, None], self.keys(blocks), blocks[..., -1, :])
         return torch.cat([blocks[..., :-1, :], own[..., None, :]], dim=-2)
 
+    def _summary(self, blocks: Tensor) -> Tensor:
+        """What ranks blocks of the keys `(B, G, U, P, D)`: their landmarks' keys, or bounds of their tokens'."""
+        return (
+            key_bounds(blocks, self.config.key_parts) if self.config.landmark_key == "bounds" else blocks[..., -1, :]
+        )
+
 
 def block_rotated(
     blocks: Tensor, rotary: tuple[Tensor, Tensor] | None, block_size: int, number: Tensor | None = None
@@ -310,5 +334,6 @@ def state_bytes(config, num_heads, num_key_value_heads, head_dim, num_tokens, dt
     blocks = num_tokens // (config.block_size - 1)
     if config.max_blocks is not None:
         blocks = min(blocks, config.max_blocks)
-    per_token = 2 * num_key_value_heads * head_dim * dtype_bytes
-    return (blocks + 1) * config.block_size * per_token + blocks * (num_key_value_heads * head_dim * dtype_bytes + 8)
+    key = num_key_value_heads * head_dim * dtype_bytes
+    ranks = 2 * config.key_parts if config.landmark_key == "bounds" else 1  # keys' worth, of a block
+    return (blocks + 1) * config.block_size * 2 * key + blocks * (ranks * key + 8)

@@ -1,5 +1,6 @@
 """The cache layer of landmark attention: complete blocks in preallocated slots, and the block that is being filled."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ FEWEST = 16
 class LandmarkState(NamedTuple):
     """Blocks and tail of a batch of rows.
 
-    key, value `(B, G, N + 1, P, D)`, landmark `(B, G, N + 1, D)`, index `(B, N + 1)`: as in `LandmarkBlocks`; block i
-    lies in slot i % N, the last slot takes what is no block. tail_key, tail_value `(B, G, P, D)`: the incomplete
+    key, value `(B, G, N + 1, P, D)`, landmark `(B, G, N + 1, D)`, or bounds `(B, G, N + 1, C, 2 D)`, index
+    `(B, N + 1)`: as in `LandmarkBlocks`; block i lies in slot i % N, the last slot takes what is no block. tail_key, tail_value `(B, G, P, D)`: the incomplete
     block, zeros beyond its tokens. count `(B,)`: tokens of each row, landmarks counted.
     """
 
@@ -44,7 +45,15 @@ class LandmarkStateLayer(StateLayer):
         self.longest, self.on_cpu = 0, False
 
     def append(
-        self, key: Tensor, value: Tensor, landmarks, size: int, max_blocks: int | None, offload: bool, finish=None
+        self,
+        key: Tensor,
+        value: Tensor,
+        landmarks,
+        size: int,
+        max_blocks: int | None,
+        offload: bool,
+        finish: Callable[[Tensor, Tensor], Tensor] | None,
+        summary: Callable[[Tensor], Tensor],
     ) -> tuple[tuple[Tensor, Tensor], Tensor, LandmarkBlocks]:
         """Take a call's keys, rotated by their place, and values, `(B, G, L, D)` each.
 
@@ -52,6 +61,7 @@ class LandmarkStateLayer(StateLayer):
             landmarks: the call's `Landmarks`. size: P. max_blocks: blocks to keep, None: all. offload: keep them on
                 the CPU. finish: takes keys `(B, G, U, P, D)` and which blocks are complete, `(B, U)`, and gives them
                 their landmarks' keys; None where no block is completed, or the keys are the landmarks' own.
+            summary: takes keys `(B, G, U, P, D)` and gives what ranks the blocks, the `landmark` of `LandmarkBlocks`.
 
         Returns:
             Keys and values of the blocks that the call touches, number of the first, and the complete blocks.
@@ -64,7 +74,7 @@ class LandmarkStateLayer(StateLayer):
             state = LandmarkState(*(x.clone() for x in state))  # what inference mode made cannot be filled outside it
         if state is None:
             zeros = key.new_zeros(batch, groups, size, dim)
-            state = _empty(key, size, offload)._replace(tail_key=zeros, tail_value=zeros)
+            state = _empty(key, size, offload, summary)._replace(tail_key=zeros, tail_value=zeros)
         touched = (length + size - 2) // size + 1
         self.longest += length
         state = self._with_room(state, touched, size, max_blocks)
@@ -78,7 +88,7 @@ class LandmarkStateLayer(StateLayer):
         complete = (number + 1) * size <= count[:, None]
         if finish is not None:
             filled[0] = torch.cat([finish(filled[0][:, :, :-1], complete), filled[0][:, :, -1:]], dim=2)
-        state = _keep(state, filled, number, complete)
+        state = _keep(state, filled, summary(filled[0][:, :, :-1]), number, complete)
         rest = (count // size - first)[:, None, None, None, None].expand(-1, groups, 1, size, dim)
         tails = [x.gather(2, rest)[:, :, 0] for x in filled]
         state = state._replace(tail_key=tails[0], tail_value=tails[1], count=count)
@@ -114,7 +124,7 @@ class LandmarkStateLayer(StateLayer):
             )
 
 
-def _empty(like: Tensor, size: int, offload: bool) -> LandmarkState:
+def _empty(like: Tensor, size: int, offload: bool, summary: Callable[[Tensor], Tensor]) -> LandmarkState:
     """No slot but the one that takes what is no block."""
     batch, groups, _, dim = like.shape
     where = {"device": "cpu", "pin_memory": like.is_cuda} if offload else {"device": like.device}
@@ -122,7 +132,8 @@ def _empty(like: Tensor, size: int, offload: bool) -> LandmarkState:
     nothing = like.new_zeros(batch, groups, size, dim)
     index = torch.full((batch, 1), -1, device=like.device)
     count = torch.zeros(batch, dtype=torch.long, device=like.device)
-    return LandmarkState(store[0], store[1], like.new_zeros(batch, groups, 1, dim), index, nothing, nothing, count)
+    landmark = torch.zeros_like(summary(nothing[:, :, None]))
+    return LandmarkState(store[0], store[1], landmark, index, nothing, nothing, count)
 
 
 def _moved(state: LandmarkState, slots: int) -> LandmarkState:
@@ -153,13 +164,15 @@ def _fill(tail: Tensor, new: Tensor, slot: Tensor, touched: int) -> Tensor:
     return room
 
 
-def _keep(state: LandmarkState, filled: list[Tensor], number: Tensor, complete: Tensor) -> LandmarkState:
+def _keep(
+    state: LandmarkState, filled: list[Tensor], landmark: Tensor, number: Tensor, complete: Tensor
+) -> LandmarkState:
     """Put the complete blocks into their slots, in place."""
     slots = state.index.shape[1] - 1
     target = torch.where(complete, number % max(slots, 1), slots)
     index = state.index.scatter(1, target, torch.where(complete, number, -1))
     index[:, -1] = -1
-    landmark = _put(state.landmark, filled[0][:, :, :-1, -1], target)
+    landmark = _put(state.landmark, landmark, target)
     if state.key.device == target.device or bool(complete.any()):
         for store, x in ((state.key, filled[0]), (state.value, filled[1])):
             _put(store, x[:, :, :-1].to(store.device), target)

@@ -5,8 +5,11 @@ it equals the logsumexp of the block's scores, whose first-order form in the que
 published landmark learns its key from nothing, through all layers; here it starts from that mean, whose weights and
 linear map are fitted to the model's own scores before any training.
 
+Where a landmark only selects, a block can be ranked by a bound of its tokens' scores instead, which nothing fits.
+
 Source: the grouped softmax is that of Mohtashami and Jaggi 2023 (arXiv 2305.16300); the pooled keys are this
 project's. Mean keys of blocks select blocks in Lu et al. 2025 (MoBA, arXiv 2502.13189), without a gate.
+Bounds of the keys rank blocks in Tang et al. 2024 (Quest, arXiv 2406.10774); a block's parts are this project's.
 """
 
 import torch
@@ -51,3 +54,20 @@ class LandmarkKeys(nn.Module):
         pooled = (weights.softmax(-1)[..., None, :] @ keys)[..., 0, :] @ self.mix.to(keys.dtype)
         pooled = pooled + self.bias.to(keys.dtype)[:, None]
         return (pooled + self.landmark.to(keys.dtype)[:, None, None] * own).to(blocks.dtype)
+
+
+def key_bounds(blocks: Tensor, parts: int) -> Tensor:
+    """The greatest and the least key of each part of a block, elementwise.
+
+    Args:
+        blocks: `(B, G, U, P, D)`, keys rotated by their place in the block, the landmark last.
+        parts: C, runs of the P - 1 tokens as equal in length as they can be.
+
+    Returns:
+        `(B, G, U, C, 2 D)`, greatest first.
+    """
+    tokens = blocks.shape[3] - 1
+    bounds = torch.arange(parts + 1, device=blocks.device) * tokens // parts
+    place = bounds[:-1, None] + torch.arange(-(-tokens // parts), device=blocks.device)
+    keys = blocks[:, :, :, torch.minimum(place, bounds[1:, None] - 1)]  # a short part has its last token twice
+    return torch.cat([keys.amax(-2), keys.amin(-2)], dim=-1)

@@ -110,7 +110,8 @@ def landmark_retrieval_attention(
         query: `(B, H, T, D)`, not rotated.
         key, value: `(B, G, U, P, D)`: the U blocks that hold this call's tokens, of which a query sees its own up to
             itself.
-        blocks: the complete blocks, in slots of any order.
+        blocks: the complete blocks, in slots of any order. With bounds in place of landmarks' keys a block's score is
+            the best of its parts' bounds: `sum_d max(q_d greatest_d, q_d least_d)`, q rotated to the distance.
         position: `(B, T)` int64, a token's place in its row, landmarks counted; -1 = padding. Contiguous.
         first: `(B,)` int64, number of the first local block.
         top_k: blocks that a query reads, at least 1.
@@ -133,6 +134,8 @@ def landmark_retrieval_attention(
     """
     _check_retrieval(query, key, value, top_k, selection, max_blocks, rotary)
     check_block_weight(block_weight)
+    if blocks.landmark.dim() == 5 and block_weight == "landmark":
+        raise ValueError("bounds of the keys only select blocks: set block_weight to tokens")
     args = (query, key, value, blocks)
     options = {
         "position": position,

@@ -26,8 +26,9 @@ class LandmarkBlocks(NamedTuple):
     """Complete blocks of a batch of rows, in slots of any order.
 
     key, value `(B, G, N, P, D)`: keys rotated by their place in the block; on the query's device, or on the CPU.
-    landmark `(B, G, N, D)`: the key at place P - 1 of each, on the query's device. index `(B, N)` int64: number of
-    the block in a slot, -1 = empty.
+    landmark: what ranks them, on the query's device: `(B, G, N, D)`, the key at place P - 1 of each; or `(B, G, N, C,
+    2 D)`, the elementwise greatest and least key of each of its C parts, whose bound of their scores counts. index
+    `(B, N)` int64: number of the block in a slot, -1 = empty.
     """
 
     key: Tensor
@@ -46,6 +47,11 @@ class _Call(NamedTuple):
     rotary: tuple[Tensor, Tensor] | None
     scaling: float
     gated: bool  # whether a block weighs by its landmark, not by its tokens
+
+    @property
+    def bounds(self) -> bool:
+        """Whether blocks are ranked by bounds of their tokens' scores."""
+        return self.blocks.landmark.dim() == 5
 
 
 def run_retrieval(
@@ -73,6 +79,7 @@ def run_retrieval(
         wide = min(wide, max(2, TILE_ELEMENTS // max(1, each)))
     else:
         each = batch * heads * call.top_k * size * dim // (wide if selection == "head" else 1)
+    each = max(each, batch * heads * blocks.landmark.shape[2:-1].numel() if call.bounds else 0)
     step = max(1, TILE_ELEMENTS // max(1, each * wide))
     outputs = []
     for start in range(0, count, step):
@@ -164,12 +171,16 @@ def _rotations(call: _Call, query: Tensor, place: Tensor, size: int) -> Tensor:
 
 def _landmark_scores(call, turned, age, open_, found):
     """Of every candidate, as if its block lay where it is among the last K, else K + 1 back: `(B, H, u, w, N)`."""
-    batch, heads, u, w, _, dim = turned.shape
+    batch, heads, u, w, _, _ = turned.shape
     landmark = call.blocks.landmark
     each = heads // landmark.shape[1]
     far = _at(turned, (found + 1)[:, None, :, None, None].expand(-1, heads, -1, w, 1))[..., 0, :]
     grouped = far.unflatten(1, (-1, each)).flatten(2, 4)  # (B, G, H/G * u * w, D)
-    scores = product(grouped, landmark.transpose(-1, -2)) * call.scaling
+    if call.bounds:
+        scores = product(_halves(grouped), landmark.flatten(2, 3).transpose(-1, -2))
+        scores = scores.unflatten(-1, landmark.shape[2:4]).amax(-1) * call.scaling
+    else:
+        scores = product(grouped, landmark.transpose(-1, -2)) * call.scaling
     scores = scores.unflatten(2, (each, u, w)).flatten(1, 2)
     # The last K: the slot of each age, 1 to K; ages that are not there go to a place that is cut off.
     recent = open_ & (age <= found[..., None])
@@ -178,13 +189,23 @@ def _landmark_scores(call, turned, age, open_, found):
     slot.scatter_(-1, torch.where(recent, age - 1, call.top_k), number)
     there = torch.zeros_like(slot, dtype=torch.bool).scatter_(-1, torch.where(recent, age - 1, call.top_k), True)
     slot, there = slot[..., :-1], there[..., :-1]
-    near = landmark.gather(2, slot.flatten(1)[:, None, :, None].expand(-1, landmark.shape[1], -1, dim))
-    near = near.unflatten(2, (u, call.top_k)).repeat_interleave(each, dim=1)[:, :, :, None]  # (B, H, u, 1, K, D)
-    exact = (turned[..., 1:-1, :].to(scores.dtype) * near.to(scores.dtype)).sum(-1) * call.scaling
+    index = slot.flatten(1).view(batch, 1, -1, *[1] * (landmark.dim() - 3))
+    near = landmark.gather(2, index.expand(-1, landmark.shape[1], -1, *landmark.shape[3:]))
+    near = near.unflatten(2, (u, call.top_k)).repeat_interleave(each, dim=1)  # (B, H, u, K, D), or bounds
+    if call.bounds:
+        exact = product(_halves(turned[..., 1:-1, :]).transpose(3, 4), near.transpose(-1, -2)).amax(-1)
+        exact = exact.transpose(3, 4) * call.scaling
+    else:
+        exact = (turned[..., 1:-1, :].to(scores.dtype) * near[:, :, :, None].to(scores.dtype)).sum(-1) * call.scaling
     # Where an age is missing its entry points at slot 0: add nothing there.
     index = slot[:, None, :, None].expand_as(exact)
     change = (exact - scores.gather(-1, index)) * there[:, None, :, None]
     return scores.scatter_add(-1, index, change).masked_fill(~open_[:, None, :, None], HIDDEN)
+
+
+def _halves(query: Tensor) -> Tensor:
+    """`(..., D)` to `(..., 2 D)`: what meets the greatest key, and what meets the least."""
+    return torch.cat([query.clamp(min=0), query.clamp(max=0)], dim=-1)
 
 
 def _at(turned: Tensor, index: Tensor) -> Tensor:

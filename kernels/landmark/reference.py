@@ -142,7 +142,8 @@ def _quarter_turn(x: Tensor) -> Tensor:
 
 
 class _Block(NamedTuple):
-    """One block of a row: its number, its P keys (by place) and values `(H, P, D)`, its landmark's key `(H, D)`."""
+    """One block of a row: its number, its P keys (by place) and values `(H, P, D)`, its landmark's key `(H, D)` or
+    the greatest and least keys of its C parts `(H, C, 2 D)`."""
 
     number: int
     key: Tensor
@@ -191,11 +192,18 @@ def _own_block(query: Tensor, places: list[int], own: _Block, stored: list[_Bloc
     def recent(block):
         return block.number >= own.number - count
 
-    query = rotary.query(query, [home + place for place in places]) * scaling
+    def score(block):
+        start = home - (own.number - block.number) * size if recent(block) else 0
+        if block.landmark.dim() == 2:
+            return (query @ rotary.key(block.landmark, start)[..., None])[..., 0]
+        q = rotary.query(raw, [home - start + place for place in places])[:, :, None] * scaling
+        greatest, least = block.landmark[:, None].chunk(2, -1)  # (H, 1, C, D)
+        return torch.maximum(q * greatest, q * least).sum(-1).amax(-1)
+
+    raw, query = query, rotary.query(query, [home + place for place in places]) * scaling
     scores = query.new_zeros(*query.shape[:2], len(past))
     for c, block in enumerate(past):
-        start = home - (own.number - block.number) * size if recent(block) else 0
-        scores[..., c] = (query @ rotary.key(block.landmark, start)[..., None])[..., 0]
+        scores[..., c] = score(block)
     chosen = _select(scores, [own.number - block.number for block in past], count, selection)
     key = rotary.key(own.key, home)
     output = query.new_zeros(*query.shape[:2], own.value.shape[-1])
@@ -207,8 +215,9 @@ def _own_block(query: Tensor, places: list[int], own: _Block, stored: list[_Bloc
                 start = (s + 1 if recent(past[c]) else s) * size
                 tokens = rotary.key(past[c].key[head, :-1], start)
                 logits = tokens @ q
-                landmark = rotary.key(past[c].landmark[head], start)  # read where its tokens are
-                gate = landmark @ q if block_weight == "landmark" else logits.logsumexp(-1)
+                gate = logits.logsumexp(-1)
+                if block_weight == "landmark":  # read where its tokens are
+                    gate = rotary.key(past[c].landmark[head], start) @ q
                 groups.append(_Group(gate, logits, past[c].value[head, :-1]))
             local = key[head, :visible] @ q
             output[head, t] = _grouped_softmax(local, own.value[head, :visible], groups)

@@ -16,6 +16,9 @@ from linearize.modeling.landmark_tokens import Landmarks
 TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2, "gptj": make_gptj, "mistral": make_mistral}
 
 
+BOUNDS = {"landmark_key": "bounds", "block_weight": "tokens", "key_parts": 2}
+
+
 def make(kind="llama", **settings):
     mixer = {"type": "landmark", "block_size": 4, "top_k": 2, **settings}
     model = make_student(TEACHERS[kind](), {"landmark": mixer})
@@ -291,10 +294,11 @@ def test_only_the_landmark_is_new_and_starts_from_the_mean(tmp_path):
 
 
 @pytest.mark.parametrize("kind", TEACHERS)
+@pytest.mark.parametrize("keys", [{}, BOUNDS], ids=["pooled", "bounds"])
 @pytest.mark.parametrize("settings", [{"offload": True}, {"max_blocks": 9}, {"max_blocks": 9, "offload": True}])
-def test_where_blocks_lie_changes_nothing(kind, settings, ids):
+def test_where_blocks_lie_changes_nothing(kind, settings, keys, ids):
     """29 tokens are 9 blocks, so that the last 9 are all."""
-    plain, other = make(kind), make(kind, **settings)
+    plain, other = make(kind, **keys), make(kind, **settings, **keys)
     other.load_state_dict(plain.state_dict())
     caches = [DynamicCache(config=model.config) for model in (plain, other)]
     for piece in ids.split([9, 1, 1, 13, 5], dim=1):
@@ -312,9 +316,10 @@ def test_with_as_many_blocks_as_there_are_nothing_is_left_out(ids):
         assert not torch.allclose(few(ids).logits, dense(ids).logits, atol=1e-3)
 
 
+@pytest.mark.parametrize("keys", [{}, BOUNDS], ids=["pooled", "bounds"])
 @pytest.mark.parametrize("max_blocks", [2, 5])
-def test_the_cache_stays_within_its_blocks(max_blocks):
-    model = make(max_blocks=max_blocks)
+def test_the_cache_stays_within_its_blocks(max_blocks, keys):
+    model = make(max_blocks=max_blocks, **keys)
     ids = torch.randint(3, 97, (1, 400), generator=torch.Generator().manual_seed(2))
     cache, sizes = DynamicCache(config=model.config), []
     with torch.no_grad():
@@ -342,15 +347,43 @@ def test_blocks_are_not_copied_again_for_every_token(monkeypatch):
     assert len(moved) <= 3 * 6 and max(moved) <= 1.5 * 101
 
 
+@pytest.mark.parametrize("keys", [{}, BOUNDS], ids=["pooled", "bounds"])
 @pytest.mark.parametrize("selection", ["head", "token"])
-def test_other_selections_in_pieces(selection, ids):
+def test_other_selections_in_pieces(selection, keys, ids):
     """By `token`, pieces give the whole; by `head`, pieces of whole blocks do, whose tokens choose together."""
-    model = make(selection=selection)
+    model = make(selection=selection, **keys)
     sizes = [9, 6, 12, 2] if selection == "head" else [5, 1, 9, 14]
     cache = DynamicCache(config=model.config)
     with torch.no_grad():
         pieces = [model(piece, past_key_values=cache).logits for piece in ids.split(sizes, dim=1)]
         torch.testing.assert_close(torch.cat(pieces, dim=1), model(ids, use_cache=False).logits, rtol=0, atol=1e-5)
+
+
+def test_bounds_choose_other_blocks_and_hold_nothing_that_is_learned(ids):
+    """With every block read, ordinary softmax; with few, not those that mean keys choose."""
+    pooled, bounds = ({"block_weight": "tokens"}, BOUNDS)
+    found = {}
+    for top_k in (2, 100):
+        models = [make(top_k=top_k, **keys) for keys in (pooled, bounds)]
+        models[0].load_state_dict(models[1].state_dict(), strict=False)
+        assert not [name for name, _ in models[1].named_parameters() if ".keys." in name]
+        for attention in models[0].mixer_attentions():
+            attention.mixer.keys.reset_parameters()
+        with torch.no_grad():
+            found[top_k] = [model(ids, use_cache=False).logits for model in models]
+    torch.testing.assert_close(*found[100], rtol=0, atol=1e-5)
+    assert not torch.allclose(*found[2], atol=1e-3)
+
+
+@pytest.mark.parametrize("padding", [0, 7])
+def test_rows_of_bounds_are_alone_what_they_are_together(padding, ids):
+    model = make(**BOUNDS)
+    mask = torch.ones_like(ids)
+    mask[1, :padding] = 0
+    with torch.no_grad():
+        together = model(ids, attention_mask=mask, use_cache=False).logits
+        alone = model(ids[1:, padding:], use_cache=False).logits
+    torch.testing.assert_close(together[1:, padding:], alone, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 7, 100])
@@ -418,6 +451,11 @@ def test_landmarks_go_where_a_layer_lies():
         ({"selection": "best"}, "choose one of"),
         ({"block_dropout": 1.0}, "below 1"),
         ({"block_dropout_rows": 1.5}, "between 0 and 1"),
+        ({"landmark_key": "least"}, "choose one of"),
+        ({"landmark_key": "bounds"}, "set block_weight to tokens"),
+        ({"landmark_key": "bounds", "block_weight": "tokens", "key_parts": 0}, "at most the 63 tokens"),
+        ({"landmark_key": "bounds", "block_weight": "tokens", "key_parts": 64}, "at most the 63 tokens"),
+        ({"key_parts": 2}, "leave it out"),
         ({"contract": 9}, "contract 9"),
         ({"contract": 1}, "contract 1 .* set contract to 2"),
     ],

@@ -6,7 +6,7 @@ from tiny_models import make_gpt2, make_student, make_teacher, perturb
 from transformers import DynamicCache
 
 from linearize.modeling.attention_landmark import LandmarkAttentionConfig
-from linearize.modeling.landmark_keys import LandmarkKeys
+from linearize.modeling.landmark_keys import LandmarkKeys, key_bounds
 
 
 def make_keys(seed=0):
@@ -36,6 +36,23 @@ def test_starts_from_the_mean():
     half = keys(blocks.bfloat16())
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), blocks[..., :4, :].mean(3), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "runs", [[(0, 7)], [(0, 3), (3, 7)], [(0, 2), (2, 4), (4, 7)], [(i, i + 1) for i in range(7)]]
+)
+def test_bounds_of_parts(runs):
+    blocks = torch.randn(2, 3, 4, 8, 6, dtype=torch.float64)
+    found = key_bounds(blocks, len(runs))
+    assert found.shape == (2, 3, 4, len(runs), 12)
+    for part, (start, stop) in enumerate(runs):
+        assert torch.equal(found[..., part, :6], blocks[..., start:stop, :].amax(-2))
+        assert torch.equal(found[..., part, 6:], blocks[..., start:stop, :].amin(-2))
+    query = torch.randn(6, dtype=torch.float64)
+    bound = torch.maximum(found[..., :6] * query, found[..., 6:] * query).sum(-1).amax(-1)
+    best = (blocks[..., :7, :] @ query).amax(-1)
+    assert bool((bound >= best - 1e-12).all())
+    assert torch.allclose(bound, best) == (len(runs) == 7)
 
 
 @pytest.mark.parametrize("block_weight", ["landmark", "tokens"])

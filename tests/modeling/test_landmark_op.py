@@ -9,6 +9,7 @@ from torch.testing import assert_close
 from linearize.kernels.landmark import reference
 from linearize.kernels.landmark.reference import retrieval_reference
 from linearize.modeling import op_landmark_chunked, op_landmark_retrieval
+from linearize.modeling.landmark_keys import key_bounds
 from linearize.modeling.op_landmark import SELECTIONS, LandmarkBlocks, landmark_attention, landmark_retrieval_attention
 
 EXACT = {"rtol": 0, "atol": 1e-10}
@@ -167,6 +168,44 @@ def test_blocks_that_weigh_by_their_tokens_are_softmax_attention():
     visible = (token <= token[:, None]) & (token % 4 != 3)
     expected = functional.scaled_dot_product_attention(query, key, value, attn_mask=visible, enable_gqa=True)
     assert_close(found, expected, **EXACT)
+
+
+def bounded(call, parts):
+    """The same call with bounds of the stored blocks' keys in place of their landmarks' keys."""
+    (*inputs, blocks), options = call
+    return (*inputs, blocks._replace(landmark=key_bounds(blocks.key, parts))), options
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+@pytest.mark.parametrize("rotary", ROTARY)
+@pytest.mark.parametrize("parts", [1, 2, 4])
+@pytest.mark.parametrize("spans", [[(0, 27), (9, 20)], [(26, 27), (13, 14)]])
+def test_blocks_ranked_by_bounds_of_their_keys(spans, parts, rotary, selection, tiles):
+    call = retrieval_call(draw(27), 5, ROTARY[rotary], spans=spans)
+    options = {"top_k": 2, "selection": selection, "block_weight": "tokens"}
+    found, expected = both(bounded(call, parts), **options)
+    assert_close(found, expected, **EXACT)
+    assert not torch.allclose(found, both(call, **options)[0], atol=1e-3)  # other blocks
+
+
+def test_with_a_part_for_each_token_the_best_token_ranks_a_block():
+    """By hand, without rotation: the last token reads, beside its own block, the block with its best score."""
+    query, key, value = draw(30, batch=1, heads=2, groups=1)
+    call = bounded(retrieval_call((query, key, value), 5, None, spans=[(29, 30)]), 4)
+    found, _ = both(call, top_k=1, block_weight="tokens")
+    token = torch.arange(30)
+    real = token % 5 != 4
+    for head in range(2):
+        scores = (key[0, 0] @ query[0, head, 29]) / 6**0.5
+        best = scores.masked_fill(~real | (token >= 25), -torch.inf).argmax() // 5
+        seen = real & ((token // 5 == best) | (token >= 25))
+        assert_close(found[0, head, 0], scores.masked_fill(~seen, -torch.inf).softmax(0) @ value[0, 0], **EXACT)
+
+
+def test_bounds_are_no_gates():
+    args, options = finite(bounded(retrieval_call(draw(27), 4, None), 1))
+    with pytest.raises(ValueError, match="set block_weight to tokens"):
+        landmark_retrieval_attention(*args, **options, top_k=2)
 
 
 @pytest.mark.parametrize("max_blocks", [2, 3, 100])
