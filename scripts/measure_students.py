@@ -62,8 +62,9 @@ LEARNED: dict[str, dict[str, Any]] = {
     "landmark": {"type": "landmark", "top_k": 14, "selection": "head", "block_weight": "tokens"},
 }
 """Arms whose mechanism learns or is fitted before LoRA."""
-UNTRANSFERRED = ("landmark",)
-"""Of these, the one that attention transfer has nothing to teach."""
+GROWING = ("landmark",)
+"""Of these, the one without a bounded state: attention transfer has nothing to teach it, and past the teacher's
+positions it reads with a cache (`linearize evaluate --passkey`), not in one call."""
 TRAINING: dict[str, dict[str, Any]] = {
     "longer": {"sequence_length": 4 * LENGTH, "batch_size": 2},
     "mixed_lengths": {"sequence_length": [LENGTH, 4 * LENGTH], "batch_size": 2},
@@ -197,7 +198,8 @@ def train(args) -> None:
         found["bytes"] = {x.tokens: x.student for x in state_bytes(student.config, args.lengths, torch.bfloat16)}
         arms = ("teacher",) if arm == "teacher" else [x for x in ("mixed", "softmax") if x in student.arms()]
         for part in arms:
-            lengths = [n for n in args.lengths if n <= 8192 or part != "teacher"]
+            far = part != "teacher" and attention not in GROWING
+            lengths = [n for n in args.lengths if n <= 8192 or far]
             found[part] = score(args, student, part, lengths)
             print(f"{name:10s} {args.seed} {part:8s} {perplexities(found[part])}", flush=True)
             if part != "softmax" and args.recalled:
@@ -221,7 +223,7 @@ def learn(args, model: Any, name: str, kind: str) -> None:
     """Calibration and attention transfer, as the mechanism has them."""
     if kind in ("cosine", "landmark"):
         calibrate(model, blocks(args), args.calibrated, 8)
-    if kind in UNTRANSFERRED:
+    if kind in GROWING:
         return
     steps = args.transfer_steps
     stage = {"max_steps": steps, "batch_size": 8, "tokens_per_step": 8 * LENGTH, "save_steps": 10**6}
