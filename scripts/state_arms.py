@@ -1,29 +1,38 @@
 """Quadratic definitions of attention with a bounded state, to try an idea on a real model before it gets an op.
 
 `ArmAttention` takes the place of a Llama layer's attention and keeps its projections. What a layer may see is a
-`See`: a window, sinks, some old tokens kept exactly, and a memory of all others. Everything is masks over all pairs of
-tokens, so one definition serves training, and scoring at any length that fits; nothing here is fast.
+`See`: a window, sinks, some old tokens kept exactly or blocks of them read again, and a memory of all others. Kept
+tokens and blocks are masks over all pairs of tokens, a memory beside a plain window is read in chunks
+(`memory_scans.py`): one definition serves training, and scoring at any length that fits.
 
 - Kept tokens: a token leaves the window with a score, the softmax mass that it received from the queries of its
   key/value head's group (`late`: only from those at least half a window away). Of all tokens that have left, the
   `kept` best, less `age_penalty` nats a thousand tokens of age, stay visible exactly. The store changes once every 64
   tokens. Heavy hitters: Zhang et al. 2023, arXiv 2306.14048; beside a linear memory: STILL, arXiv 2602.02180.
-- Memory: hybrid linear attention, softmax maps of the unrotated queries and keys, a decay gate per key/value head from
-  the layer's input, forgetting counted from a key's entry into the memory (OPS.md 1, contract 2).
+- Blocks: all old tokens are stored, and each query reads those of the `blocks` blocks of `STEP` tokens with the
+  largest mean score (its product with the mean of the block's keys), the same for all query heads of a key/value head
+  (their softmax over blocks, summed): landmarks without training (arXiv 2305.16300), as in NSA (2502.11089).
+- Memory: `memory_arms.py`; by default hybrid linear attention, softmax maps of the unrotated queries and keys, a decay
+  gate per key/value head from the layer's input, forgetting counted from a key's entry (OPS.md 1, contract 2).
+- Window dropout: in finetuning a layer is left without its window, all earlier tokens in the memory, with a
+  probability that falls to 0 (scheduled sliding-window dropout, arXiv 2510.05901).
 
 Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from memory_arms import LinearMemory, make_memory
+from memory_scans import check_scans, difference, window_read
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 STEP = 64
-"""Tokens between two changes of the store of kept tokens."""
+"""Tokens between two changes of the store of kept tokens, and of a block that is read again."""
 BLOCK = 1024
 """Queries whose scores are in memory at once."""
 
@@ -40,48 +49,23 @@ class See:
     memory: int = 0
     """Width f of the memory's maps (F = 2 f); 0: no memory."""
     memory_bytes: int = 4
-    """Bytes of a number in the memory's sums."""
+    """Bytes of a number in the memory's sums; 2: rounded to bf16 in scoring (`gated_scan`)."""
+    variant: str = ""
+    """What the memory is (`memory_arms.make_memory`)."""
+    window_dropout: float = 0.0
+    """Probability of the first finetuning step that the window is left out."""
+    blocks: int = 0
+    """Blocks of old tokens read besides; all old tokens are then stored."""
+    spare: int = 0
+    """Bytes of state beside these."""
 
     def state_bytes(self, groups: int, head_dim: int, length: int) -> int:
         """Bytes of one sequence's state after `length` tokens: bf16 keys and values, an int32 place a kept token."""
-        exact = length if self.window == 0 else min(length, self.window + self.sinks + self.kept)
-        places = 4 * groups * self.kept
-        sums = groups * 2 * self.memory * (head_dim + 1) * self.memory_bytes
-        return exact * groups * head_dim * 4 + places + sums
-
-
-class Memory(nn.Module):
-    """Maps per query head and key/value head, the window's weight and shift, and the gate; float32."""
-
-    def __init__(self, heads: int, groups: int, head_dim: int, width: int, hidden: int):
-        super().__init__()
-        pairs = [i for p in range(head_dim // 2 - width // 2, head_dim // 2) for i in (p, p + head_dim // 2)]
-        eye = torch.eye(head_dim)[:, pairs]
-        self.query_map = nn.Parameter(eye.repeat(heads, 1, 1))
-        self.key_map = nn.Parameter(eye.repeat(groups, 1, 1))
-        self.query_magnitude = nn.Parameter(torch.zeros(heads, head_dim))
-        self.key_magnitude = nn.Parameter(torch.zeros(groups, head_dim))
-        self.log_weight = nn.Parameter(torch.full((heads,), math.log(16.0)))
-        self.shift = nn.Parameter(torch.full((heads,), 0.5))
-        self.gate_weight = nn.Parameter(torch.zeros(groups, hidden))
-        self.gate_bias = nn.Parameter(torch.full((groups,), 6.0))
-
-    def features(self, query: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-        return (
-            _features(query, self.query_map, self.query_magnitude),
-            _features(key, self.key_map, self.key_magnitude),
-        )
-
-    def decay_sums(self, hidden: Tensor) -> Tensor:
-        """Running sums of the log decay: `(B, G, T)`."""
-        gate = torch.einsum("btc,gc->bgt", hidden.float(), self.gate_weight) + self.gate_bias[None, :, None]
-        return F.logsigmoid(gate).cumsum(-1)
-
-
-def _features(x: Tensor, weight: Tensor, magnitude: Tensor) -> Tensor:
-    mapped = torch.einsum("bhtd,hdf->bhtf", x.float(), weight)
-    both = torch.cat([mapped.softmax(-1), (-mapped).softmax(-1)], -1).clamp_min(1e-12)
-    return both * torch.einsum("bhtd,hd->bht", x.float(), magnitude).clamp(-10, 10).exp()[..., None]
+        exact = length if self.window == 0 or self.blocks else min(length, self.window + self.sinks + self.kept)
+        places = 4 * groups * self.kept + 2 * groups * head_dim * (length // STEP) * bool(self.blocks)
+        columns = head_dim + (self.variant != "delta")
+        sums = groups * 2 * self.memory * columns * self.memory_bytes
+        return exact * groups * head_dim * 4 + places + sums + self.spare
 
 
 class ArmAttention(nn.Module):
@@ -90,13 +74,20 @@ class ArmAttention(nn.Module):
     Attributes:
         see: what it sees; None is the teacher.
         with_memory: False leaves the memory out, the window's own arm.
+        dropout: probability that a call with gradients leaves the window out.
         observer: called with `(self, hidden, query, key, value, raw_query, raw_key, output)` after each call.
     """
 
     def __init__(self, stock: nn.Module):
         super().__init__()
-        self.stock, self.see, self.with_memory, self.observer = stock, None, True, None
-        self.memory: Memory | None = None
+        self.stock, self.with_memory, self.dropout, self.observer = stock, True, 0.0, None
+        self.see: See | None = None
+        self.memory: nn.Module | None = None
+
+    def remember(self, see: See, heads: int, groups: int, hidden: int) -> None:
+        """Give it the memory that `see` asks for."""
+        device = self.stock.q_proj.weight.device
+        self.memory = make_memory(heads, groups, self.stock.head_dim, see.memory, hidden, see.variant).to(device)
 
     def forward(self, hidden_states, position_embeddings=None, **kwargs):
         stock = self.stock
@@ -118,27 +109,41 @@ class ArmAttention(nn.Module):
         see = self.see
         if see is None or see.window == 0:
             return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
-        visible = visible_pairs(see, query, key)
         if see.memory == 0 or not self.with_memory:
-            return _masked(query, key, value, visible)
+            return _masked(query, key, value, visible_pairs(see, query, key))
+        visible = visible_pairs(see, query, key) if see.kept else None
         call = (query, key, value, raw_query, raw_key, hidden, visible)
         if torch.is_grad_enabled():  # the scores of all layers at once would not fit
-            return torch.utils.checkpoint.checkpoint(self.mixed, *call, use_reentrant=False)
+            return checkpoint(self.mixed, *call, float(torch.rand(())) < self.dropout, use_reentrant=False)
         return self.mixed(*call)
 
-    def mixed(self, query, key, value, raw_query, raw_key, hidden, visible, linear_only=False) -> Tensor:
-        """Window and memory under one denominator; `linear_only`: every earlier key through the memory."""
+    def mixed(self, query, key, value, raw_query, raw_key, hidden, visible=None, linear_only=False) -> Tensor:
+        """Window and memory together; `linear_only`: every earlier token through the memory."""
+        memory, see = self.memory, self.see
+        assert memory is not None and see is not None
+        if visible is not None and not linear_only:
+            return self.mixed_pairs(query, key, value, raw_query, raw_key, hidden, visible)
+        memory.rounded = see.memory_bytes == 2 and not torch.is_grad_enabled()
+        window, sinks = (0, 0) if linear_only else (see.window, see.sinks)
+        read = memory.read(raw_query, raw_key, value, hidden, window, sinks)
+        if linear_only:
+            return memory.alone(read, hidden).to(query.dtype)
+        grouped = query.unflatten(1, (key.shape[1], -1))
+        near, level = (x.flatten(1, 2) for x in window_read(grouped, key, value, window, sinks))
+        return memory.mixed(read, near, level, hidden).to(query.dtype)
+
+    def mixed_pairs(self, query, key, value, raw_query, raw_key, hidden, visible) -> Tensor:
+        """Memory of all pairs of tokens that are not visible, and softmax of those that are: for kept tokens."""
         memory = self.memory
-        assert memory is not None and self.see is not None
+        assert isinstance(memory, LinearMemory) and self.see is not None and memory.variant == ""
         length, repeat = query.shape[2], query.shape[1] // key.shape[1]
         place = torch.arange(length, device=query.device)
         query_features, key_features = memory.features(raw_query, raw_key)
-        sums = memory.decay_sums(hidden).repeat_interleave(repeat, 1)
-        entry = sums[..., (place + (0 if linear_only else self.see.window)).clamp_max(length - 1)]
+        sums = memory.log_decay(hidden)[..., 0].cumsum(-1).repeat_interleave(repeat, 1)
+        entry = sums[..., (place + self.see.window).clamp_max(length - 1)]
         key_features, key, value = (x.repeat_interleave(repeat, 1) for x in (key_features, key, value))
-        mix = _remember if linear_only else mix_block
         outputs = [
-            mix(
+            mix_block(
                 query[:, :, rows],
                 key,
                 value,
@@ -156,12 +161,6 @@ class ArmAttention(nn.Module):
         return torch.cat(outputs, 2).to(query.dtype)
 
 
-def _remember(query, key, value, query_features, key_features, sums, entry, causal, *unused) -> Tensor:
-    decay = (sums[..., None] - entry[..., None, :]).clamp_max(0).exp()
-    weights = (query_features @ key_features.mT) * decay * causal
-    return (weights @ value.float()) / weights.sum(-1, keepdim=True).clamp_min(1e-20)
-
-
 def mix_block(
     query, key, value, query_features, key_features, sums, entry, causal, visible, log_weight, shift
 ) -> Tensor:
@@ -172,7 +171,7 @@ def mix_block(
     level = scores.logsumexp(-1, keepdim=True)
     mass = (log_weight[:, None, None] + shift[:, None, None] * level).clamp(-30, 30).exp()
     both = weights + mass * (scores - level).exp()
-    return (both @ value.float()) / both.sum(-1, keepdim=True).clamp_min(1e-20)
+    return (both @ value.to(both.dtype)) / both.sum(-1, keepdim=True).clamp_min(1e-20)
 
 
 def _masked(query, key, value, visible) -> Tensor:
@@ -199,6 +198,8 @@ def visible_pairs(see: See, query: Tensor, key: Tensor) -> Tensor:
     """Pairs that the softmax sees: `(1, 1, T, T)`, or `(B, H, T, T)` where tokens are kept."""
     length = query.shape[2]
     near = window_pairs(see.window, see.sinks, length, query.device)
+    if see.blocks:
+        return near | block_pairs(see, query, key)
     if see.kept == 0 or length <= see.window + see.sinks:
         return near
     with torch.no_grad():
@@ -209,6 +210,20 @@ def visible_pairs(see: See, query: Tensor, key: Tensor) -> Tensor:
     place = torch.arange(length, device=query.device)
     out = place[:, None] - place[None] >= see.window
     return near | (later & out).repeat_interleave(repeat, 1)
+
+
+@torch.no_grad()
+def block_pairs(see: See, query: Tensor, key: Tensor) -> Tensor:
+    """Pairs that the best blocks give: `(B, H, T, T)`. A block is read once its first token has left the window."""
+    length, repeat = query.shape[2], query.shape[1] // key.shape[1]
+    place = torch.arange(length, device=query.device)
+    pooled = F.pad(key, (0, 0, 0, -length % STEP)).unflatten(2, (-1, STEP)).mean(3)
+    scores = (query.unflatten(1, (-1, repeat)) @ pooled.mT[:, :, None]).float() * query.shape[-1] ** -0.5
+    gone = torch.arange(pooled.shape[2], device=query.device) * STEP <= place[:, None] - see.window
+    mass = scores.masked_fill(~gone, -1e9).softmax(-1).sum(2).masked_fill(~gone, -1)
+    best = mass.topk(min(see.blocks, mass.shape[-1]), dim=-1)
+    read = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, best.indices, best.values >= 0)
+    return read.repeat_interleave(STEP, 3)[..., :length].repeat_interleave(repeat, 1)
 
 
 def received_mass(see: See, query: Tensor, key: Tensor, near: Tensor) -> Tensor:
@@ -243,3 +258,46 @@ def kept_places(see: See, score: Tensor) -> Tensor:
     best = ranked.topk(min(see.kept, length), dim=-1)
     store = torch.zeros(batch, groups, steps, length, dtype=torch.bool, device=score.device)
     return store.scatter_(-1, best.indices, best.values > -math.inf)
+
+
+def check() -> dict[str, float]:
+    """The chunked forms against loops, and a memory read in chunks against the definition over pairs (float64)."""
+    results = check_scans()
+    torch.manual_seed(0)
+    heads, groups, dim, length, width = 4, 2, 16, 200, 24
+    arm = ArmAttention(nn.Identity())
+    arm.see = See(window=32, memory=8)
+    memory = arm.memory = make_memory(heads, groups, dim, 8, width, "").double()
+    for parameter in memory.parameters():
+        parameter.data += 0.3 * torch.randn_like(parameter)
+    memory.gate_bias.data -= 3
+    query, key, value, raw_query, raw_key = (
+        torch.randn(2, count, length, dim, dtype=torch.float64) for count in (heads, groups, groups, heads, groups)
+    )
+    call = (query, key, value, raw_query, raw_key, torch.randn(2, length, width, dtype=torch.float64))
+    pairs = window_pairs(32, 4, length, query.device)
+    see = See(window=70, blocks=2)
+    long = [torch.randn(1, count, 500, dim, dtype=torch.float64) for count in (heads, groups)]
+    results["blocks"] = float((block_pairs(see, *long) != _blocks_of_each_query(see, *long)).sum())
+    with torch.no_grad():
+        results["memory"] = difference(arm.mixed(*call), arm.mixed(*call, pairs))
+        changed = arm.mixed(*call)
+        arm.see = replace(arm.see, memory_bytes=2)
+        results["rounding of bf16 sums (no error)"] = difference(arm.mixed(*call), changed)
+    return results
+
+
+def _blocks_of_each_query(see: See, query: Tensor, key: Tensor) -> Tensor:
+    """`block_pairs`, one query at a time."""
+    (_, heads, length, dim), groups = query.shape, key.shape[1]
+    pairs = torch.zeros(1, heads, length, length, dtype=torch.bool)
+    for head in range(heads):
+        group = head * groups // heads
+        members = query[0, group * heads // groups : (group + 1) * heads // groups]
+        for place in range(see.window, length):
+            starts = range(0, place - see.window + 1, STEP)
+            means = torch.stack([key[0, group, start : start + STEP].sum(0) / STEP for start in starts])
+            mass = (members[:, place] @ means.mT * dim**-0.5).softmax(-1).sum(0)
+            for block in mass.topk(min(see.blocks, len(mass))).indices.tolist():
+                pairs[0, head, place, block * STEP : (block + 1) * STEP] = True
+    return pairs
