@@ -142,7 +142,7 @@ class DeltaMemory(nn.Module):
 
     @torch.no_grad()
     def start(self, raw_query, raw_key, value, hidden, output: Tensor) -> None:
-        """From a first batch: keys are centred, and each head's reading alone has the size that best gives `output`."""
+        """From a first batch: centre the keys, and give each head's reading the size that fits `output` best."""
         self.key_bias.copy_(-torch.einsum("bgtd,gdf->gf", raw_key.float(), self.key_map) / raw_key[:, 0, :, 0].numel())
         read = self.read(raw_query, raw_key, value, hidden, 0, 0)
         size = (read * output).sum((0, 2, 3)) / read.square().sum((0, 2, 3))
