@@ -50,7 +50,7 @@ def transfer(args, bench: Bench, layers: list[See | None]) -> list[float]:
         see = wanted[arm]
         target = output.float()
         if not means and isinstance(arm.memory, DeltaMemory):
-            arm.memory.start(raw_key, value)
+            arm.memory.start(raw_query, raw_key, value, hidden, target)
         with torch.enable_grad():
             visible = visible_pairs(see, query, key) if see.kept else None
             arm.see = see

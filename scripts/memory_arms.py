@@ -9,9 +9,9 @@ there, by gates of the tokens that come in meanwhile. What it reads is mixed wit
   convolution of width 4 on what the maps read, started as identity (LAWCAT, arXiv 2509.18467; Mamba, 2312.00752).
 - `DeltaMemory`: the gated delta rule (Gated DeltaNet, arXiv 2412.06464; Kimi Linear, 2510.26692; RADLADS, 2505.03005)
   on unit-norm maps of the unrotated queries and keys, `beta = sigmoid(w.x + b)` from the written token's own input.
-  Its reading has an RMS norm of its own, a scale a channel, and is mixed as `(1 - m) window + m memory`,
-  `m = sigmoid(w.x + b + c * log-sum-exp)`, 0 as long as it is empty. Keys are centred before the norm: without that
-  they all point one way, and each write would take the place of the one before.
+  Its reading is scaled by a learned factor a channel (an RMS norm in its place was worse in the two layers tried), and
+  mixed as `(1 - m) window + m memory`, `m = sigmoid(w.x + b + c * log-sum-exp)`, 0 as long as it is empty. Keys are
+  centred before their norm: without that they all point one way, and each write would take the place of the last.
 
 Maps are per head, before position; everything is float32.
 Shapes: B batch, H query heads, G key/value heads, T tokens, D head dim, C the model's width.
@@ -141,14 +141,15 @@ class DeltaMemory(nn.Module):
         self.mix_level = nn.Parameter(torch.zeros(heads))
 
     @torch.no_grad()
-    def start(self, raw_key: Tensor, value: Tensor) -> None:
-        """Centre the keys and give the reading the values' size, from a first batch."""
+    def start(self, raw_query, raw_key, value, hidden, output: Tensor) -> None:
+        """From a first batch: centre the keys, and give each head's reading the size that fits `output` best."""
         self.key_bias.copy_(-torch.einsum("bgtd,gdf->gf", raw_key.float(), self.key_map) / raw_key[:, 0, :, 0].numel())
-        scale = value.float().square().mean((0, 2)).sqrt().clamp_min(1e-4).log()
-        self.log_scale.copy_(scale.repeat_interleave(len(self.log_scale) // self.groups, 0))
+        read = self.read(raw_query, raw_key, value, hidden, 0, 0)
+        size = (read * output).sum((0, 2, 3)) / read.square().sum((0, 2, 3))
+        self.log_scale.copy_(size.clamp_min(1e-3).log()[:, None].expand_as(self.log_scale))
 
     def read(self, raw_query, raw_key, value, hidden, window: int, sinks: int) -> Tensor:
-        """What the state says to the queries, normalised; 0 while it is empty: `(B, H, T, D)`."""
+        """What the state says to the queries, scaled; 0 while it is empty: `(B, H, T, D)`."""
         dtype = self.key_map.dtype
         hidden = hidden.to(dtype)
         query = torch.einsum("bhtd,hdf->bhtf", raw_query.to(dtype), self.query_map) + self.query_bias[:, None]
@@ -160,7 +161,7 @@ class DeltaMemory(nn.Module):
         )
         stream = [entering(x, window, sinks) for x in (F.normalize(key, dim=-1), value.to(dtype), beta.sigmoid())]
         output = delta_scan(query, *stream[:2], F.logsigmoid(gate), stream[2]).flatten(1, 2)
-        return output * (output.square().mean(-1, keepdim=True) + 1e-6).rsqrt() * self.log_scale.exp()[:, None]
+        return output * self.log_scale.exp()[:, None]
 
     def alone(self, read: Tensor, hidden: Tensor) -> Tensor:
         return read

@@ -97,6 +97,7 @@ class ArmAttention(nn.Module):
             for projection in (stock.q_proj, stock.k_proj, stock.v_proj)
         )
         query, key = apply_rotary_pos_emb(raw_query, raw_key, *position_embeddings)
+        query, key = query.to(value.dtype), key.to(value.dtype)  # a float32 rotation under autocast leaves float32
         inputs = (hidden_states, query, key, value, raw_query, raw_key)
         with torch.autocast(hidden_states.device.type, enabled=False):  # it would round the memory's products
             output = self.attend(*inputs)
