@@ -260,18 +260,17 @@ def measure_mass(model: Any, tokenizer: Any, asked: Sequence[Prompt], args, top_
     facts: list[set[int]] = []
 
     def watch(call, turned, age, open_, count):
-        narrow = call._replace(top_k=top_k)
-        few = torch.cat([turned[..., : top_k + 1, :], turned[..., top_k + 1 : top_k + 2, :]], dim=-2)
-        near = count.clamp(max=top_k)
+        few = min(top_k, call.top_k)  # of a short text all
+        narrow, near, turns = call._replace(top_k=few), count.clamp(max=few), turned[..., : few + 2, :]
         truth = true_sums(call, turned, age).masked_fill(~open_[:, None, :, None], op.HIDDEN).softmax(-1)[:, :, 0, 0]
         rows = zip(call.blocks.index, facts, strict=True)
         held = torch.stack([torch.isin(row, torch.tensor(sorted(fact), device=row.device)) for row, fact in rows])
         fact = (truth * held[:, None]).sum(-1)
         row: dict[str, tuple[Tensor, Tensor]] = {}
         for name, score in kinds.items():
-            best = (score or own)(narrow, few, age, open_, near)[:, :, 0, 0].topk(top_k, dim=-1).indices
+            best = (score or own)(narrow, turns, age, open_, near)[:, :, 0, 0].topk(few, dim=-1).indices
             row[name] = truth.gather(-1, best).sum(-1), held[:, None].expand_as(truth).gather(-1, best).any(-1)
-        found.append((fact, row, truth.topk(top_k, dim=-1).values.sum(-1)))
+        found.append((fact, row, truth.topk(few, dim=-1).values.sum(-1)))
         return own(call, turned, age, open_, count)
 
     with measuring(model, "mixed") as base:
