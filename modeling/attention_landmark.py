@@ -100,8 +100,7 @@ class LandmarkAttentionConfig:
             raise ValueError("landmark_key bounds only selects blocks: set block_weight to tokens")
         if not 1 <= self.key_parts < self.block_size:
             raise ValueError(
-                f"key_parts is {self.key_parts}: it must be at least 1 and at most the {self.block_size - 1} tokens of "
-                "a block"
+                f"key_parts is {self.key_parts}: a block of {self.block_size - 1} tokens has 1 to as many parts"
             )
 
     def _check_contract(self) -> None:
@@ -291,9 +290,8 @@ class LandmarkAttention(nn.Module):
 
     def _summary(self, blocks: Tensor) -> Tensor:
         """What ranks blocks of the keys `(B, G, U, P, D)`: their landmarks' keys, or bounds of their tokens'."""
-        return (
-            key_bounds(blocks, self.config.key_parts) if self.config.landmark_key == "bounds" else blocks[..., -1, :]
-        )
+        bounds = self.config.landmark_key == "bounds"
+        return key_bounds(blocks, self.config.key_parts) if bounds else blocks[..., -1, :]
 
 
 def block_rotated(

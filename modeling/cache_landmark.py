@@ -17,8 +17,9 @@ class LandmarkState(NamedTuple):
     """Blocks and tail of a batch of rows.
 
     key, value `(B, G, N + 1, P, D)`, landmark `(B, G, N + 1, D)`, or bounds `(B, G, N + 1, C, 2 D)`, index
-    `(B, N + 1)`: as in `LandmarkBlocks`; block i lies in slot i % N, the last slot takes what is no block. tail_key, tail_value `(B, G, P, D)`: the incomplete
-    block, zeros beyond its tokens. count `(B,)`: tokens of each row, landmarks counted.
+    `(B, N + 1)`: as in `LandmarkBlocks`; block i lies in slot i % N, the last slot takes what is no block. tail_key,
+    tail_value `(B, G, P, D)`: the incomplete block, zeros beyond its tokens. count `(B,)`: tokens of each row,
+    landmarks counted.
     """
 
     key: Tensor

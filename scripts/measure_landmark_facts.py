@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--train", help="text that keys are fitted to, for variants with fit=64")
     parser.add_argument("--lengths", default="2k")
     parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--items", help="of the trials, as in 0:100, to split a long run; default all")
     parser.add_argument("--variants", nargs="+", default=["teacher", "all", "own", "bounds", "exact"])
     parser.add_argument("--mass", action="store_true")
     parser.add_argument("--batch_tokens", type=int, default=131_072, help="of prompts read together")
@@ -64,6 +65,9 @@ def main() -> None:
     tokenizer = load_tokenizer(args.model)
     documents = read_documents([args.text])
     prompts = natural_prompts(tokenizer, args.lengths, documents, trials=Trials(args.trials))
+    if args.items:
+        begin, end = map(int, args.items.split(":"))
+        prompts = {length: asked[begin:end] for length, asked in prompts.items()}
     rows: list[dict[str, Any]] = []
     for variant in args.variants:
         score, settings = parse_variant(variant)
@@ -72,7 +76,7 @@ def main() -> None:
             begun = time.time()
             found = measure(model, tokenizer, asked, args, ranking(score, settings))
             rows.append({"variant": variant, "length": length, **found, "seconds": time.time() - begun})
-            print(line(rows[-1]), flush=True)
+            print(line(rows[-1]), *paired(rows), sep="\n  ", flush=True)
             if args.mass and score == "all":
                 rows[-1]["mass"] = measure_mass(model, tokenizer, asked[: args.trials // 4 or 1], args)
             args.output.write_text(json.dumps(rows, indent=1) + "\n")
@@ -256,18 +260,17 @@ def measure_mass(model: Any, tokenizer: Any, asked: Sequence[Prompt], args, top_
     facts: list[set[int]] = []
 
     def watch(call, turned, age, open_, count):
-        narrow = call._replace(top_k=top_k)
-        few = torch.cat([turned[..., : top_k + 1, :], turned[..., top_k + 1 : top_k + 2, :]], dim=-2)
-        near = count.clamp(max=top_k)
+        few = min(top_k, call.top_k)  # of a short text all
+        narrow, near, turns = call._replace(top_k=few), count.clamp(max=few), turned[..., : few + 2, :]
         truth = true_sums(call, turned, age).masked_fill(~open_[:, None, :, None], op.HIDDEN).softmax(-1)[:, :, 0, 0]
         rows = zip(call.blocks.index, facts, strict=True)
         held = torch.stack([torch.isin(row, torch.tensor(sorted(fact), device=row.device)) for row, fact in rows])
         fact = (truth * held[:, None]).sum(-1)
         row: dict[str, tuple[Tensor, Tensor]] = {}
         for name, score in kinds.items():
-            best = (score or own)(narrow, few, age, open_, near)[:, :, 0, 0].topk(top_k, dim=-1).indices
+            best = (score or own)(narrow, turns, age, open_, near)[:, :, 0, 0].topk(few, dim=-1).indices
             row[name] = truth.gather(-1, best).sum(-1), held[:, None].expand_as(truth).gather(-1, best).any(-1)
-        found.append((fact, row, truth.topk(top_k, dim=-1).values.sum(-1)))
+        found.append((fact, row, truth.topk(few, dim=-1).values.sum(-1)))
         return own(call, turned, age, open_, count)
 
     with measuring(model, "mixed") as base:
@@ -301,6 +304,18 @@ def fact_blocks(tokenizer: Any, prompt: Prompt, size: int) -> set[int]:
     """Blocks in which the fact stands."""
     end = prompt.position + len(encode(tokenizer, f" {prompt.fact}"))
     return {token // (size - 1) for token in range(prompt.position, end)}
+
+
+def paired(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The last row against the softmax models measured before it on the same prompts, with 95% intervals."""
+    last, lines = rows[-1], []
+    for row in rows[:-1]:
+        if row["variant"] in ("teacher", "yarn") and row["length"] == last["length"]:
+            pairs = zip(last["answers"], row["answers"], strict=True)
+            change = torch.tensor([100.0 * (mine["hit"] - its["hit"]) for mine, its in pairs])
+            margin = 1.96 * change.std().item() / len(change) ** 0.5
+            lines.append(f"against {row['variant']}: {change.mean().item():+.1f} +- {margin:.1f} points")
+    return lines
 
 
 def line(row: dict[str, Any]) -> str:
