@@ -80,6 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("action", choices=["select", "train", "report"])
     parser.add_argument("--model", help="a directory, or a .gguf file")
+    parser.add_argument("--tokenizer", help="a directory; default: that of the model")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--arms", default="teacher")
     parser.add_argument("--seed", type=int, default=0)
@@ -266,7 +267,7 @@ def score(args, model: Any, arm: str, lengths: list[int]) -> dict:
 @torch.no_grad()
 def recall(args, model: Any, arm: str) -> dict[str, dict[str, list[float]]]:
     """task -> length -> of each prompt, the share of the answer's tokens that are the most likely one."""
-    tokenizer, text = AutoTokenizer.from_pretrained(args.model), texts(args)["validation"]
+    tokenizer, text = AutoTokenizer.from_pretrained(args.tokenizer or args.model), texts(args)["validation"]
     found: dict[str, dict[str, list[float]]] = {}
     with model.use_arm(arm):
         for length in (n for n in args.lengths if n <= 8192):
