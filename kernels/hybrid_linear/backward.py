@@ -225,7 +225,7 @@ def hybrid_linear_bwd_reverse_kernel(
     in_f, in_v = f < F, e < V
     b64 = batch.to(tl.int64)
     state = b64 * H + head
-    acc = tl.zeros((BF, BV), tl.float32)
+    acc = tl.zeros((BV, BF), tl.float32)
     acc_z = tl.zeros((BF,), tl.float32)
     fq_row = feature_q + b64 * fq_b + head * fq_h + f[None, :]
     go_row = grad_output + b64 * go_b + head * go_h + e[None, :]
@@ -233,26 +233,26 @@ def hybrid_linear_bwd_reverse_kernel(
     if DECAY:
         memory = b64 * E + head // (H // E)
         decay += memory * length + first
-        held = tl.zeros((BF, BV), before.dtype.element_ty)  # no sums lie behind the last chunk
+        held = tl.zeros((BV, BF), before.dtype.element_ty)  # no sums lie behind the last chunk
         held_z = tl.zeros((BF,), tl.float32)
         whole = tl.load(decay + count - 1, mask=count > 0, other=0.0)
         if LAST:  # query heads that share a state: one of them sends its gradient
             sends = tl.where(head % (H // E) == 0, 1.0, 0.0)
-            acc = tl.load(last_kv + (memory * F + f[:, None]) * V + e[None, :], in_f[:, None] & in_v[None, :], 0.0)
+            acc = tl.load(last_kv + (memory * F + f[None, :]) * V + e[:, None], in_f[None, :] & in_v[:, None], 0.0)
             acc *= sends
             acc_z = tl.load(last_z + memory * F + f, in_f, 0.0) * sends
     for i in range(0, chunks):
         c = chunks - 1 - i
         slot_index = state * slots + slot + c
         tl.store(
-            sums + slot_index * (F * V) + f[:, None] * V + e[None, :],
+            sums + slot_index * (F * V) + f[None, :] * V + e[:, None],
             acc.to(sums.dtype.element_ty),
-            mask=in_f[:, None] & in_v[None, :],
+            mask=in_f[None, :] & in_v[:, None],
         )
         if tile_v == 0:
             tl.store(sums_z + slot_index * F + f, acc_z, mask=in_f)
         if DECAY:
-            product = tl.sum(acc * held.to(tl.float32), 1)
+            product = tl.sum(acc * held.to(tl.float32), 0)
             if tile_v == 0:
                 product += acc_z * held_z
             place = ((tile_v * states + state) * slots + slot + c) * F + f
@@ -260,7 +260,7 @@ def hybrid_linear_bwd_reverse_kernel(
             # Those before this chunk are what the next step needs: asked for here, they come beside its other loads.
             held_index = memory * slots + slot + c
             held = tl.load(
-                before + held_index * (F * V) + f[:, None] * V + e[None, :], in_f[:, None] & in_v[None, :], 0.0
+                before + held_index * (F * V) + f[None, :] * V + e[:, None], in_f[None, :] & in_v[:, None], 0.0
             )
             held_z = tl.load(before_z + held_index * F + f, in_f, 0.0)
         t = c * C + tl.arange(0, C)
@@ -278,11 +278,11 @@ def hybrid_linear_bwd_reverse_kernel(
             acc *= tl.exp2(whole)
             acc_z *= tl.exp2(whole)
             whole = tl.load(decay + tl.maximum(c * C - 1, 0))
-        scaled = (grad.to(tl.float32) * inverse[:, None]).to(DOT)
-        acc = tl.dot(tl.trans(phi.to(DOT)), scaled, acc, input_precision=PRECISION)
-        acc_z += tl.sum(phi.to(tl.float32) * grad_den[:, None], 0)
+        phi = phi.to(tl.float32)
+        acc = tl.dot(tl.trans(grad.to(DOT)), (phi * inverse[:, None]).to(DOT), acc, input_precision=PRECISION)
+        acc_z += tl.sum(phi * grad_den[:, None], 0)
     if PAST:
-        tl.store(first_kv + (state * F + f[:, None]) * V + e[None, :], acc, mask=in_f[:, None] & in_v[None, :])
+        tl.store(first_kv + (state * F + f[None, :]) * V + e[:, None], acc, mask=in_f[None, :] & in_v[:, None])
         if tile_v == 0:
             tl.store(first_z + state * F + f, acc_z, mask=in_f)
 
@@ -340,8 +340,7 @@ def hybrid_linear_bwd_key_kernel(
         entry = j + W
         enters = valid & (entry < count)
         since = tl.load(decay + entry, mask=enters, other=0.0)
-        kept = tl.exp2(tl.load(decay + decay_plane + entry, mask=enters, other=0.0))
-        kept = tl.where(enters, kept, 0.0)
+        kept = tl.load(decay + decay_plane + entry, mask=enters, other=0.0)
     sum_index = (b64 * H + head) * slots + slot + chunk
     folded = valid & (j < count - W)
     last_index = b64 * E + head // (H // E)
@@ -368,8 +367,8 @@ def hybrid_linear_bwd_key_kernel(
             grad_den = tl.load(terms + 3 * plane + stat + i, mask=real, other=0.0)
             g = tl.dot(v, tl.trans(grad), input_precision=PRECISION) * inverse[None, :] + grad_den[None, :]
             if DECAY:
-                left = tl.load(decay + i, mask=real, other=0.0)
-                g *= tl.exp2(tl.minimum(left[None, :] - since[:, None], 0.0))
+                left = tl.load(decay + i, mask=real, other=float("-inf"))
+                g *= tl.exp2(left[None, :] - since[:, None])
             g = tl.where(i[None, :] - j[:, None] >= W, g, 0.0)
             acc = tl.dot(g.to(DOT), phi, acc, input_precision=PRECISION)
         acc = tl.where(valid[:, None], acc, 0.0)
@@ -422,8 +421,8 @@ def hybrid_linear_bwd_key_kernel(
                 inverse = tl.load(terms + 2 * plane + stat + i, mask=real, other=0.0)
                 pairs = tl.dot(fk, tl.trans(phi), input_precision=PRECISION) * inverse[None, :]
                 if DECAY:
-                    left = tl.load(decay + i, mask=real, other=0.0)
-                    pairs *= tl.exp2(tl.minimum(left[None, :] - since[:, None], 0.0))
+                    left = tl.load(decay + i, mask=real, other=float("-inf"))
+                    pairs *= tl.exp2(left[None, :] - since[:, None])
                 pairs = tl.where(i[None, :] - j[:, None] >= W, pairs, 0.0)
                 acc_v = tl.dot(pairs.to(DOT), grad, acc_v, input_precision=PRECISION)
         store_rows(grad_value + place * V, H * V, j, exists, acc_v, V, BV)

@@ -29,7 +29,8 @@ def hybrid_linear_decay_fwd_kernel(
     log_decay, sums, table, base, start, size, number, length, plane,
     E: tl.constexpr, C: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
-    """sums `(2, B, E, T)`: log_decay to base 2, over the chunk's tokens up to each one, and over those after it."""
+    """sums `(2, B, E, T)`: log_decay to base 2 over the chunk's tokens up to each one, and 2 to that over those after
+    it."""
     batch, head = tl.program_id(1) // E, tl.program_id(1) % E
     chunk, slot, first, count = find_block(tl.program_id(0), batch, table, base, number, start, size, length, KIND)
     inside = tl.arange(0, C)
@@ -40,7 +41,7 @@ def hybrid_linear_decay_fwd_kernel(
     # 2^-128 is 0 in float32: larger steps would only cost the sums their digits.
     step, later = tl.maximum(step * LOG2E, -128.0), tl.maximum(later * LOG2E, -128.0)
     tl.store(sums + row + t, tl.cumsum(step.to(tl.float64), 0).to(tl.float32), mask=t < count)
-    tl.store(sums + plane + row + t, tl.cumsum(later, 0, reverse=True), mask=t < count)
+    tl.store(sums + plane + row + t, tl.exp2(tl.cumsum(later, 0, reverse=True)), mask=t < count)
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def decay_sums(rows: Rows, blocks: Blocks, log_decay: Tensor, shared: dict) -> T
         blocks: the chunks of queries. shared: compile-time constants of the call.
 
     Returns:
-        `(2, B, E, T)`: over a chunk's tokens up to each token, and over those after it.
+        `(2, B, E, T)`: over a chunk's tokens up to each token, and 2 to the power of that over those after it.
     """
     batch, heads, length = log_decay.shape
     sums = torch.empty(2, batch, heads, length, dtype=torch.float32, device=log_decay.device)

@@ -33,7 +33,11 @@ def hybrid_linear_state_kernel(
     KIND: tl.constexpr, PAST: tl.constexpr, DECAY: tl.constexpr, FINAL: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """sums `(B E, slots, F, V)` in DOT's dtype and sums_z `(B E, slots, F)`: what precedes each chunk."""
+    """sums `(B E, slots, F, V)` in DOT's dtype and sums_z `(B E, slots, F)`: what precedes each chunk.
+
+    A program's tile stands transposed, `(V, F)`: features, which are scaled and added up in registers, are its narrow
+    side, and values go from memory to the product as they are.
+    """
     tiles_v: tl.constexpr = (V + BV - 1) // BV
     tile_f, tile_v = tl.program_id(0) // tiles_v, tl.program_id(0) % tiles_v
     row, head = tl.program_id(1) // E, (tl.program_id(1) % E).to(tl.int64)
@@ -45,23 +49,23 @@ def hybrid_linear_state_kernel(
     group = head // (E // G)
     state = (batch * E + head).to(tl.int64)
     lowest = S + 0
-    acc = tl.zeros((BF, BV), tl.float32)
+    acc = tl.zeros((BV, BF), tl.float32)
     acc_z = tl.zeros((BF,), tl.float32)
     if PAST:
         seen = tl.load(past + batch).to(tl.int32)
         lowest = tl.maximum(S - seen, -tl.minimum(seen, W))
-        acc = tl.load(first_kv + (state * F + f[:, None]) * V + e[None, :], in_f[:, None] & in_v[None, :], 0.0)
+        acc = tl.load(first_kv + (state * F + f[None, :]) * V + e[:, None], in_f[None, :] & in_v[:, None], 0.0)
         acc_z = tl.load(first_z + state * F + f, in_f, 0.0)
     key_first = key_offset if PAST else first
     fk_row = feature_k + batch.to(tl.int64) * fk_b + head * fk_h + f[None, :]
     v_row = value + batch.to(tl.int64) * v_b + group * v_h + e[None, :]
-    out = sums + (state * slots + slot) * (F * V) + f[:, None] * V + e[None, :]
+    out = sums + (state * slots + slot) * (F * V) + f[None, :] * V + e[:, None]
     out_z = sums_z + (state * slots + slot) * F + f
     chunks = tl.cdiv(count, C)
     if DECAY:  # of the whole chunk, always asked for a step before it is needed
         whole = tl.load(decay + state * length + first + tl.minimum(C, count) - 1, mask=count > 0, other=0.0)
     for c in range(0, chunks):
-        tl.store(out, acc.to(sums.dtype.element_ty), mask=in_f[:, None] & in_v[None, :])
+        tl.store(out, acc.to(sums.dtype.element_ty), mask=in_f[None, :] & in_v[:, None])
         if tile_v == 0:
             tl.store(out_z, acc_z, mask=in_f)
         out += F * V
@@ -73,12 +77,12 @@ def hybrid_linear_state_kernel(
         v = tl.load(v_row + index * v_t, mask=inside & in_v[None, :], other=0.0)
         if DECAY:  # the keys that enter at this chunk's tokens, at its end
             entry = c * C + tl.arange(0, C)
-            after = tl.load(decay + decay_plane + state * length + first + entry, mask=entry < count, other=0.0)
-            phi = phi.to(tl.float32) * tl.exp2(after)[:, None]
+            rest = tl.load(decay + decay_plane + state * length + first + entry, mask=entry < count, other=0.0)
+            phi = phi.to(tl.float32) * rest[:, None]
             acc *= tl.exp2(whole)
             acc_z *= tl.exp2(whole)
             whole = tl.load(decay + state * length + first + tl.minimum(c * C + 2 * C, count) - 1)
-        acc = tl.dot(tl.trans(phi.to(DOT)), v.to(DOT), acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(v.to(DOT)), phi.to(DOT), acc, input_precision=PRECISION)
         acc_z += tl.sum(phi.to(tl.float32), 0)
     if (
         FINAL
@@ -88,9 +92,9 @@ def hybrid_linear_state_kernel(
         index = (key_first + t).to(tl.int64)[:, None]
         phi = tl.load(fk_row + index * fk_t, mask=inside & in_f[None, :], other=0.0)
         v = tl.load(v_row + index * v_t, mask=inside & in_v[None, :], other=0.0)
-        acc = tl.dot(tl.trans(phi.to(DOT)), v.to(DOT), acc, input_precision=PRECISION)
+        acc = tl.dot(tl.trans(v.to(DOT)), phi.to(DOT), acc, input_precision=PRECISION)
         acc_z += tl.sum(phi.to(tl.float32), 0)
-        tl.store(last_kv + (state * F + f[:, None]) * V + e[None, :], acc, mask=in_f[:, None] & in_v[None, :])
+        tl.store(last_kv + (state * F + f[None, :]) * V + e[:, None], acc, mask=in_f[None, :] & in_v[:, None])
         if tile_v == 0:
             tl.store(last_z + state * F + f, acc_z, mask=in_f)
 
@@ -176,8 +180,10 @@ def hybrid_linear_fwd_kernel(
                 there = (j >= lowest) & (j < count)
                 k = load_columns(k_row, k_t, j, there, D, BD)
                 v = load_rows(v_row, v_t, j, there, V, BV)
-                gap = t[:, None] - j[None, :]
-                mask = there[None, :] & (gap >= 0) & (gap < W)
+                gap = (t - j0)[:, None] - tl.arange(0, BK)[None, :]
+                mask = gap.to(tl.uint32, bitcast=True) < W
+                if S > 0 or PAST:  # else a key before the row lies in no tile; one behind it is no query's
+                    mask &= (j >= lowest)[None, :]
                 before = top
                 acc, top, total, s = softmax_step(
                     q, k.to(DOT), v.to(DOT), mask, scale, acc, top, total, DOT, PRECISION
@@ -224,9 +230,12 @@ def hybrid_linear_fwd_kernel(
 
 @triton.jit
 def pair_decay(decay_row, left, entry, count):
-    """What is left for queries, whose sums are `left`, of keys that entered at `entry`: `(queries, keys)`."""
-    since = tl.load(decay_row + entry, mask=(entry >= 0) & (entry < count), other=0.0)
-    return tl.exp2(tl.minimum(left[:, None] - since[None, :], 0.0))
+    """What is left for queries, whose sums are `left`, of keys that entered at `entry` >= 0: `(queries, keys)`.
+
+    Anything where a key enters after the query: the caller selects.
+    """
+    since = tl.load(decay_row + entry, mask=entry < count, other=0.0)
+    return tl.exp2(left[:, None] - since[None, :])
 
 
 @triton.jit
@@ -239,14 +248,17 @@ def add_linear_branch(
     f = tl.arange(0, BF)
     phi = load_rows(fq_row, fq_t, first + t, real, F, BF)
     z = tl.load(sums_z + sum_index * F + f, mask=f < F, other=0.0)
-    reading = phi
-    if DECAY:
-        left = tl.load(decay_row + t, mask=real, other=0.0)
-        reading = phi.to(tl.float32) * tl.exp2(left)[:, None]
-    den += tl.sum(reading.to(tl.float32) * z[None, :], 1)
+    read = tl.sum(phi.to(tl.float32) * z[None, :], 1)
     phi = phi.to(DOT)
     kv = load_rows(sums + sum_index * (F * V), V, f, f < F, V, BV)
-    acc = tl.dot(reading.to(DOT), kv, acc, input_precision=PRECISION)
+    if DECAY:  # after the product: features are rounded once, and no second copy of them takes registers
+        left = tl.load(decay_row + t, mask=real, other=0.0)
+        keeps = tl.exp2(left)
+        den += keeps * read
+        acc += keeps[:, None] * tl.dot(phi, kv, input_precision=PRECISION)
+    else:
+        den += read
+        acc = tl.dot(phi, kv, acc, input_precision=PRECISION)
     for j0 in range(from_key, tl.minimum(begin + BQ - W, count), BK):
         j = j0 + tl.arange(0, BK)
         there = (j >= lowest) & (j < count)
@@ -255,7 +267,8 @@ def add_linear_branch(
         pairs = tl.dot(phi, fk, input_precision=PRECISION)
         if DECAY:
             pairs *= pair_decay(decay_row, left, j + W, count)
-        pairs = tl.where(there[None, :] & (t[:, None] - j[None, :] >= W), pairs, 0.0)
+        # Keys that are not there have features of 0.
+        pairs = tl.where((t - (j0 + W))[:, None] >= tl.arange(0, BK)[None, :], pairs, 0.0)
         den += tl.sum(pairs, 1)
         acc = tl.dot(pairs.to(DOT), v, acc, input_precision=PRECISION)
     return acc, den

@@ -98,7 +98,7 @@ def choose_tiles(dot: torch.dtype, widest: int) -> Tiles:
     """
     if dot == torch.bfloat16 and widest <= 128:
         forward, query, key = Launch(64, 64, 4, 1, 168), Launch(64, 64, 4, 2), Launch(64, 32, 4, 1)
-        return Tiles(128, Launch(64, 64, 4, 4), forward, query, key)
+        return Tiles(128, Launch(32, 128, 4, 4), forward, query, key)
     if dot == torch.bfloat16:
         return Tiles(128, Launch(64, 64, 4, 3), *[Launch(64, 32, 4, 1)] * 3)
     return Tiles(64, Launch(64, 64, 4, 2), *[Launch(64, 32, 4, 1)] * 3)

@@ -13,9 +13,10 @@ import torch
 
 KERNELS = ("window", "mass", "sort", "merge", "until", "fwd", "bwd_query", "bwd_far", "bwd_key")
 POINTERS = {torch.bfloat16: "*bf16", torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64"}
-POINTERS[torch.uint8] = "*u8"
+POINTERS |= {torch.uint8: "*u8", torch.float16: "*fp16"}
 CALLS = ["plain", "packed", "state", "none kept"]
 STEPS = ["masked", "whole", "float32", "window of one", "none kept", "window alone"]
+WIDE_STEPS = [(dim, dtype) for dim in (64, 128) for dtype in (torch.bfloat16, torch.float16)]
 
 
 @pytest.mark.slow
@@ -27,7 +28,7 @@ def test_every_kernel_compiles(call):
 
 @pytest.mark.slow
 def test_the_decode_kernel_compiles():
-    assert compiled("steps") == ["salient_decode_kernel"] * len(STEPS)
+    assert compiled("steps") == ["salient_decode_kernel"] * len(STEPS + WIDE_STEPS)
 
 
 def compiled(*arguments):
@@ -49,7 +50,7 @@ def compile_launch(kernel, grid, tensors, numbers, constants, warps, stages, reg
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    from linearize.kernels.launching import _chosen
+    from linearize.kernels.launching import AMPLE_SHARED_MEMORY, _chosen
 
     fixed, signature = _chosen(kernel, shared or {}, constants), {}
     for name, value in zip(kernel.arg_names, [*tensors, *numbers], strict=False):
@@ -62,7 +63,8 @@ def compile_launch(kernel, grid, tensors, numbers, constants, warps, stages, reg
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in fixed.items()}
     options = {"num_warps": warps, "num_stages": stages}
-    compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", 90, 32), options=options)
+    done = compile(ASTSource(kernel, signature, places), target=GPUTarget("cuda", 90, 32), options=options)
+    assert done.metadata.shared <= AMPLE_SHARED_MEMORY
     print(kernel.fn.__name__)
 
 
@@ -85,7 +87,7 @@ def compile_call(call):
 
 
 def compile_steps():
-    """One-token steps of every kind."""
+    """One-token steps of every kind, and those of models' heads at the usual window and store."""
     import linearize.kernels.salient.decode as decode
 
     decode.launch = compile_launch
@@ -93,22 +95,29 @@ def compile_steps():
         window, sinks = 1 if step == "window of one" else 40, 0 if step == "window alone" else 2
         kept = 0 if step in ("none kept", "window alone") else 20
         dtype = torch.float32 if step == "float32" else torch.bfloat16
-        query, key, value = (torch.zeros(1, heads, 1, 16, dtype=dtype) for heads in (2, 1, 1))
-        held = [torch.zeros(1, 1, n, 16, dtype=dtype) for n in (window, window, kept, kept, sinks, sinks)]
-        mass, rank = torch.zeros(1, 1, window), torch.zeros(1, 1, kept)
-        decode.decode_step_(
-            query,
-            key,
-            value,
-            window=window,
-            sinks=sinks,
-            kept=kept,
-            age_penalty=0.6,
-            scaling=None,
-            attention_mask=torch.ones(1, 1, dtype=torch.bool) if step == "masked" else None,
-            buffers=[*held[:2], mass, *held[2:4], rank, *held[4:]],
-            count=torch.tensor([5]),
-        )
+        compile_step(decode.decode_step_, dtype, 16, window, sinks, kept, step == "masked")
+    for dim, dtype in WIDE_STEPS:
+        compile_step(decode.decode_step_, dtype, dim, 224, 4, 220, False)
+
+
+def compile_step(decode_step_, dtype, dim, window, sinks, kept, masked):
+    """One token of one row, two query heads over one key head."""
+    query, key, value = (torch.zeros(1, heads, 1, dim, dtype=dtype) for heads in (2, 1, 1))
+    held = [torch.zeros(1, 1, n, dim, dtype=dtype) for n in (window, window, kept, kept, sinks, sinks)]
+    mass, rank = torch.zeros(1, 1, window), torch.zeros(1, 1, kept)
+    decode_step_(
+        query,
+        key,
+        value,
+        window=window,
+        sinks=sinks,
+        kept=kept,
+        age_penalty=0.6,
+        scaling=None,
+        attention_mask=torch.ones(1, 1, dtype=torch.bool) if masked else None,
+        buffers=[*held[:2], mass, *held[2:4], rank, *held[4:]],
+        count=torch.tensor([5]),
+    )
 
 
 if __name__ == "__main__":
