@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from recall_tasks import accuracy, tasks
+from students_report import report
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
@@ -96,7 +97,7 @@ def main() -> None:
     args.lengths = [int(length) for length in args.lengths.split(",")]
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     args.dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    {"select": select_layers, "train": train, "report": report}[args.action](args)
+    {"select": select_layers, "train": train, "report": lambda args: report(args.data)}[args.action](args)
 
 
 def texts(args) -> dict[str, np.ndarray]:
@@ -305,53 +306,6 @@ def perplexities(scores: dict) -> str:
         f"{name[:12]} " + " ".join(cell(v) for length, v in of.items() if length.isdigit())
         for name, of in scores.items()
     )
-
-
-# ---- report
-
-
-def report(args) -> None:
-    """Markdown: ratio of perplexities to the teacher of the same seed, mean and half the range over seeds; then paired
-    differences to the uniform window in nats a token at 8k over both foreign texts."""
-    runs: dict[str, dict[int, dict]] = {}
-    for path in sorted(args.data.glob("student_*.json")):
-        run = json.loads(path.read_text())
-        runs.setdefault(run["arm"], {})[run["seed"]] = run
-    teachers = {seed: run["teacher"] for seed, run in runs["teacher"].items()}
-    names = list(next(iter(teachers.values())))
-    print("| student | seeds | kB a layer at 8k | " + " | ".join(names) + " | 8k against the window |")
-    for arm, seeds in runs.items():
-        for part in ("mixed", "softmax"):
-            found = {seed: run[part] for seed, run in seeds.items() if part in run and seed in teachers}
-            if not found:
-                continue
-            lengths = ("1024", "4096", "8192")
-            cells = [" / ".join(ratio(found, teachers, text, length) for length in lengths) for text in names]
-            size = next(iter(seeds.values()))["bytes"]["8192"] / 30_000
-            print(f"| {arm}, {part} | {len(found)} | {size:.0f} | {' | '.join(cells)} | {against(runs, found)} |")
-
-
-def ratio(found: dict, teachers: dict, text: str, length: str) -> str:
-    values = [
-        math.exp(np.mean(of[text][length]) - np.mean(teachers[seed][text][length])) for seed, of in found.items()
-    ]
-    spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.3f}{spread}"
-
-
-def against(runs: dict, found: dict) -> str:
-    """Mean gain over the uniform window with its paired 95% interval over pieces and seeds."""
-    gains = [
-        old - new
-        for seed, of in found.items()
-        if seed in runs.get("window", {})
-        for text in of
-        if text != "validation"
-        for old, new in zip(runs["window"][seed]["mixed"][text]["8192"], of[text]["8192"], strict=True)
-    ]
-    if not gains:
-        return ""
-    return f"{np.mean(gains):.4f} ± {1.96 * np.std(gains, ddof=1) / math.sqrt(len(gains)):.4f}"
 
 
 if __name__ == "__main__":
