@@ -28,7 +28,6 @@ from linearize.distillation import hidden_distance
 from linearize.encoder_settings import EmbeddingDistillationConfig, EncoderStageConfig, MaskedConfig
 from linearize.errors import UserError
 from linearize.evaluation.embeddings import sentence_embeddings
-from linearize.finetuning import SCHEDULERS
 from linearize.launcher import in_bfloat16
 from linearize.losses import IGNORE_INDEX
 from linearize.masking import Masking, masked_loss
@@ -164,7 +163,6 @@ def _run(
         seed,
         report_to,
         device,
-        lr_scheduler_type=SCHEDULERS[config.schedule],
         bf16=in_bfloat16(config.precision, on_cpu=on_cpu),
         # Rows within the window leave the feature maps without a gradient.
         ddp_find_unused_parameters=True,

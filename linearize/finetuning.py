@@ -53,7 +53,6 @@ CHECKPOINTS = Path("checkpoints", "finetune")
 LOG = Path("logs", "finetune.jsonl")
 SMALLER = ("lower finetune.logits_chunk", "set finetune.gradient_checkpointing", "set load_in_4bit")
 """What takes less memory, beside smaller micro-batches."""
-SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
 
 
 @dataclass
@@ -138,7 +137,6 @@ def finetune(
         seed,
         report_to,
         device,
-        lr_scheduler_type=SCHEDULERS[config.schedule],
         # A sequence within the window leaves the feature maps without a gradient.
         ddp_find_unused_parameters=True,
     )

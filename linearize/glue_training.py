@@ -20,7 +20,6 @@ from linearize.checkpointing import checkpoint_to_resume
 from linearize.conversion import load_config, quiet_transformers
 from linearize.encoder_training import EncoderTrainer
 from linearize.errors import UserError
-from linearize.finetuning import SCHEDULERS
 from linearize.glue_data import GlueRows, collate
 from linearize.glue_settings import GlueRunConfig, GlueStage
 from linearize.glue_tasks import TASKS, Task
@@ -219,7 +218,6 @@ def finetune_on(
         run.seed,
         settings.report_to,
         "cpu" if settings.device == "cpu" else None,
-        lr_scheduler_type=SCHEDULERS[config.schedule],
         bf16=in_bfloat16(settings.training.precision, on_cpu=on_cpu),
         save_strategy="steps" if config.save_steps < (config.max_steps or 0) else "no",
         # Texts within the window leave the feature maps without a gradient.

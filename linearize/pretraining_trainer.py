@@ -13,11 +13,11 @@ from transformers import TrainingArguments
 
 from linearize.encoder_training import HiddenTokens
 from linearize.evaluation import PerplexityResult, perplexity
-from linearize.finetuning import SCHEDULERS
 from linearize.launcher import in_bfloat16
 from linearize.masking import MaskedResult, masked_scores
 from linearize.stage_trainer import StageTrainer, stage_arguments
 from linearize.training_log import TrainingLog
+from linearize.training_loop import SCHEDULERS
 
 if TYPE_CHECKING:
     from linearize.distillation import Distiller

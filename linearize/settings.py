@@ -41,6 +41,7 @@ class StageSettings:
     batch_size: int
     tokens_per_step: int
     learning_rate: float
+    schedule: Schedule
     warmup_steps: int
     weight_decay: float
     max_grad_norm: float

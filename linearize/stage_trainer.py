@@ -30,7 +30,7 @@ from linearize.modeling.counter_draws import draw_words
 from linearize.modeling.landmark_tokens import LandmarkTokens
 from linearize.settings import StageSettings, StepPlan
 from linearize.training_log import TrainingLog, check_finite, tracker_names
-from linearize.training_loop import Interrupt, exact_plan, stop_of
+from linearize.training_loop import SCHEDULERS, Interrupt, exact_plan, stop_of
 
 
 def row_numbers(args: TrainingArguments, step: int, micro_batch: int, rows: int) -> Tensor:
@@ -101,6 +101,7 @@ def stage_arguments(
         "per_device_train_batch_size": config.batch_size,
         "gradient_accumulation_steps": plan.accumulation,
         "learning_rate": config.learning_rate,
+        "lr_scheduler_type": SCHEDULERS[config.schedule],
         "warmup_steps": config.warmup_steps,
         "weight_decay": config.weight_decay,
         "max_grad_norm": config.max_grad_norm,

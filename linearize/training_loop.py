@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import signal
 import threading
 import time
@@ -25,6 +24,9 @@ if TYPE_CHECKING:
 
     from linearize.data import TokenBlocks
     from linearize.settings import StepPlan
+
+SCHEDULERS = {"linear": "linear", "cosine": "cosine", "constant": "constant_with_warmup"}
+"""Schedule of the settings -> transformers' name; its warm-up rises from 0, which is the rate of the first step."""
 
 
 class StageConfig(Protocol):
@@ -167,23 +169,6 @@ class Batches:
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copies to a device; to a GPU without waiting for the work that it still has to do."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
-
-
-def learning_rate_factor(step: int, steps: int, schedule: str, warmup_steps: int = 0) -> float:
-    """Share of the learning rate at a step (from 0): a linear rise over the warm-up, then the schedule.
-
-    `linear` and `cosine` fall to 0 at the end of the run; `constant` stays.
-    """
-    if step < warmup_steps:
-        return (step + 1) / (warmup_steps + 1)
-    progress = (step - warmup_steps) / max(1, steps - warmup_steps)
-    if schedule == "constant":
-        return 1.0
-    if schedule == "linear":
-        return max(0.0, 1.0 - progress)
-    if schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    raise ValueError(f"unknown schedule {schedule!r}; known are linear, constant, cosine")
 
 
 def average_gradients(parameters: Iterable[nn.Parameter], accelerator: Accelerator) -> None:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import get_scheduler
 
 from linearize.checkpointing import Checkpoint, checkpoint_to_resume, save_checkpoint
 from linearize.errors import UserError
@@ -35,12 +36,12 @@ from linearize.training_log import (
     start_trackers,
 )
 from linearize.training_loop import (
+    SCHEDULERS,
     Batches,
     Interrupt,
     PeakMemory,
     average_gradients,
     exact_plan,
-    learning_rate_factor,
     make_accelerator,
     place_model,
     readable_memory_errors,
@@ -263,6 +264,9 @@ class _Transfer:
             # One pass over the states; the default on a GPU makes about ten.
             fused=True if all(parameter.is_cuda for parameter in self.parameters.values()) else None,
         )
+        schedule = SCHEDULERS[config.schedule]
+        # Its function of the step alone: a resumed run may have other rates and other steps than its checkpoint.
+        self.factor = get_scheduler(schedule, self.optimizer, config.warmup_steps, self.plan.steps).lr_lambdas[0]
         self.run_identity = {
             "sequence_length": self.sequence_length,
             "tokens_per_step": self.plan.tokens_per_step,
@@ -407,9 +411,8 @@ class _Transfer:
 
     def _update(self, step: int, norm: torch.Tensor) -> None:
         """Clips the gradients by their norm over all layers, and updates."""
-        factor = learning_rate_factor(step, self.plan.steps, self.config.schedule, self.config.warmup_steps)
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * self.factor(step)
         if self.config.max_grad_norm:
             nn.utils.clip_grads_with_norm_(list(self.parameters.values()), self.config.max_grad_norm, norm)
         self.optimizer.step()

@@ -18,7 +18,7 @@ from linearize.data import TokenBlocks
 from linearize.errors import UserError
 from linearize.settings import TransferConfig
 from linearize.training_log import TrainingDiverged, read_log
-from linearize.training_loop import Batches, Interrupt, learning_rate_factor
+from linearize.training_loop import Batches, Interrupt
 from linearize.transfer import hides_window, mixer_parameters, transfer_attention
 from linearize.transfer_loss import LOSSES, LayerLosses, branch_weights
 
@@ -286,13 +286,6 @@ def test_the_cut_into_micro_batches_has_no_part_in_the_result(tmp_path, loss):
         torch.testing.assert_close(torch.tensor(losses), torch.tensor(found[0][0]), rtol=1e-9, atol=0)
         for name, tensor in mixers.items():
             torch.testing.assert_close(tensor, found[0][1][name], rtol=1e-7, atol=1e-9)
-
-
-def test_schedules():
-    assert [learning_rate_factor(step, 4, "linear") for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    assert [learning_rate_factor(step, 6, "linear", 2) for step in range(4)] == [1 / 3, 2 / 3, 1.0, 0.75]
-    assert learning_rate_factor(9, 10, "constant") == 1.0
-    assert learning_rate_factor(5, 10, "cosine") == pytest.approx(0.5)
 
 
 def test_processes_share_the_order_of_one(blocks):
