@@ -199,9 +199,6 @@ class GlueRunConfig(RunSettings):
     """The steps of each finetuning."""
     reset_pooler: bool = False
     """Start every model's pooler at random, as that of a model whose checkpoint has none."""
-    metrics: Literal["auto", "evaluate", "sklearn"] = "auto"
-    """What computes the metrics: evaluate, which fetches its script from the Hub and runs it, or scikit-learn and
-    scipy; auto: evaluate for examples from the Hub where its script can be had, else scikit-learn and scipy."""
     save_models: bool = False
     """Keep every finetuned model under `models`."""
     report_to: list[str] = field(default_factory=lambda: ["none"])
@@ -231,11 +228,6 @@ class GlueRunConfig(RunSettings):
                 bool(FILE_NAME.match(name)),
                 f"The model name {name!r} is no file name: give one of letters, digits, dots and dashes with names.",
             )
-
-    @property
-    def metrics_kind(self) -> Literal["auto", "evaluate", "sklearn"]:
-        """`metrics`, which for local files asks nothing of the Hub by itself."""
-        return "sklearn" if self.metrics == "auto" and self.data.folder is not None else self.metrics
 
     def model_names(self) -> list[str]:
         """What each model is called."""

@@ -134,7 +134,6 @@ class _GlueRun:
     def _check(self, waiting: list[Any]) -> None:
         """Refuse now what would fail after hours."""
         from linearize.conversion import load_model_tokenizer
-        from linearize.data import main_process_first
         from linearize.glue_metrics import GlueMetrics
         from linearize.glue_training import check_model
         from linearize.launcher import check_launcher
@@ -148,10 +147,7 @@ class _GlueRun:
             check_model(source, revision, settings.data.sequence_length)
             load_model_tokenizer(source, revision=revision)
         if waiting:
-            tasks, is_main = list(dict.fromkeys(run.task for run in waiting)), self.state.is_main_process
-            self.metrics = main_process_first(lambda: GlueMetrics(tasks, settings.metrics_kind) if is_main else None)
-            if is_main and self.metrics.note:
-                self._say(self.metrics.note)
+            self.metrics = GlueMetrics()
 
     def _check_same_models(self, runs: list[Any], waiting: list[Any]) -> None:
         """Note what tells each model's weights from others, and refuse results of others under its name."""

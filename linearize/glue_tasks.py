@@ -22,7 +22,7 @@ METRIC_NAMES = {
     "pearson": "Pearson",
     "spearmanr": "Spearman",
 }
-"""Metric, as `evaluate` calls it -> how a table shows it."""
+"""Metric, as the Hub calls it -> how a table shows it."""
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ else:
 
 ROOT = Path(__file__).resolve().parents[1]
 LINKS = {"modeling": "../modeling", "kernels": "../kernels", "configs": "../recipes/configs"}
-EXTRA_MODULES = ("bitsandbytes", "datasets", "evaluate", "liger_kernel", "lm_eval", "sklearn", "triton")
+EXTRA_MODULES = ("bitsandbytes", "datasets", "liger_kernel", "lm_eval", "sklearn", "triton")
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:

@@ -13,7 +13,6 @@ from transformers import AutoModelForSequenceClassification, BertForMaskedLM, Be
 
 import linearize
 import linearize.conversion
-from linearize import glue_metrics
 from linearize.cli import main
 from linearize.errors import UserError
 from linearize.glue_data import KINDS, collate, load_task, tokenize
@@ -44,21 +43,10 @@ KNOWN = {  # predictions, labels, figures by hand
     "rte": ([0, 1], [0, 1], {"accuracy": 1.0}),
     "wnli": ([0, 1], [1, 0], {"accuracy": 0.0}),
 }
-SCRIPT = """
-import datasets
-import evaluate
-class Glue(evaluate.Metric):
-    def _info(self):
-        kind = datasets.Value("int64" if self.config_name != "stsb" else "float32")
-        features = datasets.Features({"predictions": kind, "references": kind})
-        return evaluate.MetricInfo("", "", features, format="numpy")
-    def _compute(self, predictions, references):
-        return {"accuracy": float((predictions == references).mean())}
-"""
 
 
 def test_metrics_are_those_of_the_tasks():
-    metrics = GlueMetrics(list(TASKS), "sklearn")
+    metrics = GlueMetrics()
     assert metrics.source.startswith("scikit-learn ") and " and scipy " in metrics.source
     assert set(KNOWN) == set(TASKS)
     for name, (predictions, labels, expected) in KNOWN.items():
@@ -69,31 +57,15 @@ def test_metrics_are_those_of_the_tasks():
     assert TASKS["mnli"].score_names == ["accuracy_matched", "accuracy_mismatched"]
 
 
-def test_evaluate_is_taken_where_its_script_is(tmp_path, monkeypatch):
-    metrics = GlueMetrics(["sst2"], "auto")  # no network here
-    assert metrics.source.startswith("scikit-learn")
-    assert metrics.note.startswith("The metric script of the Hub cannot be had (")
-    assert metrics.note.endswith(f"): metrics by {metrics.source}") and GlueMetrics(["sst2"], "sklearn").note == ""
-    with pytest.raises(UserError, match="cannot be loaded .* set metrics to sklearn"):
-        GlueMetrics(["sst2"], "evaluate")
-    (tmp_path / "glue.py").write_text(SCRIPT)
-    monkeypatch.setattr(glue_metrics, "EVALUATE_METRIC", str(tmp_path / "glue.py"))
-    metrics = GlueMetrics(["sst2", "mnli"], "auto")
-    assert metrics.source.startswith("evaluate ") and metrics.note.endswith(f" of the Hub ({metrics.source})")
-    for name in ("sst2", "mnli"):
-        assert metrics.scores(name, *KNOWN[name][:2]) == pytest.approx(KNOWN[name][2])
-    monkeypatch.setitem(sys.modules, "evaluate", None)
-    with pytest.raises(UserError, match="evaluate is not installed: pip install 'linearize\\[eval\\]'"):
-        GlueMetrics(["sst2"], "evaluate")
-    monkeypatch.setitem(sys.modules, "sklearn.metrics", None)
+def test_a_correlation_of_one_example_counts_as_0():
+    assert GlueMetrics().scores("stsb", [2.0], [1.0]) == {"pearson": 0.0, "spearmanr": 0.0}
+
+
+@pytest.mark.parametrize("missing", ["sklearn.metrics", "scipy.stats"])
+def test_metrics_need_their_packages(missing, monkeypatch):
+    monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UserError, match="need scikit-learn and scipy.*linearize\\[eval\\]"):
-        GlueMetrics(["sst2"], "auto")
-
-
-def test_local_files_have_no_script_fetched(inputs, tmp_path):
-    local, remote = settings(inputs, tmp_path), settings(inputs, tmp_path, data__dataset="nyu-mll/glue")
-    assert (local.metrics, local.metrics_kind, remote.metrics_kind) == ("auto", "sklearn", "auto")
-    assert settings(inputs, tmp_path, metrics="evaluate").metrics_kind == "evaluate"
+        GlueMetrics()
 
 
 # --- data
@@ -284,7 +256,7 @@ def test_evaluation_is_outside_mixed_precision(inputs, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "out/models/student/stsb/lr2e-05-seed0")
     split = load_task("stsb", GlueDataConfig(dataset=str(inputs / "files"))).validation["validation"]
     found = predict(model, tokenize(split, make_bert_tokenizer(), 32), 64)
-    scores = GlueMetrics(["stsb"], "sklearn").scores("stsb", found, split.labels)
+    scores = GlueMetrics().scores("stsb", found, split.labels)
     assert report.results[0].scores == pytest.approx(scores, abs=1e-6)
 
 
@@ -365,7 +337,7 @@ def test_the_command_with_flags(inputs, tmp_path, capsys):
 
 def test_nothing_heavy_is_loaded_for_the_settings():
     code = "import sys, linearize.glue_settings, linearize.glue_metrics, linearize.glue_report\n"
-    code += "print([name for name in ('datasets', 'evaluate', 'sklearn', 'scipy.stats') if name in sys.modules])"
+    code += "print([name for name in ('datasets', 'sklearn', 'scipy.stats') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 

@@ -72,7 +72,6 @@ def check_sentence(flags, sentence, inputs, tmp_path, capsys):
         (["--training.warmup_ratio", "2"], "between 0 and 1"),
         (["--training.epochs", "0"], "must be positive"),
         (["--report_to", "nobody"], "unknown tracker"),
-        (["--metrics", "evaluate"], "set metrics to sklearn"),
     ],
 )
 def test_bad_input_is_one_sentence(flags, sentence, inputs, tmp_path, capsys):
