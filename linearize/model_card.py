@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 BASE_TAGS = ["linearize", "linear-attention"]
 QUICK_STARTS = {
@@ -66,9 +68,8 @@ def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
         record: The contents of `linearize.json`.
         config: Config of the converted model.
     """
-    metadata = yaml.safe_dump(card_metadata(record, config), sort_keys=False, allow_unicode=True).strip()
     sections = [
-        f"---\n{metadata}\n---",
+        front_matter(card_metadata(record, config)),
         f"# {title(record, config)}",
         introduction(record, config),
         quick_start(name, config),
@@ -77,6 +78,11 @@ def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
         papers_section(config),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def front_matter(metadata: ModelCardData) -> str:
+    """The block on top of a card."""
+    return f"---\n{metadata.to_yaml()}\n---"
 
 
 def adapter_card(name: str, lora: Any, config: Any, *, unsaved: str) -> str:
@@ -92,10 +98,9 @@ def adapter_card(name: str, lora: Any, config: Any, *, unsaved: str) -> str:
     local, lost = os.path.exists(base), base == unsaved
     kinds = " and ".join(mechanisms(config)) or "softmax"
     shown = f"`{os.path.basename(base)}`, the converted model beside it" if local else f"`{base}`"
-    metadata: dict[str, Any] = {"library_name": "peft", "pipeline_tag": "text-generation"}
+    metadata = ModelCardData(library_name="peft", pipeline_tag="text-generation", tags=["linearize", "lora"])
     if not local and not lost:
-        metadata |= {"base_model": base, "base_model_relation": "adapter"}
-    metadata["tags"] = ["linearize", "lora"]
+        metadata.base_model, metadata["base_model_relation"] = base, "adapter"
     along = ", and the mechanism trained along" if lora.modules_to_save else ""
     belongs = "a converted model that was not saved" if lost else shown
     lines = [
@@ -112,9 +117,8 @@ model = AutoPeftModelForCausalLM.from_pretrained("{name}", trust_remote_code=Tru
         code = f"""\
 from peft import PeftModel
 model = PeftModel.from_pretrained(converted, "{name}")  # converted: as linearize.convert made it, with its stage 1"""
-    front = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()
-    text = "\n".join(lines)
-    return f"---\n{front}\n---\n\n# Adapters\n\n{text}\n\n## Quick start\n\n```python\n{code}\n```\n"
+    front, text = front_matter(metadata), "\n".join(lines)
+    return f"{front}\n\n# Adapters\n\n{text}\n\n## Quick start\n\n```python\n{code}\n```\n"
 
 
 def task(config: Any) -> tuple[str, str]:
@@ -136,19 +140,75 @@ def quick_start(name: str, config: Any) -> str:
     )
 
 
-def card_metadata(record: Mapping[str, Any], config: Any) -> dict[str, Any]:
-    """What the Hub reads: base model, data, library, tags."""
-    data = (record.get("recipe") or {}).get("data") or {}
-    metadata: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": task(config)[0]}
+def card_metadata(record: Mapping[str, Any], config: Any) -> ModelCardData:
+    """What the Hub reads: base model, data, library, tags, what was measured."""
+    kinds = [f"{kind}-attention" for kind in mechanisms(config)]
+    results = list(eval_results(record, config)) or None
+    metadata = ModelCardData(
+        library_name="transformers",
+        pipeline_tag=task(config)[0],
+        tags=BASE_TAGS + kinds,  # each once
+        eval_results=results,
+        model_name=title(record, config) if results else None,  # the results' own: elsewhere it is no field of a card
+    )
     if record.get("teacher") and record.get("teacher_on_hub"):
-        metadata |= {"base_model": record["teacher"], "base_model_relation": "finetune"}
-    dataset = data.get("dataset")
-    if isinstance(dataset, str) and dataset.count("/") == 1 and trained(record):
-        metadata["datasets"] = [dataset]
-    metadata["tags"] = BASE_TAGS + [
-        f"{kind}-attention" for kind in mechanisms(config) if f"{kind}-attention" not in BASE_TAGS
-    ]
+        metadata.base_model, metadata["base_model_relation"] = record["teacher"], "finetune"
+    dataset = hub_dataset(record)
+    if dataset and trained(record):
+        metadata.datasets = [dataset]
     return metadata
+
+
+def hub_dataset(record: Mapping[str, Any]) -> str | None:
+    """The Hub's id of the training data; None of local data."""
+    dataset = ((record.get("recipe") or {}).get("data") or {}).get("dataset")
+    return dataset if isinstance(dataset, str) and dataset.count("/") == 1 else None
+
+
+def eval_results(record: Mapping[str, Any], config: Any) -> Iterator[EvalResult]:
+    """What was measured of the model itself, for the Hub; figures that are not finite are left out."""
+    for dataset, metric, name, value in _figures(record):
+        if value is not None and math.isfinite(value):
+            yield EvalResult(
+                task_type=task(config)[0], metric_type=metric, metric_name=name, metric_value=value, **dataset
+            )
+
+
+def _figures(record: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, str, float | None]]:
+    """Fields of the dataset, the metric's name in the field and its name in the card's tables, the figure."""
+    recipe = record.get("recipe") or {}
+    own = (recipe.get("evaluation") or {}).get("texts") or (recipe.get("data") or {}).get("validation")
+    dataset = None if own else hub_dataset(record)
+    text = {"dataset_type": dataset or "text", "dataset_name": f"held-out text{f' of {dataset}' if dataset else ''}"}
+    if record.get("evaluation"):
+        from linearize.evaluation.arms import STUDENT
+        from linearize.evaluation.report import Report
+
+        if row := Report.from_dict(record["evaluation"]).row(STUDENT):
+            yield text, "perplexity", "perplexity", row.perplexity
+    if record.get("embeddings"):
+        from linearize.evaluation.arms import STUDENT
+        from linearize.evaluation.embeddings import EmbeddingReport
+
+        if found := EmbeddingReport.from_dict(record["embeddings"]).row(STUDENT):
+            yield text, "cosine_similarity", "cosine to the teacher", found.cosine
+            yield text, "spearmanr", "rank correlation with the teacher", found.rank_correlation
+            yield text, "recall", "recall@1", found.recall
+            yield text, "perplexity", "masked perplexity", found.masked_perplexity
+    for name in ("perplexity", "accuracy"):
+        yield text, name, name, (record.get("validation") or {}).get(name)
+    for score in (record.get("tasks") or {}).get("scores", ()):
+        name = score["metric"] if score["filter"] == "none" else f"{score['metric']} ({score['filter']})"
+        yield {"dataset_type": score["task"], "dataset_name": score["task"]}, score["metric"], name, score["value"]
+    if glue := record.get("glue"):
+        from linearize.glue_tasks import METRIC_NAMES, TASKS, score_name
+
+        of_task = TASKS[glue["task"]]
+        for split in of_task.validation:
+            dataset_fields = {"dataset_type": "glue", "dataset_name": f"GLUE {of_task.name}"}
+            dataset_fields |= {"dataset_config": glue["task"], "dataset_split": split}
+            for metric in of_task.metrics:
+                yield dataset_fields, metric, METRIC_NAMES[metric], glue["scores"].get(score_name(metric, split))
 
 
 def trained(record: Mapping[str, Any]) -> bool:

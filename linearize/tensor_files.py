@@ -192,8 +192,10 @@ def make_header(tensors: Iterable[Tensor], metadata: dict[str, str]) -> str:
     return header + " " * (-len(header) % 8)
 
 
-def plan_shards(tensors: Iterable[Tensor], stem: str, max_shard_size: int) -> dict[str, list[Tensor]]:
-    """Which file each tensor goes to; a tensor above the limit gets a file of its own.
+def plan_shards(
+    tensors: Iterable[Tensor], stem: str, max_shard_size: int
+) -> tuple[dict[str, list[Tensor]], bytes | None]:
+    """Which file each tensor goes to, as huggingface_hub splits; a tensor above the limit gets a file of its own.
 
     Args:
         tensors: in the order in which they should be grouped.
@@ -201,34 +203,32 @@ def plan_shards(tensors: Iterable[Tensor], stem: str, max_shard_size: int) -> di
         max_shard_size: bytes.
 
     Returns:
-        File name -> its tensors, the widest dtypes first, so that each lies at a multiple of its width.
+        File name -> its tensors, the widest dtypes first, so that each lies at a multiple of its width; and the
+        contents of `STEM.safetensors.index.json` where there are several files.
     """
-    shards: list[list[Tensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor.size > max_shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.size
-    for shard in shards:
-        shard.sort(key=lambda tensor: -_width(tensor.dtype))
-    if len(shards) == 1:
-        return {f"{stem}{SAFETENSORS}": shards[0]}
-    return {f"{stem}-{i:05d}-of-{len(shards):05d}{SAFETENSORS}": shard for i, shard in enumerate(shards, 1)}
+    from huggingface_hub import split_state_dict_into_shards_factory
+
+    named = {tensor.name: tensor for tensor in tensors}
+    plan = split_state_dict_into_shards_factory(
+        named,
+        get_storage_size=lambda tensor: tensor.size,
+        filename_pattern=f"{stem}{{suffix}}{SAFETENSORS}",
+        max_shard_size=max_shard_size,
+    )
+    # Of no tensors the library makes no file.
+    files = plan.filename_to_tensors or {f"{stem}{SAFETENSORS}": []}
+    shards = {
+        file: sorted((named[name] for name in names), key=lambda tensor: -_width(tensor.dtype))
+        for file, names in files.items()
+    }
+    index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+    return shards, json.dumps(index, indent=2).encode() if plan.is_sharded else None
 
 
 def _width(dtype: str) -> int:
     """Bits of one element, from the dtype's name (`F8_E4M3`, `BF16`); a bool is a byte."""
     digits = re.search(r"\d+", dtype)
     return int(digits[0]) if digits else 8
-
-
-def make_index(shards: dict[str, list[Tensor]]) -> bytes:
-    """The `.safetensors.index.json` of shards."""
-    size = sum(tensor.size for shard in shards.values() for tensor in shard)
-    places = {tensor.name: file for file, shard in shards.items() for tensor in shard}
-    return json.dumps({"metadata": {"total_size": size}, "weight_map": places}, indent=2).encode()
 
 
 def write_weights(path: Path, header: str, pieces: Iterable[np.ndarray]) -> None:

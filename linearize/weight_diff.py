@@ -16,19 +16,19 @@ with its largest tensor. The format is described in `docs/weight_diff.md`.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from huggingface_hub import ModelCardData
 from tqdm.auto import tqdm
 
 from linearize.checkpointing import atomic_directory, write_bytes
 from linearize.errors import UserError
 from linearize.hub import CARD_FILE, MAX_SHARD_SIZE
 from linearize.load_errors import explained
+from linearize.model_card import front_matter
 from linearize.paths import user_path
 from linearize.tensor_files import (
     INDEX,
@@ -36,7 +36,6 @@ from linearize.tensor_files import (
     Tensor,
     Weights,
     make_header,
-    make_index,
     plan_shards,
     read_weights,
     some,
@@ -142,11 +141,11 @@ def make_diff(
     carried, record.not_carried = other_files(second.path, {file.name for file in new.files})
     metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
     with atomic_directory(out) as partial, _bar("writing", stored_bytes) as bar:
-        shards = plan_shards(planned, STEM, limit)
+        shards, index = plan_shards(planned, STEM, limit)
         for name, tensors in shards.items():
             write_weights(partial / name, make_header(tensors, metadata), _differences(tensors, record, old, new, bar))
-        if len(shards) > 1:
-            write_bytes(partial / f"{STEM}{INDEX}", make_index(shards))
+        if index is not None:
+            write_bytes(partial / f"{STEM}{INDEX}", index)
         for name in carried:
             record.files[name] = copy_file(second.path / name, partial / FILES / name)
         write_bytes(partial / CARD_FILE, _card(record).encode("utf-8"))
@@ -323,16 +322,12 @@ def _bytes(size: int | str) -> int:
 def _card(record: DiffRecord) -> str:
     """A page for those who find the diff on the Hub."""
     base = record.base
-    front: dict[str, Any] = {"tags": ["linearize", "weight-difference"]}
-    if base.on_hub:
-        front = {"base_model": base.name, **front}
-    lines = [f"{name}: {json.dumps(value)}" for name, value in front.items()]
+    base_model = base.name if base.on_hub else None
+    metadata = ModelCardData(base_model=base_model, tags=["linearize", "weight-difference"])
     commit = f", commit `{base.revision}`" if base.revision else ""
     return "\n".join(
         [
-            "---",
-            *lines,
-            "---",
+            front_matter(metadata),
             "",
             f"# {record.converted.name} as a difference from {base.name}",
             "",

@@ -119,6 +119,13 @@ def test_the_card_can_be_read_by_the_hub(finished):
     card = ModelCard.load(finished / "final" / "README.md")
     assert card.data.library_name == "transformers" and "linear-attention" in card.data.tags
     assert "| teacher |" in card.text and "## Quick start" in card.text and "sequence_length: 32" in card.text
+    (student,) = (row for row in read_record(finished / "final")["evaluation"]["rows"] if row["name"] == "student")
+    (result,) = card.data.eval_results
+    assert (result.task_type, result.metric_type, result.metric_value) == (
+        "text-generation",
+        "perplexity",
+        student["perplexity"],
+    )
 
 
 def test_a_complete_run_is_not_run_again(finished, capsys):
