@@ -183,7 +183,7 @@ class EncoderRunConfig(RunSettings):
     evaluation: EmbeddingEvaluationConfig | None = field(default_factory=EmbeddingEvaluationConfig)
     """The measurements; none: skipped."""
     report_to: list[str] = field(default_factory=lambda: ["none"])
-    """Trackers of transformers' Trainer: trackio, wandb, tensorboard, all or none."""
+    """Trackers: trackio, wandb, tensorboard, all or none. All stages are one run of the project linearize."""
     op_backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of the new attention; auto: the fastest that runs here."""
     push_to_hub: str | None = None

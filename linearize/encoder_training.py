@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -77,7 +77,7 @@ def distill_embeddings(
         config: Settings of the stage.
         output_dir: The run directory.
         options: `seed`, of the order of the data and the dropout; `resume`, True goes on from the latest checkpoint
-            of this stage, if there is one; `report_to`, trackers of the Trainer; `device`, "cpu" keeps to the CPU.
+            of this stage, if there is one; `report_to`, trackers of accelerate; `device`, "cpu" keeps to the CPU.
 
     Raises:
         UserError: Student and teacher do not fit each other; settings that do not fit the data or the processes; not
@@ -180,7 +180,8 @@ def _run(
     if checkpoint is not None:
         require_same_run(checkpoint, run, plan.steps)
     is_main = arguments.process_index == 0
-    log = TrainingLog(log_path, checkpoint.step if checkpoint else None) if is_main else None
+    after_step = checkpoint.step if checkpoint else None
+    log = TrainingLog(log_path, after_step, report_to, asdict(config)) if is_main else None
     memory, start = PeakMemory(arguments.device), time.perf_counter()
     memory_errors = readable_memory_errors(kind.func.STAGE, config.section, config, train.sequence_length)
     quiet = contextlib.nullcontext() if config.dropout else without_dropout(student)

@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -105,7 +105,7 @@ def finetune(
         output_dir: The run directory.
         seed: Of the adapters, the order of the data and the dropout.
         resume: True goes on from the latest checkpoint of this stage, if there is one; a path from that one.
-        report_to: Trackers of the Trainer.
+        report_to: Trackers of accelerate.
         arm: "teacher" trains the yardstick: the same adapters and steps on the softmax teacher, the mechanism
             untouched.
         tokenizer: Saved beside the adapter.
@@ -160,7 +160,8 @@ def finetune(
     belongs: dict[str, Any] = {"base_model": base_model, "revision": revision}
     adapted = add_adapters(model, config, train_mixers=config.train_mixers and arm != "teacher", **belongs)
     is_main = arguments.process_index == 0
-    log = TrainingLog(output / LOG, checkpoint.step if checkpoint else None) if is_main else None
+    after_step = checkpoint.step if checkpoint else None
+    log = TrainingLog(output / LOG, after_step, report_to, asdict(config)) if is_main else None
     memory = PeakMemory(arguments.device)
     start = time.perf_counter()
     losses = _train(adapted, rows, config, arguments, run, checkpoint, log)

@@ -202,7 +202,7 @@ class GlueRunConfig(RunSettings):
     save_models: bool = False
     """Keep every finetuned model under `models`."""
     report_to: list[str] = field(default_factory=lambda: ["none"])
-    """Trackers of transformers' Trainer: trackio, wandb, tensorboard, all or none."""
+    """Trackers: trackio, wandb, tensorboard, all or none. All stages are one run of the project linearize."""
     op_backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of a converted model's attention; auto: the fastest that runs here."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -241,7 +241,8 @@ def finetune_on(
     if checkpoint is not None:
         require_same_run(checkpoint, facts)
     log_path = directory / "logs" / f"{run.key}.jsonl"
-    log = TrainingLog(log_path, checkpoint.step if checkpoint else None) if state.is_main_process else None
+    after_step, shown = checkpoint.step if checkpoint else None, asdict(config)
+    log = TrainingLog(log_path, after_step, settings.report_to, shown) if state.is_main_process else None
     memory = PeakMemory(arguments.device)
     with Interrupt() as interrupt:
         trainer = GlueTrainer(

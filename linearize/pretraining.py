@@ -252,8 +252,11 @@ class _Pretraining:
         elif self.distiller is not None:
             kind = partial(DistillationTrainer, self.distiller)
         after = checkpoint.step if checkpoint else None
-        paths = [self.directory.path / name for name in (LOG, VALIDATION)]
-        logs = [TrainingLog(path, after) if self.state.is_main_process else None for path in paths]
+        log = validation_log = None
+        if self.state.is_main_process:
+            settings, path = self.settings, self.directory.path
+            log = TrainingLog(path / LOG, after, settings.report_to, dataclasses.asdict(settings.training))
+            validation_log = TrainingLog(path / VALIDATION, after)
         return kind(
             self.model,
             self.arguments,
@@ -261,8 +264,8 @@ class _Pretraining:
             train_dataset=self.train,
             validation=self.validation,
             interrupt=Interrupt(),
-            log=logs[0],
-            validation_log=logs[1],
+            log=log,
+            validation_log=validation_log,
             run=run,
             window=list(checkpoint.state["window"]) if checkpoint else [],
             **others,

@@ -263,7 +263,7 @@ class PretrainConfig(RunSettings):
     distillation: DistillationConfig | None = None
     """Train a decoder against a teacher as well; none: the labels alone."""
     report_to: list[str] = field(default_factory=lambda: ["none"])
-    """Trackers of transformers' Trainer: trackio, wandb, tensorboard, all or none."""
+    """Trackers: trackio, wandb, tensorboard, all or none. All stages are one run of the project linearize."""
     op_backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
     """Implementation of the new attention; auto: the fastest that runs here."""
 

@@ -86,11 +86,12 @@ def stage_arguments(
         sequence_length: Tokens of a training sequence.
         checkpoints: The folder of the stage's checkpoints.
         seed: Of the order of the data and the dropout.
-        report_to: Trackers of the Trainer.
+        report_to: Trackers, which the stage's log serves: the Trainer would make each stage a run of its own.
         device: "cpu" keeps to the CPU; None takes the process's GPU where there is one.
         changes: Arguments of this stage; they win.
     """
     check_launcher(device)
+    tracker_names(report_to)
     # The Trainer resets accelerate's state: an earlier stage's choice of the CPU must be handed on.
     state = PartialState(cpu=device == "cpu")
     on_cpu = state.device.type == "cpu"
@@ -113,7 +114,7 @@ def stage_arguments(
         # after.
         "save_total_limit": None,
         "seed": seed,
-        "report_to": tracker_names(report_to) or "none",
+        "report_to": "none",
         "remove_unused_columns": False,
         "label_names": ["labels"],
         "use_cpu": on_cpu,
@@ -139,7 +140,7 @@ class StageTrainer(Trainer):
         config: The stage's settings.
         train_dataset: Token blocks: `input_ids` and `labels`, `[T]` each.
         interrupt: Ctrl-C, held back to the end of the step.
-        log: Gets a record every `logging_steps`.
+        log: Gets a record every `logging_steps`; closed at the end.
         run: What a checkpoint must agree on to be continued.
         window: Losses since the last record, from the checkpoint.
         others: Arguments of the Trainer.
@@ -230,12 +231,14 @@ class StageTrainer(Trainer):
         Raises:
             KeyboardInterrupt: After Ctrl-C, with a checkpoint left.
         """
-        if self.args.max_steps == 0:
-            return []
         try:
+            if self.args.max_steps == 0:
+                return []
             self.train(resume_from_checkpoint=str(checkpoint.path) if checkpoint else None)
         finally:
             leave_mixed_precision(self.trained)
+            if self.records is not None:
+                self.records.close()
             # The Trainer leaves its bar open after an error, and what is printed next would run into it.
             for callback in self.callback_handler.callbacks:
                 if (bar := getattr(callback, "training_bar", None)) is not None:
@@ -362,6 +365,8 @@ class StageTrainer(Trainer):
                     **dict(zip(self.LOSS_NAMES, means, strict=True)),
                 }
                 self.records.write({**record, "grad_norm": self._norm, "learning_rate": self._rate})
+        elif self.records is not None:
+            self.records.track(self.state.global_step, logs)
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:

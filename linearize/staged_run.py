@@ -49,7 +49,7 @@ class StagedRunConfig(RunSettings):
     evaluation: LengthConfig | None = field(default_factory=LengthConfig)
     """The last model's perplexity by length; none: not measured."""
     report_to: list[str] = field(default_factory=lambda: ["none"])
-    """Trackers of transformers' Trainer: trackio, wandb, tensorboard, all or none."""
+    """Trackers: trackio, wandb, tensorboard, all or none. Each stage is a run of the project linearize."""
 
 
 class StagedDirectory(RunDirectory):

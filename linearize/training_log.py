@@ -8,19 +8,19 @@ import json
 import logging
 import math
 import os
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from linearize.checkpointing import readable_write_errors, write_file
 from linearize.errors import UserError
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
 logger = logging.getLogger(__name__)
 
 SILENT = ("none", "")
+PROJECT = "linearize"
+TRACKED_RUN = "trackers.json"
 
 
 class TrainingDiverged(UserError):
@@ -56,17 +56,38 @@ class TrainingLog:
         path: the file, made with its directory.
         after_step: None starts an empty log; a number keeps the records up to that step, so that a resumed run
             leaves the log of an uninterrupted one.
+        report_to: trackers that get the figures too; for them the path is RUN/logs/STAGE.jsonl.
+        settings: of the stage, for the trackers.
     """
 
-    def __init__(self, path: str | os.PathLike[str], after_step: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        after_step: int | None = None,
+        report_to: str | Sequence[str] = "none",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         self.path = Path(path)
+        names = tracker_names(report_to)
         kept = [] if after_step is None else [r for r in read_log(self.path) if r["step"] <= after_step]
         write_file(self.path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        self.trackers = _Trackers(names, self.path, settings or {}) if names else None
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Appends a record; it must have an integer `step`."""
         with readable_write_errors(self.path), open(self.path, "a") as file:
             file.write(json.dumps(record) + "\n")
+        self.track(record["step"], record)
+
+    def track(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Gives figures to the trackers alone; what is no number is left out."""
+        if self.trackers is not None:
+            self.trackers.log(step, figures)
+
+    def close(self) -> None:
+        """Ends the trackers."""
+        if self.trackers is not None:
+            self.trackers.finish()
 
 
 def read_log(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
@@ -102,18 +123,67 @@ def tracker_names(report_to: str | Sequence[str]) -> list[str]:
     return names
 
 
-def start_trackers(accelerator: Accelerator, config: Mapping[str, Any], project: str = "linearize") -> None:
-    """Starts the accelerator's trackers (those of its `log_with`) with the settings that they can show."""
-    plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in config.items()}
-    if accelerator.log_with:
-        accelerator.init_trackers(project, config=plain)
+class _Trackers:
+    """accelerate's trackers for one stage. All stages of a run directory are one run of one project: a stage's figures
+    are called STAGE/figure, and its steps follow those of the stages before it.
+
+    Args:
+        names: of `tracker_names`.
+        log: the stage's log, RUN/logs/STAGE.jsonl.
+        settings: of the stage.
+    """
+
+    def __init__(self, names: list[str], log: Path, settings: Mapping[str, Any]) -> None:
+        from accelerate.tracking import LOGGER_TYPE_TO_CLASS, filter_trackers
+
+        logs = next(folder for folder in log.parents if folder.name == "logs")
+        self.stage = log.relative_to(logs).with_suffix("").as_posix()
+        run, self.first_step = _tracked_run(logs, self.stage)
+        # Both go on with the run of that name; tensorboard with what lies in the folder.
+        same_run: dict[str, dict[str, Any]] = {
+            "wandb": {"id": run, "name": run, "resume": "allow"},
+            "trackio": {"name": run, "resume": "allow"},
+        }
+        self.trackers = []
+        for name in map(str, filter_trackers(names, str(logs))):
+            kind, options = LOGGER_TYPE_TO_CLASS[name], same_run.get(name, {})
+            if kind.requires_logging_directory:
+                options = {**options, "logging_dir": str(logs)}
+            self.trackers.append(kind(PROJECT, **options))
+        plain = {key: value if isinstance(value, (int, float, str)) else str(value) for key, value in settings.items()}
+        for tracker in self.trackers:
+            tracker.start()
+            if tracker.name != "tensorboard":  # which would show the settings as another run
+                tracker.store_init_configuration({f"{self.stage}/{key}": value for key, value in plain.items()})
+
+    def log(self, step: int, figures: Mapping[str, Any]) -> None:
+        numbers = {f"{self.stage}/{key}": x for key, x in figures.items() if isinstance(x, (int, float))}
+        for tracker in self.trackers:
+            tracker.log(numbers, step=self.first_step + step)
+
+    def finish(self) -> None:
+        for tracker in self.trackers:
+            tracker.finish()
+        self.trackers.clear()
 
 
-def finish_trackers(accelerator: Accelerator) -> None:
-    """Ends the trackers. (`accelerator.end_training` would end the process group too, which stage 2 still needs.)"""
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    accelerator.trackers.clear()
+def _tracked_run(logs: Path, stage: str) -> tuple[str, int]:
+    """The trackers' name of the run in a directory, and the steps of the stages before this one; kept for a resume."""
+    path = logs / TRACKED_RUN
+    if path.is_file():
+        run = json.loads(path.read_text(encoding="utf-8"))
+    else:
+        run = {"name": f"{logs.resolve().parent.name}-{uuid.uuid4().hex[:8]}", "first_steps": {}}
+    first_steps = run["first_steps"]
+    if stage not in first_steps:
+        ends = [first + _last_step(logs / f"{name}.jsonl") for name, first in first_steps.items()]
+        first_steps[stage] = max(ends, default=0)
+        write_file(path, json.dumps(run, indent=1).encode())
+    return run["name"], first_steps[stage]
+
+
+def _last_step(log: Path) -> int:
+    return max((record["step"] for record in read_log(log)), default=0)
 
 
 def has_matplotlib() -> bool:

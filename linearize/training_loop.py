@@ -6,8 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -17,7 +16,6 @@ from torch import nn
 from linearize.errors import Terminated, UserError
 from linearize.failures import smaller
 from linearize.launcher import check_launcher, settings_decide_precision
-from linearize.training_log import tracker_names
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -38,24 +36,19 @@ class StageConfig(Protocol):
     def plan(self, sequence_length: int, num_processes: int = 1) -> StepPlan: ...
 
 
-def make_accelerator(
-    device: str | torch.device | None, report_to: str | Sequence[str], output_dir: str | Path
-) -> Accelerator:
-    """The accelerator of a stage: process group, device and trackers. Nothing is wrapped by it.
+def make_accelerator(device: str | torch.device | None) -> Accelerator:
+    """The accelerator of a stage: process group and device. Nothing is wrapped by it.
 
     Mixed precision is not used: the dtype that the model was loaded in is the dtype of its arithmetic.
 
     Args:
         device: "cpu" keeps a machine's GPUs out of it; None and "auto" take what accelerate finds.
-        report_to: trackers, or "none".
-        output_dir: run directory; trackers that write files write under `logs`.
     """
     from accelerate import Accelerator
 
     check_launcher(str(device))
-    trackers, logs = tracker_names(report_to) or None, str(Path(output_dir) / "logs")
     with settings_decide_precision():
-        return Accelerator(cpu=str(device) == "cpu", log_with=trackers, project_dir=logs)
+        return Accelerator(cpu=str(device) == "cpu")
 
 
 def place_model(model: nn.Module, device: torch.device) -> torch.device:

@@ -30,10 +30,9 @@ from linearize.settings import TransferConfig
 from linearize.training_log import (
     TrainingLog,
     check_finite,
-    finish_trackers,
     plot_transfer,
     read_log,
-    start_trackers,
+    tracker_names,
 )
 from linearize.training_loop import (
     SCHEDULERS,
@@ -244,7 +243,8 @@ class _Transfer:
         self.output_dir = output_dir
         self.checkpoint_dir = output_dir / "checkpoints" / "transfer"
         self.log_path = output_dir / "logs" / "transfer.jsonl"
-        self.accelerator = make_accelerator(device, report_to, output_dir)
+        self.report_to = tracker_names(report_to)
+        self.accelerator = make_accelerator(device)
         self.device = place_model(model, self.accelerator.device)
         self.sequence_length = len(train[0]["input_ids"]) if len(train) else 0
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -292,13 +292,14 @@ class _Transfer:
         self.accelerator.wait_for_everyone()  # All have read the log before the main process rewrites it.
         self.log = None
         if self.accelerator.is_main_process:
-            self.log = TrainingLog(self.log_path, after_step=self.completed if checkpoint else None)
-        start_trackers(self.accelerator, {**asdict(self.config), "seed": self.seed})
+            after_step, settings = self.completed if checkpoint else None, {**asdict(self.config), "seed": self.seed}
+            self.log = TrainingLog(self.log_path, after_step, self.report_to, settings)
         try:
             with training_only(self.model, list(self.parameters.values())), self.losses, Interrupt() as interrupt:
                 self._steps(interrupt, started)
         finally:
-            finish_trackers(self.accelerator)
+            if self.log is not None:
+                self.log.close()
         self.accelerator.wait_for_everyone()
         return TransferResult(
             losses_per_layer=[record["layer_losses"] for record in self.records],
@@ -433,8 +434,6 @@ class _Transfer:
         if self._validates():
             record |= self._validate()
         self.records.append(record)
-        scalars = {key: value for key, value in record.items() if isinstance(value, (int, float))}
-        self.accelerator.log({f"transfer/{key}": value for key, value in scalars.items()}, step=self.completed)
         if self.log is not None:
             self.log.write(record)
             if self.on_log is not None:

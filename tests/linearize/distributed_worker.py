@@ -39,7 +39,7 @@ def sharded_transfer(model, blocks, output_dir):
     """Stage 1 with the frozen base sharded over the processes."""
     from linearize.training_loop import make_accelerator, shard_frozen_base
 
-    shard_frozen_base(model, make_accelerator(None, "none", output_dir).device)
+    shard_frozen_base(model, make_accelerator(None).device)
     return transfer(model, blocks, output_dir)
 
 
