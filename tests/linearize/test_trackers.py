@@ -74,6 +74,7 @@ def test_the_stages_are_one_run(calls, tmp_path):
     logged = [(step, values) for _, what, step, values in (call for call in calls if call[1] == "log")]
     steps = [step for step, values in logged if any(name.endswith("/loss") for name in values)]
     assert steps == [1, 2, 3, 4, 5]
+    assert [step for step, values in logged if "finetune/train_loss" in values] == [5]  # what no log file has
     assert {name.split("/")[0] for step, values in logged if step > 3 for name in values} == {"finetune"}
     for stage, first in (("transfer", 0), ("finetune", 3)):
         for record in read_log(tmp_path / "mine" / "logs" / f"{stage}.jsonl"):
