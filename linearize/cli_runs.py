@@ -8,14 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from linearize.encoder_settings import EncoderRunConfig
-from linearize.failures import command
+from linearize.failures import command, is_main_process
 from linearize.gain_cell_stages import GainCellRunConfig
 from linearize.glue_settings import GlueRunConfig
 from linearize.landmark_stages import LandmarkRunConfig
 from linearize.pretraining_settings import PretrainConfig
 from linearize.settings import RunConfig, RunSettings
 from linearize.settings_flags import with_settings
-from linearize.settings_io import Settings, resolve
+from linearize.settings_io import Settings, left_behind, read_values, resolve
 from linearize.settings_values import field_types
 
 Config = Annotated[
@@ -62,6 +62,15 @@ RUN_SETTINGS = (
 )
 
 
+def resolved(config: str | None, overrides: dict[str, Any], settings: type[Settings]) -> Settings:
+    """Settings of a config and flags; says which of the config's settings of data another dataset leaves behind."""
+    left = [] if config is None else left_behind(read_values(config, settings), overrides, settings)
+    if left and is_main_process():
+        names = ", ".join(f"data.{name}" for name in left)
+        print(f"{config} has {names} for its own dataset: left out, as --data.dataset names another.", flush=True)
+    return resolve(config, overrides, settings=settings)
+
+
 def run_settings(
     config: str | None, overrides: dict[str, Any], default_config: str | None, settings: type[Settings]
 ) -> Settings:
@@ -70,7 +79,7 @@ def run_settings(
     if config is None and resume and output and (Path(output) / "config.yaml").is_file():
         config = str(Path(output) / "config.yaml")
         overrides = {"overwrite": False, **overrides}
-    return resolve(config or default_config, overrides, settings=settings)
+    return resolved(config or default_config, overrides, settings)
 
 
 @command
