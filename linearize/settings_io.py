@@ -95,7 +95,8 @@ def left_behind(
     data, dataset = values.get("data"), overrides.get("data.dataset")
     if dataset is None or not isinstance(data, Mapping) or data.get("dataset") in (None, dataset):
         return []
-    section: Any = section_type(field_types(settings)["data"])
+    kind: Any = settings  # as field_types, which is cached, takes it
+    section: Any = section_type(field_types(kind)["data"])
     defaults = {field.name: field.default for field in dataclasses.fields(section)}
     return [
         name
