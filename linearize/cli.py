@@ -18,7 +18,7 @@ import typer
 from linearize.cli_diff import differ
 from linearize.cli_import import importer
 from linearize.cli_presets import presets
-from linearize.cli_runs import KINDS, TRAINING, Config, add_run_commands, resolved
+from linearize.cli_runs import KINDS, TRAINING, Config, add_run_commands, resolved, trained
 from linearize.cli_select import select
 from linearize.config.presets import find_preset
 from linearize.context_flags import (
@@ -142,7 +142,7 @@ def _train(
     }
     if data:
         fixed["data.dataset"] = data[0] if len(data) == 1 else data
-    linearize.run(resolved(config, {**overrides, **fixed}, RunConfig))
+    trained(resolved(config, {**overrides, **fixed}, RunConfig), linearize.run)
 
 
 @app.command()

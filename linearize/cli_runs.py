@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -82,6 +83,15 @@ def run_settings(
     return resolved(config or default_config, overrides, settings)
 
 
+def trained(settings: Any, train: Callable[[Any], Any]) -> None:
+    """Train as the settings say, then print where all of it lies and what to do with it."""
+    from linearize.run_directory import RunDirectory
+
+    train(settings)
+    if is_main_process():
+        print(RunDirectory(settings).ending(), flush=True)
+
+
 @command
 @with_settings(*RUN_SETTINGS)
 def run(
@@ -103,7 +113,7 @@ def run(
     if dry_run:
         plan(settings).show()
     else:
-        linearize.run(settings)
+        trained(settings, linearize.run)
 
 
 @command
@@ -112,7 +122,7 @@ def pretrain(context: typer.Context, *, config: Config = None, overrides: dict[s
     """Train a GPT-2, Llama or BERT from scratch on text, softmax or any mechanism, as a YAML file and flags say."""
     import linearize
 
-    linearize.pretrain(run_settings(config, overrides, context.obj, PretrainConfig))
+    trained(run_settings(config, overrides, context.obj, PretrainConfig), linearize.pretrain)
 
 
 @command
@@ -121,7 +131,7 @@ def gain_cell(context: typer.Context, *, config: Config = None, overrides: dict[
     """Train a model onto analog gain cells: linear cell, adaptation, nonlinear cell."""
     import linearize
 
-    linearize.run_gain_cell(run_settings(config, overrides, context.obj, GainCellRunConfig))
+    trained(run_settings(config, overrides, context.obj, GainCellRunConfig), linearize.run_gain_cell)
 
 
 @command
@@ -130,7 +140,7 @@ def landmark(context: typer.Context, *, config: Config = None, overrides: dict[s
     """Train a model onto landmark attention, all weights, at a short context."""
     import linearize
 
-    linearize.run_landmark(run_settings(config, overrides, context.obj, LandmarkRunConfig))
+    trained(run_settings(config, overrides, context.obj, LandmarkRunConfig), linearize.run_landmark)
 
 
 @command
@@ -139,7 +149,7 @@ def encoder(context: typer.Context, *, config: Config = None, overrides: dict[st
     """Convert a BERT and train it: attention transfer, then its sentence embeddings or masked language modelling."""
     import linearize
 
-    linearize.run_encoder(run_settings(config, overrides, context.obj, EncoderRunConfig))
+    trained(run_settings(config, overrides, context.obj, EncoderRunConfig), linearize.run_encoder)
 
 
 @command

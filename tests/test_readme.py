@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from accelerate.commands.launch import launch_command_parser
 from cosine_toys import write as write_cosine_checkpoint
 from test_gain_cell_import import write as write_gain_cell_checkpoint
@@ -82,8 +83,7 @@ def write_texts(folder):
     """The texts that the README names, of sentences."""
     sentence = " ".join(WORDS).capitalize() + "."
     lines = [f"The {a} ran past a house. Two old cats {b} slept there. {sentence}" for a in WORDS for b in WORDS[:8]]
-    (folder / "validation").mkdir()
-    for name, part in (("text.jsonl", lines[20:]), ("validation/text.jsonl", lines[:20])):
+    for name, part in (("text.jsonl", lines[20:]), ("other.jsonl", lines[:20])):
         (folder / name).write_text("".join(f'{{"text": "{line}"}}\n' for line in part))
     for name in ("held_out.txt", "long.txt", "news.txt", "TEXT"):
         (folder / name).write_text("\n\n".join(lines))
@@ -148,19 +148,27 @@ def call(words):
 def train(words, monkeypatch):
     """Read a command that trains, as it stands; then run it, small."""
     seen = []
+
+    def read(settings):
+        seen.append(settings)
+        raise typer.Exit
+
     with monkeypatch.context() as patch:
         for name in RUNNERS:
-            patch.setattr(linearize, name, seen.append)
+            patch.setattr(linearize, name, read)
         call(words)
     (settings,) = seen
     for name in (getattr(settings, "model_name_or_path", None), getattr(settings, "tokenizer_name_or_path", None)):
         if name:
             stand_in(name)
-    if not Path(settings.data.dataset).exists():
+    shutil.rmtree(settings.output_dir, ignore_errors=True)
+    flags = small(settings, words[1])
+    if not Path(settings.data.dataset).exists():  # of the Hub, and so may its split be
         Path(settings.data.dataset).mkdir(parents=True)
         shutil.copy("text.jsonl", settings.data.dataset)
-    shutil.rmtree(settings.output_dir, ignore_errors=True)
-    call([*words, *small(settings, words[1])])
+    if "--data.dataset" not in words and settings.data.validation:
+        flags += ["--data.validation", "other.jsonl"]
+    call([*words, *flags])
 
 
 def run_linearize(words, monkeypatch):

@@ -2,17 +2,26 @@
 
 import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
+from tiny_models import make_gpt2
+from tiny_runs import WORDS, make_bert_directory, make_teacher_directory
 
+import linearize
 from linearize.cli import main
 from linearize.cli_runs import KINDS
 from linearize.config.presets import COMMANDS, all_presets
 from linearize.config.sizes import parse_tokens
+from linearize.encoder_settings import EncoderRunConfig
 from linearize.errors import UserError
+from linearize.run_directory import RunDirectory
+from linearize.settings import RunConfig
 from linearize.settings_io import OF_ITS_DATASET, left_behind, read_mapping, resolve
 from linearize.settings_values import field_types, section_type
 
@@ -90,12 +99,25 @@ def test_an_unknown_preset_is_answered_with_the_nearest(words, capsys):
     assert "did you mean smollm2_135m_constant" in said and "`linearize presets`" in said
 
 
+RUNNERS = ("run", "pretrain", "run_encoder", "run_gain_cell", "run_landmark", "run_glue")
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The settings of every run that is started; it ends there, and well."""
+    settings = []
+
+    def start(given):
+        settings.append(given)
+        raise typer.Exit
+
+    for name in RUNNERS:
+        monkeypatch.setattr(linearize, name, start)
+    return settings
+
+
 @pytest.mark.parametrize("preset", all_presets(), ids=lambda preset: preset.name)
-def test_run_finds_a_preset_whatever_its_folder(preset, monkeypatch):
-    seen = []
-    runs = {"run": "pipeline.run", "pretrain": "pretraining.pretrain", "encoder": "encoder_stages.run_encoder"}
-    runs |= {"gain-cell": "gain_cell_stages.run_gain_cell", "landmark": "landmark_stages.run_landmark"}
-    monkeypatch.setattr(f"linearize.{runs.get(preset.command, 'glue_stages.run_glue')}", seen.append)
+def test_run_finds_a_preset_whatever_its_folder(preset, seen):
     for words in (["run", preset.name], ["run", "--config", preset.name], ["run", f"--config={preset.name}"]):
         assert main([*words, "--output_dir", "here"]) == 0
     assert seen == [resolve(preset.path, {"output_dir": "here"}, settings=KINDS[preset.command])] * 3
@@ -127,9 +149,7 @@ def test_another_dataset_drops_what_a_preset_says_of_its_own(preset):
 
 
 @pytest.mark.parametrize("name", ["smollm2_135m_constant", "smollm2_landmark", "minilm_linear", "cosine_bert_base"])
-def test_what_another_dataset_drops_is_said(name, monkeypatch, capsys):
-    for run in ("pipeline.run", "landmark_stages.run_landmark", "encoder_stages.run_encoder", "pretraining.pretrain"):
-        monkeypatch.setattr(f"linearize.{run}", lambda settings: None)
+def test_what_another_dataset_drops_is_said(name, seen, monkeypatch, capsys):
     assert main(["run", name]) == 0
     assert capsys.readouterr().out == ""
     assert main(["run", name, "--data.dataset", "text.jsonl"]) == 0
@@ -140,9 +160,7 @@ def test_what_another_dataset_drops_is_said(name, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_dashes_and_underscores_are_the_same(monkeypatch):
-    seen = []
-    monkeypatch.setattr("linearize.pipeline.run", seen.append)
+def test_dashes_and_underscores_are_the_same(seen):
     flags = [
         "--output_dir",
         "a-b",
@@ -199,3 +217,33 @@ def test_flags_of_tokens_take_sizes(monkeypatch, capsys):
     assert (seen["sequence_length"], seen["max_tokens"]) == (2048, 1_000_000)
     assert main(["evaluate", "model", "--text", "a.txt", "--max_tokens", "many"]) == 2
     assert "no number of tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "stock gpt2", "stock bert"])
+def test_what_a_run_says_to_do_next_can_be_done(kind, tmp_path, monkeypatch, seen, capsys):
+    """The commands as they are printed, with a file where they have FILE; none goes on to train or push."""
+    teacher, text = tmp_path / "teacher", tmp_path / "text.txt"
+    out = tmp_path / ("out" if kind == "stock bert" else "the out")  # GLUE's report takes no spaces
+    text.write_text(" ".join(f"The {word} ran past a house. Two old cats slept in {word}." for word in WORDS))
+    if kind.endswith("bert"):
+        make_bert_directory(teacher)
+    else:
+        make_teacher_directory(teacher, **({"make": make_gpt2} if "gpt2" in kind else {}))
+    if kind.startswith("stock"):
+        shutil.copytree(teacher, out / "final")
+    else:
+        assert main(["convert", str(teacher), str(out / "final")]) == 0
+    (out / "plots").mkdir()
+    settings = EncoderRunConfig if kind == "bert" else RunConfig
+    shown = RunDirectory(settings(model_name_or_path=str(teacher), output_dir=str(out))).ending().splitlines()
+    assert shown[:2] == [f"repository  {out}/final", f"plots       {out}/plots"] and len(shown) == 5
+    (out / "report.json").write_text("{}")
+    assert f"report      {out}/report.json" in RunDirectory(settings(output_dir=str(out))).ending().splitlines()
+
+    monkeypatch.setattr("linearize.hub.push", lambda *arguments, **options: "there")
+    monkeypatch.setattr("builtins.input", lambda prompt: "")
+    for line in shown[2:]:
+        words = shlex.split(line.removeprefix("next").replace("FILE", str(text)).replace("DIR", str(tmp_path / "new")))
+        small = ["--sequence_length", "32", "--max_tokens", "64", "--device", "cpu"] if words[1] == "evaluate" else []
+        assert words[0] == "linearize" and main([*words[1:], *small]) == 0
+    assert len(seen) == {"llama": 0, "bert": 0, "stock gpt2": 1, "stock bert": 2}[kind]
