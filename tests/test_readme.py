@@ -226,7 +226,7 @@ def run(line, monkeypatch):
 
 
 @pytest.mark.parametrize("commands", blocks(), ids=lambda commands: commands[0][:60])
-def test_the_commands_run(commands, workspace, monkeypatch):
+def test_the_commands_run(commands, workspace, monkeypatch, capsys):
     monkeypatch.chdir(workspace)
     shutil.rmtree("out", ignore_errors=True)
     shutil.copytree("prepared", "out")
@@ -244,6 +244,9 @@ def test_the_commands_run(commands, workspace, monkeypatch):
             else:
                 write_landmark_checkpoint(Path("path/to/checkpoint"))
         run(line, monkeypatch)
+        ended = "\nrepository  " in (shown := capsys.readouterr().out) and "\nnext        linearize " in shown
+        trains = re.search(r"linearize (run|transfer|finetune) |(linearize (?!select)|recipes/).*--output_dir", line)
+        assert ended == bool(trains), shown
 
 
 def test_the_readme_has_commands():
