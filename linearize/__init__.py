@@ -1,63 +1,77 @@
 """Turn pretrained softmax transformers into models with cheap attention.
 
-Importing this package registers the converted models with the Auto classes; the pipeline loads on first use.
+Importing this package registers the converted models with the Auto classes; the pipeline loads on first use. The
+command line registers them when a command starts (`linearize.cli.main`), so that its help is there at once.
 """
 
 import importlib
+import os
+import sys
 from typing import TYPE_CHECKING
 
 from linearize.errors import UserError
-from linearize.modeling import (
-    CosineAttention,
-    CosineAttentionConfig,
-    CosineState,
-    FeatureMapWeights,
-    GainCell,
-    GainCellAttention,
-    GainCellAttentionConfig,
-    GainCellNoise,
-    GainCellState,
-    HybridLinearState,
-    LandmarkAttention,
-    LandmarkAttentionConfig,
-    LandmarkBlocks,
-    LinearAttention,
-    LinearAttentionConfig,
-    LinearizedBertConfig,
-    LinearizedBertForMaskedLM,
-    LinearizedBertForQuestionAnswering,
-    LinearizedBertForSequenceClassification,
-    LinearizedBertForTokenClassification,
-    LinearizedBertModel,
-    LinearizedGPT2Config,
-    LinearizedGPT2ForCausalLM,
-    LinearizedGPT2ForQuestionAnswering,
-    LinearizedGPT2ForSequenceClassification,
-    LinearizedGPT2ForTokenClassification,
-    LinearizedGPT2Model,
-    LinearizedGPTJConfig,
-    LinearizedGPTJForCausalLM,
-    LinearizedGPTJForQuestionAnswering,
-    LinearizedGPTJForSequenceClassification,
-    LinearizedGPTJModel,
-    LinearizedLlamaConfig,
-    LinearizedLlamaForCausalLM,
-    LinearizedLlamaForQuestionAnswering,
-    LinearizedLlamaForSequenceClassification,
-    LinearizedLlamaForTokenClassification,
-    LinearizedLlamaModel,
-    LinearizedMistralConfig,
-    LinearizedMistralForCausalLM,
-    LinearizedMistralForQuestionAnswering,
-    LinearizedMistralForSequenceClassification,
-    LinearizedMistralForTokenClassification,
-    LinearizedMistralModel,
-    cosine_attention,
-    gain_cell_attention,
-    hybrid_linear_attention,
-    landmark_attention,
-    landmark_retrieval_attention,
-)
+
+
+def _is_command_line() -> bool:
+    """Whether this process is `linearize ...` or `python -m linearize ...`, whose help needs no models."""
+    started = os.path.basename(sys.argv[0]) if sys.argv else ""
+    if started == "-m":  # as long as Python looks for the module
+        started = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv[:-1] else ""
+    return started in ("linearize", "linearize.cli", "linearize.exe")
+
+
+if TYPE_CHECKING or not _is_command_line():
+    from linearize.modeling import (
+        CosineAttention,
+        CosineAttentionConfig,
+        CosineState,
+        FeatureMapWeights,
+        GainCell,
+        GainCellAttention,
+        GainCellAttentionConfig,
+        GainCellNoise,
+        GainCellState,
+        HybridLinearState,
+        LandmarkAttention,
+        LandmarkAttentionConfig,
+        LandmarkBlocks,
+        LinearAttention,
+        LinearAttentionConfig,
+        LinearizedBertConfig,
+        LinearizedBertForMaskedLM,
+        LinearizedBertForQuestionAnswering,
+        LinearizedBertForSequenceClassification,
+        LinearizedBertForTokenClassification,
+        LinearizedBertModel,
+        LinearizedGPT2Config,
+        LinearizedGPT2ForCausalLM,
+        LinearizedGPT2ForQuestionAnswering,
+        LinearizedGPT2ForSequenceClassification,
+        LinearizedGPT2ForTokenClassification,
+        LinearizedGPT2Model,
+        LinearizedGPTJConfig,
+        LinearizedGPTJForCausalLM,
+        LinearizedGPTJForQuestionAnswering,
+        LinearizedGPTJForSequenceClassification,
+        LinearizedGPTJModel,
+        LinearizedLlamaConfig,
+        LinearizedLlamaForCausalLM,
+        LinearizedLlamaForQuestionAnswering,
+        LinearizedLlamaForSequenceClassification,
+        LinearizedLlamaForTokenClassification,
+        LinearizedLlamaModel,
+        LinearizedMistralConfig,
+        LinearizedMistralForCausalLM,
+        LinearizedMistralForQuestionAnswering,
+        LinearizedMistralForSequenceClassification,
+        LinearizedMistralForTokenClassification,
+        LinearizedMistralModel,
+        cosine_attention,
+        gain_cell_attention,
+        hybrid_linear_attention,
+        landmark_attention,
+        landmark_retrieval_attention,
+    )
 
 if TYPE_CHECKING:
     from linearize.conversion import convert, load_student, load_tokenizer
@@ -95,8 +109,8 @@ _PIPELINE = {
 
 
 def __getattr__(name: str):
-    if name in _PIPELINE:
-        return getattr(importlib.import_module(f"linearize.{_PIPELINE[name]}"), name)
+    if name in __all__:
+        return getattr(importlib.import_module(f"linearize.{_PIPELINE.get(name, 'modeling')}"), name)
     raise AttributeError(f"module 'linearize' has no attribute {name!r}")
 
 

@@ -1,9 +1,9 @@
 """The command line: `linearize convert | select | transfer | finetune | evaluate | chat | info | push | run |
-pretrain | gain-cell | landmark | encoder | glue | import | diff | export-vectors`.
+pretrain | gain-cell | landmark | encoder | glue | import | diff | export-vectors | presets`.
 
 Every setting of `linearize/settings.py` (of their own files for the commands of `cli_runs.py`) is a flag of the
-commands that use it (`--transfer.tokens 1000000`). Bad input ends with one sentence and exit code 2, Ctrl-C with
-130 (`linearize/failures.py`).
+commands that use it (`--transfer.tokens 1M`), with `_` or `-` in its name. Bad input ends with one sentence and exit
+code 2, Ctrl-C with 130 (`linearize/failures.py`).
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import typer
 
 from linearize.cli_diff import differ
 from linearize.cli_import import importer
-from linearize.cli_runs import KINDS, TRAINING, Config, add_run_commands
+from linearize.cli_presets import presets
+from linearize.cli_runs import KINDS, TRAINING, Config, add_run_commands, resolved, trained
 from linearize.cli_select import select
+from linearize.config.presets import find_preset
 from linearize.context_flags import (
     ByLength,
     ContextSeed,
@@ -28,12 +30,13 @@ from linearize.context_flags import (
     PerplexityLengths,
     RopeScalingFlag,
     TrialNumbers,
+    tokens,
 )
 from linearize.errors import UserError
 from linearize.failures import command, stage
 from linearize.paths import expand_words
 from linearize.settings import RunConfig
-from linearize.settings_flags import normalise, with_settings
+from linearize.settings_flags import complete, normalise, underscored, with_settings
 from linearize.settings_io import read_values, resolve
 
 app = typer.Typer(
@@ -41,8 +44,10 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": underscored},
 )
+WITHOUT_MODELS = ("presets",)
+"""Commands that need no models."""
 
 app.add_typer(importer, name="import")
 app.add_typer(differ, name="diff")
@@ -137,7 +142,7 @@ def _train(
     }
     if data:
         fixed["data.dataset"] = data[0] if len(data) == 1 else data
-    linearize.run(resolve(config, {**overrides, **fixed}))
+    trained(resolved(config, {**overrides, **fixed}, RunConfig), linearize.run)
 
 
 @app.command()
@@ -157,9 +162,11 @@ def evaluate(
     teacher: Annotated[
         str | None, typer.Option("--teacher", help="The teacher, for the rows that merged weights cannot give.")
     ] = None,
-    sequence_length: Annotated[int, typer.Option("--sequence_length", help="Tokens of one scored sequence.")] = 1024,
+    sequence_length: Annotated[
+        int, typer.Option("--sequence_length", parser=tokens, help="Tokens of one scored sequence.")
+    ] = 1024,
     max_tokens: Annotated[
-        int | None, typer.Option("--max_tokens", help="Tokens to score.", show_default="65536")
+        int | None, typer.Option("--max_tokens", parser=tokens, help="Tokens to score.", show_default="65536")
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch_size", help="Sequences scored together.")] = 1,
     controls: Annotated[
@@ -243,7 +250,7 @@ def export_vectors(
     output: Annotated[str, typer.Argument(help="The .npz file to write.")],
     layer: Annotated[int, typer.Option("--layer", help="Index of the layer, from 0.")] = 0,
     head: Annotated[int, typer.Option("--head", help="Query head of the layer, from 0.")] = 0,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens of the text.")] = 64,
+    length: Annotated[int, typer.Option("--tokens", parser=tokens, help="Tokens of the text.")] = 64,
     text: Annotated[
         str | None, typer.Option("--text", help="Text to run (.txt, .jsonl, .parquet); default some sentences.")
     ] = None,
@@ -259,7 +266,7 @@ def export_vectors(
         output,
         layer=layer,
         head=head,
-        tokens=tokens,
+        tokens=length,
         text=text,
         dtype=dtype,
         device=device,
@@ -274,7 +281,9 @@ def chat(
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="Answer this and end, instead of a conversation.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max_new_tokens", help="Tokens of an answer at most.")] = 256,
+    max_new_tokens: Annotated[
+        int, typer.Option("--max_new_tokens", parser=tokens, help="Tokens of an answer at most.")
+    ] = 256,
     temperature: Annotated[float, typer.Option("--temperature", help="0 for greedy decoding.")] = 0.0,
     dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
@@ -300,7 +309,7 @@ def info(
         str | None, typer.Option("--hardware", help="gain-cell: estimate what the attention costs on this hardware.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option("--window", help="With --hardware: tokens that a layer holds (1024).")
+        int | None, typer.Option("--window", parser=tokens, help="With --hardware: tokens that a layer holds (1024).")
     ] = None,
     cell: Annotated[
         str | None,
@@ -347,7 +356,25 @@ def push(
     print(f"Pushed to {upload(directory, repo_id, private=private, token=token, message=message)}")
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import linearize
+
+        print(f"linearize {linearize.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def start(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Before every command."""
+
+
 app.command()(select)
+app.command()(presets)
 add_run_commands(app)
 
 
@@ -355,6 +382,38 @@ def _check_output(output: str, overwrite: bool) -> None:
     path = Path(output)
     if path.is_file() or (path.is_dir() and any(path.iterdir()) and not overwrite):
         raise UserError(f"{output} exists already: replace it with --overwrite, or name another directory.")
+
+
+def _with_its_command(words: list[str]) -> list[str]:
+    """The words with the command as it is declared; `run` of another command's preset becomes that command."""
+    if not words or words[0].startswith("-"):
+        return words
+    name, *rest = words[0].replace("_", "-"), *words[1:]
+    if name == "run" and rest:
+        named = rest[0] if not rest[0].startswith("-") else _value_of("--config", rest)
+        preset = find_preset(named) if named else None
+        if preset is not None and preset.command != name and not Path(preset.name).is_file():
+            rest = rest if rest[0].startswith("-") else ["--config", *rest]
+            name = preset.command
+    return [name, *rest]
+
+
+def _value_of(flag: str, words: Sequence[str]) -> str | None:
+    """What is given for a flag, as its next word or behind `=`."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            return value if equals else following
+    return None
+
+
+def _prepare(words: Sequence[str]) -> None:
+    """Give the command that is called its flags, and register the models unless all that it does is to speak."""
+    for declared in app.registered_commands:
+        if words and words[0] == (declared.name or getattr(declared.callback, "__name__", "")) and declared.callback:
+            complete(declared.callback)
+    if words and words[0][0] != "-" and words[0] not in WITHOUT_MODELS and not {"-h", "--help"} & set(words):
+        import linearize.modeling  # noqa: F401
 
 
 def main(argv: Sequence[str] | None = None, *, default_config: str | None = None) -> int:
@@ -365,7 +424,8 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
         default_config: What a command of `cli_runs.py` takes when neither a config nor a run to
             resume is named.
     """
-    words = expand_words(list(sys.argv[1:] if argv is None else argv))
+    words = _with_its_command(expand_words(list(sys.argv[1:] if argv is None else argv)))
+    _prepare(words)
     arguments = normalise(words, KINDS.get(words[0] if words else "", RunConfig))
     try:
         app(arguments, prog_name="linearize", obj=default_config)

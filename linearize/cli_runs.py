@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from linearize.encoder_settings import EncoderRunConfig
-from linearize.failures import command
+from linearize.failures import command, is_main_process
 from linearize.gain_cell_stages import GainCellRunConfig
 from linearize.glue_settings import GlueRunConfig
 from linearize.landmark_stages import LandmarkRunConfig
 from linearize.pretraining_settings import PretrainConfig
 from linearize.settings import RunConfig, RunSettings
 from linearize.settings_flags import with_settings
-from linearize.settings_io import Settings, resolve
+from linearize.settings_io import Settings, left_behind, read_values, resolve
 from linearize.settings_values import field_types
 
 Config = Annotated[
@@ -62,6 +63,15 @@ RUN_SETTINGS = (
 )
 
 
+def resolved(config: str | None, overrides: dict[str, Any], settings: type[Settings]) -> Settings:
+    """Settings of a config and flags; says which of the config's settings of data another dataset leaves behind."""
+    left = [] if config is None else left_behind(read_values(config, settings), overrides, settings)
+    if left and is_main_process():
+        names = ", ".join(f"data.{name}" for name in left)
+        print(f"{config} has {names} for its own dataset: left out, as --data.dataset names another.", flush=True)
+    return resolve(config, overrides, settings=settings)
+
+
 def run_settings(
     config: str | None, overrides: dict[str, Any], default_config: str | None, settings: type[Settings]
 ) -> Settings:
@@ -70,7 +80,16 @@ def run_settings(
     if config is None and resume and output and (Path(output) / "config.yaml").is_file():
         config = str(Path(output) / "config.yaml")
         overrides = {"overwrite": False, **overrides}
-    return resolve(config or default_config, overrides, settings=settings)
+    return resolved(config or default_config, overrides, settings)
+
+
+def trained(settings: Any, train: Callable[[Any], Any]) -> None:
+    """Train as the settings say, then print where all of it lies and what to do with it."""
+    from linearize.run_directory import RunDirectory
+
+    train(settings)
+    if is_main_process():
+        print(RunDirectory(settings).ending(), flush=True)
 
 
 @command
@@ -94,7 +113,7 @@ def run(
     if dry_run:
         plan(settings).show()
     else:
-        linearize.run(settings)
+        trained(settings, linearize.run)
 
 
 @command
@@ -103,7 +122,7 @@ def pretrain(context: typer.Context, *, config: Config = None, overrides: dict[s
     """Train a GPT-2, Llama or BERT from scratch on text, softmax or any mechanism, as a YAML file and flags say."""
     import linearize
 
-    linearize.pretrain(run_settings(config, overrides, context.obj, PretrainConfig))
+    trained(run_settings(config, overrides, context.obj, PretrainConfig), linearize.pretrain)
 
 
 @command
@@ -112,7 +131,7 @@ def gain_cell(context: typer.Context, *, config: Config = None, overrides: dict[
     """Train a model onto analog gain cells: linear cell, adaptation, nonlinear cell."""
     import linearize
 
-    linearize.run_gain_cell(run_settings(config, overrides, context.obj, GainCellRunConfig))
+    trained(run_settings(config, overrides, context.obj, GainCellRunConfig), linearize.run_gain_cell)
 
 
 @command
@@ -121,7 +140,7 @@ def landmark(context: typer.Context, *, config: Config = None, overrides: dict[s
     """Train a model onto landmark attention, all weights, at a short context."""
     import linearize
 
-    linearize.run_landmark(run_settings(config, overrides, context.obj, LandmarkRunConfig))
+    trained(run_settings(config, overrides, context.obj, LandmarkRunConfig), linearize.run_landmark)
 
 
 @command
@@ -130,7 +149,7 @@ def encoder(context: typer.Context, *, config: Config = None, overrides: dict[st
     """Convert a BERT and train it: attention transfer, then its sentence embeddings or masked language modelling."""
     import linearize
 
-    linearize.run_encoder(run_settings(config, overrides, context.obj, EncoderRunConfig))
+    trained(run_settings(config, overrides, context.obj, EncoderRunConfig), linearize.run_encoder)
 
 
 @command

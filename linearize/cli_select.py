@@ -7,11 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli_runs import Config
+from linearize.cli_runs import Config, resolved
 from linearize.errors import UserError
 from linearize.failures import command, stage
+from linearize.settings import RunConfig
 from linearize.settings_flags import with_settings
-from linearize.settings_io import read_values, resolve
+from linearize.settings_io import read_values
 
 FLAGS = (
     *("state_budget", "softmax_layers", "attention", "select", "data", "sliding_window", "revision"),
@@ -53,7 +54,7 @@ def select(
     if own is not None and not attention:
         overrides["attention"] = own
     fixed = {"model_name_or_path": teacher, "revision": revision, "transfer": None, "finetune": None}
-    settings = complete_attention(resolve(config, {**overrides, **fixed, "evaluation": None}))
+    settings = complete_attention(resolved(config, {**overrides, **fixed, "evaluation": None}, RunConfig))
     if not selects(settings):
         raise UserError("There is nothing to select: give --state_budget, or a number or share of --softmax_layers.")
     stock = read_teacher(settings)

@@ -1,8 +1,23 @@
-"""Flags of `linearize evaluate` about context length, for `linearize/cli.py`."""
+"""Flags of `linearize evaluate` about context length, for `linearize/cli.py`, and how a flag reads tokens."""
 
 from typing import Annotated
 
 import typer
+
+from linearize.config.sizes import parse_tokens
+
+
+def tokens(value: str | int) -> int:
+    """A number of tokens as a flag gives it: 1024, 1k or 20M.
+
+    Raises:
+        typer.BadParameter: it is none.
+    """
+    number = parse_tokens(str(value))
+    if number is None:
+        raise typer.BadParameter(f"{value!r} is no number of tokens, such as 1024, 1k or 20M.")
+    return number
+
 
 PasskeyLengths = Annotated[
     str | None,

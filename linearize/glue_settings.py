@@ -29,8 +29,8 @@ class GlueDataConfig:
     """Hub id of a dataset with GLUE's configurations, or a folder that holds a folder for each task (cola, sst2, mrpc,
     stsb, qqp, mnli, qnli, rte, wnli) with train and validation as .csv, .tsv, .jsonl or .parquet, in GLUE's columns;
     MNLI has validation_matched and validation_mismatched."""
-    revision: str | None = REVISION
-    """Branch, tag or commit of the Hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hub dataset; none: of nyu-mll/glue the commit that is tested."""
     sequence_length: int = 128
     """Tokens of an example at most, marks included; longer ones are cut (128 in BERT)."""
     max_examples: int | None = None
@@ -44,6 +44,8 @@ class GlueDataConfig:
 
     def __post_init__(self) -> None:
         convert_fields(self, "data")
+        if self.revision is None and self.dataset == GLUE:
+            self.revision = REVISION
         require(bool(self.dataset), "data.dataset is empty: give a Hub id or a folder.")
         require(
             self.sequence_length >= 8, f"data.sequence_length is {self.sequence_length}, but it must be at least 8."

@@ -14,6 +14,7 @@ final/                               the converted repository
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,8 @@ from linearize.settings import RunSettings
 from linearize.settings_io import differences, resolve, write_config
 
 CONFIG = "config.yaml"
+REPORT = "report.json"
+"""The figures of a run of several models; those of `linearize run` are in `RunDirectory.measurements`."""
 INPUTS = Path("logs", "inputs.json")
 TRANSFERRED, YARDSTICK = "transferred", "yardstick"
 CONTENTS = (CONFIG, *FILES, "logs", "plots", "checkpoints", TRANSFERRED, YARDSTICK, "adapter", FINAL)
@@ -77,6 +80,35 @@ class RunDirectory:
     def measurements(self) -> Path:
         """What has been measured so far, for a resumed run to go on with."""
         return self.path / "logs" / "evaluation.json"
+
+    def ending(self) -> str:
+        """Where all that a finished run left lies, and the next commands."""
+        places = {
+            "repository": [self.final],
+            "report": [self.path / REPORT, self.measurements],
+            "plots": [self.path / "plots"],
+        }
+        found = {what: next((path for path in paths if path.exists()), None) for what, paths in places.items()}
+        lines = [f"{what:12s}{path}" for what, path in found.items() if path is not None]
+        return "\n".join([*lines, *(f"{'next':12s}{command}" for command in self._next_commands())])
+
+    def _next_commands(self) -> list[str]:
+        from linearize.conversion import load_config
+        from linearize.modeling import is_encoder
+
+        final, config = shlex.quote(str(self.final)), load_config(str(self.final))
+        evaluate, on_text = f"linearize evaluate {final} --text FILE", "--data.dataset FILE --output_dir DIR"
+        if not hasattr(config, "mixer_types"):
+            if is_encoder(config):
+                glue = f"linearize glue --models {final} --output_dir DIR"
+                return [evaluate, glue, f"linearize encoder --model_name_or_path {final} {on_text}"]
+            return [f"linearize chat {final}", evaluate, f"linearize run --model_name_or_path {final} {on_text}"]
+        push = f"linearize push {final} OWNER/NAME"
+        if is_encoder(config):
+            teacher = getattr(self.config, "model_name_or_path", None)
+            named = f" --teacher {shlex.quote(teacher)}" if teacher else ""
+            return [f"linearize info {final}", evaluate + named, push]
+        return [f"linearize chat {final}", evaluate, push]
 
     def holds_run(self) -> bool:
         """Whether any part of a run lies there."""

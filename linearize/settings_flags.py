@@ -23,6 +23,8 @@ from linearize.settings_io import flat_names
 from linearize.settings_values import FALSE, NOTHING, TRUE, field_types, options, section_type
 
 NO = "no_"
+FLAGS = "flags_of_settings"
+"""Where a command keeps what makes its flags, until `complete`."""
 
 
 @functools.cache
@@ -127,7 +129,9 @@ def with_settings(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the flags of the named settings (a section's name brings all its fields).
 
-    The command must take a keyword `overrides`: dotted name -> value for every flag that was given.
+    The command must take a keyword `overrides`: dotted name -> value for every flag that was given. Its signature has
+    the flags after `complete`, which imports the models for those of `attention`: only the command that is called
+    needs them.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -136,20 +140,32 @@ def with_settings(
             for parameter in inspect.signature(command, eval_str=True).parameters.values()
             if parameter.name != "overrides"
         ]
-        flags = setting_parameters(names, settings)
-        identifiers = {parameter.name: parameter.name.replace("__dot__", ".") for parameter in flags}
+        taken = {parameter.name for parameter in own}
 
         @functools.wraps(command)
         def call(*args: Any, **kwargs: Any) -> Any:
-            given = {identifiers[key]: kwargs.pop(key) for key in list(kwargs) if key in identifiers}
+            given = {key.replace("__dot__", "."): kwargs.pop(key) for key in list(kwargs) if key not in taken}
             overrides = {name: _value(name, value) for name, value in given.items() if value not in (None, [])}
             return command(*args, overrides=overrides, **kwargs)
 
-        call.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
-        call.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *flags]}
+        _sign(call, own)
+        vars(call)[FLAGS] = lambda: setting_parameters(names, settings)
         return call
 
     return decorate
+
+
+def complete(command: Callable[..., Any]) -> None:
+    """Add to a command's signature the flags that `with_settings` has for it; once is enough."""
+    flags = vars(command).pop(FLAGS, None)
+    if flags is not None:
+        _sign(command, [*inspect.signature(command).parameters.values(), *flags()])
+
+
+def _sign(function: Callable[..., Any], parameters: list[inspect.Parameter]) -> None:
+    """Set the signature that typer reads."""
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
 
 
 def _value(name: str, value: Any) -> Any:
@@ -170,13 +186,19 @@ def normalise(argv: Sequence[str], settings: type[RunSettings] = RunConfig) -> l
     result: list[str] = []
     for word in argv:
         flag, _, value = word.partition("=")
+        flag = underscored(flag)
         if flag in switches and value.lower() in TRUE + FALSE and value:
             result.append(flag if value.lower() in TRUE else _negated(flag))
-        elif result and result[-1] in switches and word.lower() in TRUE[:3] + FALSE[:3]:
-            result[-1] = result[-1] if word.lower() in TRUE else _negated(result[-1])
+        elif result and underscored(result[-1]) in switches and word.lower() in TRUE[:3] + FALSE[:3]:
+            result[-1] = result[-1] if word.lower() in TRUE else _negated(underscored(result[-1]))
         else:
             result.append(word)
     return result
+
+
+def underscored(flag: str) -> str:
+    """A flag as it is declared: `--dry-run` is `--dry_run`."""
+    return "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag.replace("-", "_")
 
 
 def _negated(flag: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar, overload
 
 import yaml
 
+from linearize.config.presets import PRESETS, find_preset, unknown_preset
 from linearize.errors import UserError
 from linearize.paths import user_path
 from linearize.settings import RunConfig, RunSettings
@@ -17,8 +18,8 @@ from linearize.settings_values import NOTHING, build, field_types, section_type
 
 Settings = TypeVar("Settings", bound=RunSettings)
 
-PRESETS = Path(__file__).parent / "configs"
-"""The YAML files of `recipes/configs`, which the wheel carries under this name."""
+OF_ITS_DATASET = ("dataset_config", "split", "revision", "validation")
+"""Settings of section data that mean something for one dataset alone."""
 
 
 def preset_names(settings: type[RunSettings] = RunConfig) -> list[str]:
@@ -31,11 +32,14 @@ def find_config(path_or_preset: str | PathLike[str], settings: type[RunSettings]
     path = Path(user_path(path_or_preset))
     if path.is_file():
         return path
-    preset = PRESETS / settings.preset_folder / f"{path_or_preset}.yaml"
-    if preset.is_file():
-        return preset
-    known = ", ".join(preset_names(settings))
-    raise UserError(f"There is no config {str(path_or_preset)!r}: give the path of a YAML file or a preset ({known}).")
+    preset = find_preset(str(path_or_preset))
+    if preset is None:
+        raise unknown_preset(str(path_or_preset), "YAML file or preset")
+    if preset.folder != settings.preset_folder:
+        raise UserError(
+            f"{preset.name} is a preset of another command: linearize {preset.command} --config {preset.name}."
+        )
+    return preset.path
 
 
 def read_values(path_or_preset: str | PathLike[str], settings: type[RunSettings] = RunConfig) -> dict[str, Any]:
@@ -76,6 +80,39 @@ def merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
+def left_behind(
+    values: Mapping[str, Any], overrides: Mapping[str, Any], settings: type[RunSettings] = RunConfig
+) -> list[str]:
+    """Settings of section data that a config has for its own dataset, where the overrides name another one.
+
+    What is a default, what the overrides give too, and validation text in a file of its own stay.
+
+    Args:
+        values: Of the config.
+        overrides: Dotted names, as the flags give them.
+        settings: The kind of settings.
+    """
+    data, dataset = values.get("data"), overrides.get("data.dataset")
+    if dataset is None or not isinstance(data, Mapping) or data.get("dataset") in (None, dataset):
+        return []
+    kind: Any = settings  # as field_types, which is cached, takes it
+    section: Any = section_type(field_types(kind)["data"])
+    defaults = {field.name: field.default for field in dataclasses.fields(section)}
+    return [
+        name
+        for name in OF_ITS_DATASET
+        if name in defaults
+        and data.get(name, defaults[name]) != defaults[name]
+        and f"data.{name}" not in overrides
+        and not (name == "validation" and _is_file(str(data[name])))
+    ]
+
+
+def _is_file(validation: str) -> bool:
+    """Whether validation text is named by the path of a file, not by a split."""
+    return "/" in validation or bool(Path(validation.removesuffix(".gz")).suffix)
+
+
 @overload
 def resolve(
     config: RunConfig | Mapping[str, Any] | str | PathLike[str] | None, overrides: Mapping[str, Any] | None = None
@@ -96,6 +133,8 @@ def resolve(
 ) -> Any:
     """Settings from a path, a preset's name, a mapping or settings, with `overrides` (dotted names) laid over them.
 
+    Another dataset does not take over what the config says of its own one (`left_behind`).
+
     Args:
         config: None for the defaults.
         overrides: As the flags give them.
@@ -106,6 +145,9 @@ def resolve(
     values: Mapping[str, Any] = (
         {} if config is None else config if isinstance(config, Mapping) else read_values(config, settings)
     )
+    dropped = left_behind(values, overrides or {}, settings)
+    if dropped:
+        values = {**values, "data": {key: value for key, value in values["data"].items() if key not in dropped}}
     return build(settings, merge(values, overrides or {}))
 
 

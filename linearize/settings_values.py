@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from functools import cache
@@ -16,12 +17,15 @@ from typing import Any, Literal, Union
 
 import yaml
 
+from linearize.config.sizes import parse_tokens
 from linearize.errors import UserError
 from linearize.paths import user_path
 
 NOTHING = ("none", "null", "")
 TRUE = ("true", "yes", "on", "1")
 FALSE = ("false", "no", "off", "0")
+COUNTS_TOKENS = re.compile(r"(.*[._])?(tokens|length|window)(_.*)?")
+"""Names of settings that are numbers of tokens, which may be written as 20M or 1k."""
 
 
 @cache
@@ -65,7 +69,8 @@ def convert_value(annotation: Any, value: Any, name: str) -> Any:
         except (TypeError, ValueError) as error:
             if isinstance(error, UserError):
                 raise
-    raise UserError(f"{name} is {value!r}, but it must be {describe(annotation)}.")
+    sizes = " (of tokens, such as 20M or 1k)" if int in choices and COUNTS_TOKENS.fullmatch(name) else ""
+    raise UserError(f"{name} is {value!r}, but it must be {describe(annotation)}{sizes}.")
 
 
 def describe(annotation: Any) -> str:
@@ -111,7 +116,7 @@ def _convert(choice: Any, value: Any, name: str) -> Any:
     if choice is bool:
         return _to_bool(value)
     if choice is int:
-        return _to_int(value)
+        return _to_int(value, name)
     if choice is float:
         if isinstance(value, bool):
             raise TypeError
@@ -131,10 +136,12 @@ def _to_bool(value: Any) -> bool:
     raise TypeError
 
 
-def _to_int(value: Any) -> int:
+def _to_int(value: Any, name: str) -> int:
     if isinstance(value, bool):
         raise TypeError
     if isinstance(value, str):
+        if COUNTS_TOKENS.fullmatch(name) and (tokens := parse_tokens(value)) is not None:
+            return tokens
         try:
             return int(value)
         except ValueError:

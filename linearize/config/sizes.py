@@ -1,9 +1,10 @@
-"""How sizes of memory and shares are written: `7MB`, `240KB/layer`, `10%`."""
+"""How sizes of memory, numbers of tokens and shares are written: `7MB`, `240KB/layer`, `20M`, `1k`, `10%`."""
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 
 from linearize.errors import UserError
 
@@ -11,6 +12,10 @@ UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**
 PER_LAYER = "/layer"
 _UNIT = {name.lower(): size for name, size in UNITS.items()}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([a-z]+)", re.IGNORECASE)
+KILO = 1024
+TOKENS = {"": 1, "k": KILO, "m": 10**6, "b": 10**9}
+"""Units of a number of tokens: k as in lengths, which are powers of two; M and B as texts are counted."""
+_TOKENS = re.compile(r"([0-9]{1,15}(?:\.[0-9]+(?=[mb]))?)([kmb]?)", re.IGNORECASE)
 _SHARE = re.compile(r"(\d+(?:\.\d+)?)\s*%")
 
 
@@ -52,6 +57,13 @@ def parse_budget(text: str, name: str = "state_budget") -> StateBudget:
     if bytes_ < 1:
         raise UserError(f"{name} is {text!r}, but it must be at least one byte.")
     return StateBudget(bytes_, per_layer)
+
+
+def parse_tokens(text: str) -> int | None:
+    """`20M` -> 20 000 000, `1.5b`, `1k` -> 1024, `512` -> 512; None for what is no whole number of tokens."""
+    found = _TOKENS.fullmatch(text.strip())
+    tokens = Decimal(found[1]) * TOKENS[found[2].lower()] if found else None
+    return int(tokens) if tokens is not None and tokens == int(tokens) else None
 
 
 def parse_share(text: str) -> float | None:

@@ -5,9 +5,9 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 
+from linearize.config.sizes import KILO, parse_tokens
 from linearize.errors import UserError
 
-KILO = 1024
 TRIALS = 50
 DEPTHS = 10
 Z95 = 1.959963984540054  # the normal distribution's 97.5% quantile
@@ -98,10 +98,10 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
 
 
 def _parse_length(text: str, flag: str) -> int:
-    found = re.fullmatch(r"([0-9]{1,9})(k?)", text.strip().lower())
-    if not found or not int(found[1]):
+    tokens = parse_tokens(text)
+    if not tokens:
         raise UserError(
             f"{flag} has the length {text.strip()!r}: give tokens separated by commas, such as 512,1k,32k "
             f"(1k is {KILO})."
         )
-    return int(found[1]) * (KILO if found[2] else 1)
+    return tokens

@@ -112,7 +112,7 @@ def test_the_published_preset_quotes_the_published_numbers():
 
 
 def test_a_missing_config_names_the_presets():
-    with pytest.raises(UserError, match="llama3_8b_lolcats"):
+    with pytest.raises(UserError, match="did you mean .*llama3_8b_linear"):
         read_values("llama4")
 
 
@@ -132,6 +132,19 @@ def test_flags_lie_over_yaml(tmp_path):
     assert config.attention == {"type": "linear", "window": 32, "sinks": 1}
     assert config.finetune is None
     assert resolve(tmp_path / "my.yaml", {"finetune.tokens": "9"}).finetune.tokens == 9
+
+
+def test_another_dataset_leaves_what_a_file_says_of_its_own_one(tmp_path):
+    (tmp_path / "my.yaml").write_text("data: {dataset: a/b, split: test, validation: held.jsonl, text_field: body}\n")
+    data = resolve(tmp_path / "my.yaml", {"data.dataset": "text.jsonl"}).data
+    assert (data.split, data.validation, data.text_field) == ("train", "held.jsonl", "body")
+    for flags in ({"data.dataset": "a/b"}, {"data.text_field": "text"}):  # the same one, or none
+        assert resolve(tmp_path / "my.yaml", flags).data.split == "test"
+    named = {"data.dataset": "text.jsonl", "data.split": "test"}
+    assert resolve(tmp_path / "my.yaml", named).data.split == "test"
+    (tmp_path / "my.yaml").write_text("data: {validation: dev, split: test}\n")  # of no dataset: as the flag's
+    data = resolve(tmp_path / "my.yaml", {"data.dataset": "c/d"}).data
+    assert (data.split, data.validation) == ("test", "dev")
 
 
 def test_every_field_has_a_docstring_and_a_flag():

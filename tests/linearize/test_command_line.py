@@ -1,0 +1,249 @@
+"""The command line's language: help without models, presets by name, another dataset, sizes, `-` and `_`."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from tiny_models import make_gpt2
+from tiny_runs import WORDS, make_bert_directory, make_teacher_directory
+
+import linearize
+from linearize.cli import main
+from linearize.cli_runs import KINDS
+from linearize.config.presets import COMMANDS, all_presets
+from linearize.config.sizes import parse_tokens
+from linearize.encoder_settings import EncoderRunConfig
+from linearize.errors import UserError
+from linearize.run_directory import RunDirectory
+from linearize.settings import RunConfig
+from linearize.settings_io import OF_ITS_DATASET, left_behind, read_mapping, resolve
+from linearize.settings_values import field_types, section_type
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "transformers", "numpy", "huggingface_hub", "datasets", "peft", "matplotlib", "lm_eval")
+START = f"""
+import atexit, runpy, sys, time
+def report():
+    print("HEAVY", [name for name in {HEAVY} if name in sys.modules], "CPU", time.process_time())
+atexit.register(report)
+"""
+AS_SCRIPT = START + "sys.argv[0] = '/a/bin/linearize'; from linearize.cli import main; sys.exit(main())"
+
+
+def started(code, *words):
+    """A fresh process, what it printed and its exit code."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *words]
+    run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    return run.returncode, run.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "shows"), [(("--help",), "finetune"), (("--version",), "linearize "), (("presets",), "lolcats")]
+)
+def test_help_version_and_presets_need_no_models(words, shows):
+    code, printed = started(AS_SCRIPT, *words)
+    assert code == 0 and shows in printed
+    assert "HEAVY []" in printed
+    assert float(printed.rpartition("CPU ")[2]) < 1.5
+
+
+def test_the_package_runs_as_a_module_and_a_name_of_it_loads_late():
+    run = [sys.executable, "-m", "linearize", "--version"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert re.fullmatch(r"linearize \d+\.\d+\.\d+\n", subprocess.check_output(run, env=environment, text=True))
+    late = START + "sys.argv[0] = 'linearize'; import linearize; linearize.LinearAttentionConfig(window=3)"
+    assert "HEAVY ['torch', 'transformers'" in started(late)[1]
+
+
+def test_a_script_that_imports_the_package_has_the_models_registered():
+    code = "import sys; sys.argv[1:] = ['-m', 'linearize']; import linearize; from transformers import AutoConfig; "
+    code += "print(AutoConfig.for_model('linearized_llama').model_type)"
+    assert "linearized_llama" in started(code)[1]
+
+
+def test_every_folder_of_presets_has_its_command():
+    assert {settings.preset_folder: name for name, settings in KINDS.items()} == COMMANDS
+    names = [preset.name for preset in all_presets()]
+    assert len(names) == len(set(names)) == len(list((ROOT / "recipes" / "configs").rglob("*.yaml")))
+
+
+def test_the_list_of_presets_has_all_and_says_what_for(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["presets"]) == 0
+    shown = capsys.readouterr().out
+    for preset in all_presets():
+        assert f"  {preset.name}\n" in shown
+        assert preset.remark("Hardware") and preset.remark("Measured")
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct, salient\n    hardware: one H100 that other runs shared, 6" in shown
+    assert "gpt2 from random weights, softmax" in shown
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_one_preset_is_printed_as_it_stands(capsys):
+    for preset in all_presets():
+        assert main(["presets", preset.name]) == 0
+        assert capsys.readouterr().out == preset.text()
+
+
+@pytest.mark.parametrize("words", [["presets"], ["run"], ["run", "--config"], ["landmark", "--config"]])
+def test_an_unknown_preset_is_answered_with_the_nearest(words, capsys):
+    assert main([*words, "smollm2_constant"]) == 2
+    said = capsys.readouterr().err
+    assert "did you mean smollm2_135m_constant" in said and "`linearize presets`" in said
+
+
+RUNNERS = ("run", "pretrain", "run_encoder", "run_gain_cell", "run_landmark", "run_glue")
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """The settings of every run that is started; it ends there, and well."""
+    settings = []
+
+    def start(given):
+        settings.append(given)
+        raise typer.Exit
+
+    for name in RUNNERS:
+        monkeypatch.setattr(linearize, name, start)
+    return settings
+
+
+@pytest.mark.parametrize("preset", all_presets(), ids=lambda preset: preset.name)
+def test_run_finds_a_preset_whatever_its_folder(preset, seen):
+    for words in (["run", preset.name], ["run", "--config", preset.name], ["run", f"--config={preset.name}"]):
+        assert main([*words, "--output_dir", "here"]) == 0
+    assert seen == [resolve(preset.path, {"output_dir": "here"}, settings=KINDS[preset.command])] * 3
+
+
+def test_a_preset_of_another_command_is_named_with_it(capsys):
+    assert main(["encoder", "--config", "smollm2_landmark"]) == 2
+    assert "linearize landmark --config smollm2_landmark" in capsys.readouterr().err
+
+
+OWN = {"dataset_config": "other", "split": "test", "revision": "abc", "validation": "dev"}
+
+
+@pytest.mark.parametrize("preset", all_presets(), ids=lambda preset: preset.name)
+def test_another_dataset_drops_what_a_preset_says_of_its_own(preset):
+    settings = KINDS[preset.command]
+    section = section_type(field_types(settings)["data"])
+    values = read_mapping(preset.path)
+    has = [name for name in OF_ITS_DATASET if values["data"].get(name) is not None]
+    assert left_behind(values, {"data.dataset": "text.jsonl"}, settings) == has
+    found = resolve(preset.path, {"data.dataset": "text.jsonl"}, settings=settings).data
+    plain = section(
+        **{**{key: value for key, value in values["data"].items() if key not in has}, "dataset": "text.jsonl"}
+    )
+    assert found == plain
+    given = {f"data.{name}": value for name, value in OWN.items() if name in vars(plain)}
+    found = resolve(preset.path, {"data.dataset": "a/b", **given}, settings=settings).data
+    assert {f"data.{name}": getattr(found, name) for name in OWN if name in vars(plain)} == given
+
+
+@pytest.mark.parametrize("name", ["smollm2_135m_constant", "smollm2_landmark", "minilm_linear", "cosine_bert_base"])
+def test_what_another_dataset_drops_is_said(name, seen, monkeypatch, capsys):
+    assert main(["run", name]) == 0
+    assert capsys.readouterr().out == ""
+    assert main(["run", name, "--data.dataset", "text.jsonl"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("\n") == 1 and said.startswith(f"{name} has data.") and "left out" in said
+    monkeypatch.setenv("RANK", "1")
+    assert main(["run", name, "--data.dataset", "text.jsonl"]) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_dashes_and_underscores_are_the_same(seen):
+    flags = [
+        "--output_dir",
+        "a-b",
+        "--load_in_4bit",
+        "true",
+        "--finetune.no_train_mixers",
+        "--attention.feature_dim=8",
+    ]
+    flags += ["--transfer.tokens_per_step", "64k", "--data.isolate_documents=false"]
+    dashed = [
+        "--output-dir",
+        "a-b",
+        "--load-in-4bit",
+        "true",
+        "--finetune.no-train-mixers",
+        "--attention.feature-dim=8",
+    ]
+    dashed += ["--transfer.tokens-per-step", "64k", "--data.isolate-documents=false"]
+    assert main(["run", *flags]) == main(["run", *dashed]) == 0
+    assert seen[0] == seen[1] and seen[0].load_in_4bit and seen[0].output_dir == "a-b"
+    assert main(["export_vectors", "--help"]) == main(["gain_cell", "--help"]) == 0
+
+
+def test_tokens_may_be_written_as_sizes(tmp_path):
+    (tmp_path / "my.yaml").write_text("data: {sequence_length: 2k}\ntransfer: {tokens: 1.5M}\n")
+    flags = {"finetune.tokens": "20M", "finetune.tokens_per_step": "8k", "finetune.sequence_length": "1k,4k"}
+    settings = resolve(tmp_path / "my.yaml", flags)
+    assert (settings.data.sequence_length, settings.transfer.tokens) == (2048, 1_500_000)
+    assert (settings.finetune.tokens, settings.finetune.tokens_per_step) == (20_000_000, 8192)
+    assert settings.finetune.sequence_length == [1024, 4096]
+    assert resolve({"data": {"max_tokens": "66b"}}).data.max_tokens == 66_000_000_000
+    for wrong in ("1.5", "1.5k", "k", "20 MB", "-1k", "1e3k", ""):
+        assert parse_tokens(wrong) is None
+
+
+@pytest.mark.parametrize(
+    ("flag", "says"),
+    [
+        ("transfer.tokens", "such as 20M or 1k"),
+        ("transfer.max_steps", "must be an integer"),
+        ("seed", "must be an int"),
+    ],
+)
+def test_what_is_no_size_is_refused(flag, says):
+    with pytest.raises(UserError, match=says):
+        resolve(None, {flag: "20MB" if "tokens" in flag else "1k"})
+
+
+def test_flags_of_tokens_take_sizes(monkeypatch, capsys):
+    seen = {}
+    monkeypatch.setattr("linearize.commands.evaluate_model", lambda directory, **options: seen.update(options))
+    words = ["evaluate", "model", "--text", "a.txt", "--sequence-length", "2k", "--max_tokens", "1M"]
+    assert main(words) == 0
+    assert (seen["sequence_length"], seen["max_tokens"]) == (2048, 1_000_000)
+    assert main(["evaluate", "model", "--text", "a.txt", "--max_tokens", "many"]) == 2
+    assert "no number of tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "stock gpt2", "stock bert"])
+def test_what_a_run_says_to_do_next_can_be_done(kind, tmp_path, monkeypatch, seen, capsys):
+    """The commands as they are printed, with a file where they have FILE; none goes on to train or push."""
+    teacher, text = tmp_path / "teacher", tmp_path / "text.txt"
+    out = tmp_path / ("out" if kind == "stock bert" else "the out")  # GLUE's report takes no spaces
+    text.write_text(" ".join(f"The {word} ran past a house. Two old cats slept in {word}." for word in WORDS))
+    if kind.endswith("bert"):
+        make_bert_directory(teacher)
+    else:
+        make_teacher_directory(teacher, **({"make": make_gpt2} if "gpt2" in kind else {}))
+    if kind.startswith("stock"):
+        shutil.copytree(teacher, out / "final")
+    else:
+        assert main(["convert", str(teacher), str(out / "final")]) == 0
+    (out / "plots").mkdir()
+    settings = EncoderRunConfig if kind == "bert" else RunConfig
+    shown = RunDirectory(settings(model_name_or_path=str(teacher), output_dir=str(out))).ending().splitlines()
+    assert shown[:2] == [f"repository  {out}/final", f"plots       {out}/plots"] and len(shown) == 5
+    (out / "report.json").write_text("{}")
+    assert f"report      {out}/report.json" in RunDirectory(settings(output_dir=str(out))).ending().splitlines()
+
+    monkeypatch.setattr("linearize.hub.push", lambda *arguments, **options: "there")
+    monkeypatch.setattr("builtins.input", lambda prompt: "")
+    for line in shown[2:]:
+        words = shlex.split(line.removeprefix("next").replace("FILE", str(text)).replace("DIR", str(tmp_path / "new")))
+        small = ["--sequence_length", "32", "--max_tokens", "64", "--device", "cpu"] if words[1] == "evaluate" else []
+        assert words[0] == "linearize" and main([*words[1:], *small]) == 0
+    assert len(seen) == {"llama": 0, "bert": 0, "stock gpt2": 1, "stock bert": 2}[kind]
