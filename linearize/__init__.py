@@ -1,7 +1,7 @@
 """Turn pretrained softmax transformers into models with cheap attention.
 
 Importing this package registers the converted models with the Auto classes; the pipeline loads on first use. The
-command line registers them when a command starts (`linearize.cli.main`), so that its help is there at once.
+command line registers them when a command starts (`linearize.cli.app.main`), so that its help is there at once.
 """
 
 import importlib
@@ -74,37 +74,37 @@ if TYPE_CHECKING or not _is_command_line():
     )
 
 if TYPE_CHECKING:
-    from linearize.conversion import convert, load_student, load_tokenizer
-    from linearize.encoder_stages import run_encoder
+    from linearize.conversion.students import convert, load_student, load_tokenizer
     from linearize.evaluation import evaluate
-    from linearize.finetuning import finetune
-    from linearize.gain_cell_stages import run_gain_cell
-    from linearize.glue_stages import run_glue
-    from linearize.hub import push
-    from linearize.landmark_stages import run_landmark
-    from linearize.pipeline import run
-    from linearize.pretraining import pretrain
-    from linearize.transfer import transfer_attention
-    from linearize.weight_diff import make_diff, recover
+    from linearize.hub.diff.difference import make_diff, recover
+    from linearize.hub.repository import push
+    from linearize.runs.encoder import run_encoder
+    from linearize.runs.gain_cell import run_gain_cell
+    from linearize.runs.glue import run_glue
+    from linearize.runs.landmark import run_landmark
+    from linearize.runs.pipeline import run
+    from linearize.runs.pretraining import pretrain
+    from linearize.stages.finetuning import finetune
+    from linearize.stages.transfer import transfer_attention
 
 __version__ = "0.1.0"
 
 _PIPELINE = {
-    "convert": "conversion",
-    "load_student": "conversion",
-    "load_tokenizer": "conversion",
-    "transfer_attention": "transfer",
-    "finetune": "finetuning",
+    "convert": "conversion.students",
+    "load_student": "conversion.students",
+    "load_tokenizer": "conversion.students",
+    "transfer_attention": "stages.transfer",
+    "finetune": "stages.finetuning",
     "evaluate": "evaluation",
-    "push": "hub",
-    "run": "pipeline",
-    "pretrain": "pretraining",
-    "run_encoder": "encoder_stages",
-    "run_gain_cell": "gain_cell_stages",
-    "run_glue": "glue_stages",
-    "run_landmark": "landmark_stages",
-    "make_diff": "weight_diff",
-    "recover": "weight_diff",
+    "push": "hub.repository",
+    "run": "runs.pipeline",
+    "pretrain": "runs.pretraining",
+    "run_encoder": "runs.encoder",
+    "run_gain_cell": "runs.gain_cell",
+    "run_glue": "runs.glue",
+    "run_landmark": "runs.landmark",
+    "make_diff": "hub.diff.difference",
+    "recover": "hub.diff.difference",
 }
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from linearize.cli import main
+from linearize.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

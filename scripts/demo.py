@@ -21,7 +21,8 @@ import torch
 from torch.utils.data import Subset
 
 import linearize
-from linearize.adapters import merge
+from linearize.config.record import make_record
+from linearize.config.settings import DataConfig, FinetuneConfig, TransferConfig
 from linearize.conversion import load_tokenizer
 from linearize.data import prepare_data
 from linearize.evaluation import (
@@ -33,12 +34,12 @@ from linearize.evaluation import (
     perplexity,
     window_reach,
 )
-from linearize.evaluation.memory import state_bytes
 from linearize.evaluation.report import STUDENT, TEACHER, Report
-from linearize.finetuning import finetune
-from linearize.hub import make_record, save_final
-from linearize.settings import DataConfig, FinetuneConfig, TransferConfig
-from linearize.transfer import transfer_attention
+from linearize.hardware.state_bytes import state_bytes
+from linearize.hub.repository import save_final
+from linearize.stages.adapters import merge
+from linearize.stages.finetuning import finetune
+from linearize.stages.transfer import transfer_attention
 
 SEQUENCE_LENGTH = 512  # tokens
 YARDSTICK = "teacher + the same LoRA steps"

@@ -10,10 +10,10 @@ import torch
 from llama_shapes import Clock, Record, Spans, say
 from torch import nn
 
-from linearize.data import TokenBlocks
-from linearize.settings import TransferConfig
-from linearize.transfer import mixer_parameters, training_only, transfer_attention
-from linearize.transfer_loss import LayerLosses, branch_weights
+from linearize.config.settings import TransferConfig
+from linearize.data.sequences import TokenBlocks
+from linearize.stages.transfer import mixer_parameters, training_only, transfer_attention
+from linearize.stages.transfer_loss import LayerLosses, branch_weights
 
 BARS = {"mixed": 0.7, "both": 0.6}
 

@@ -26,8 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.calibration import calibrate
-from linearize.conversion import convert, load_model, load_student, load_tokenizer
+from linearize.config.settings import DataConfig
+from linearize.conversion.students import convert, load_model, load_student, load_tokenizer
 from linearize.data import prepare_data
 from linearize.evaluation import with_yarn
 from linearize.evaluation.arms import is_student, measuring
@@ -37,7 +37,7 @@ from linearize.evaluation.natural import NEW_TOKENS, natural_prompts, read_docum
 from linearize.evaluation.passkey import encode
 from linearize.evaluation.retrieval import Prompt, is_hit
 from linearize.modeling import op_landmark_retrieval as op
-from linearize.settings import DataConfig
+from linearize.stages.calibration import calibrate
 
 SETTINGS = {"type": "landmark", "selection": "head", "block_weight": "tokens", "top_k": 14, "block_size": 64}
 SCORE_ELEMENTS = 2**28  # scores of tokens that are held at once

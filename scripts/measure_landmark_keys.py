@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
-from linearize.calibration import calibrate
-from linearize.conversion import convert, load_model, load_tokenizer
+from linearize.config.settings import DataConfig
+from linearize.conversion.students import convert, load_model, load_tokenizer
 from linearize.data import prepare_data
 from linearize.evaluation import perplexity
-from linearize.settings import DataConfig
+from linearize.stages.calibration import calibrate
 
 
 def main() -> None:

@@ -19,15 +19,15 @@ from torch.utils.data import Subset
 from transformers import set_seed
 
 import linearize
-from linearize.conversion import load_config
-from linearize.data import TokenBlocks, prepare_data
+from linearize.config.settings import DataConfig, FinetuneConfig, RunConfig, TransferConfig
+from linearize.config.yaml_io import resolve
+from linearize.conversion.quantization import quantization_config
+from linearize.conversion.students import load_config
+from linearize.data.sequences import TokenBlocks, prepare_data
 from linearize.evaluation import perplexity
-from linearize.finetuning import finetune
-from linearize.memory import forecast_finetune, forecast_transfer, runs_fused
-from linearize.quantization import quantization_config
-from linearize.settings import DataConfig, FinetuneConfig, RunConfig, TransferConfig
-from linearize.settings_io import resolve
-from linearize.transfer import transfer_attention
+from linearize.hardware.memory import forecast_finetune, forecast_transfer, runs_fused
+from linearize.stages.finetuning import finetune
+from linearize.stages.transfer import transfer_attention
 
 LENGTH = 1024
 TOKENS_PER_STEP = 8192
@@ -135,7 +135,7 @@ def measure_quality(args: argparse.Namespace, train: TokenBlocks, validation: To
 
 
 def measure_memory(args: argparse.Namespace, train: TokenBlocks, validation: TokenBlocks) -> list[dict]:
-    """Peak bytes of two steps of each stage beside what `linearize.memory` expects."""
+    """Peak bytes of two steps of each stage beside what `linearize.hardware.memory` expects."""
     teacher = load_config(args.model)
     rows = []
     for bits, batch, checkpointing in [(16, 1, False), (16, 8, False), (16, 8, True), (4, 8, False), (4, 8, True)]:

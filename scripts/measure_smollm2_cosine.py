@@ -16,12 +16,12 @@ import torch
 from torch.utils.data import Subset
 
 import linearize
+from linearize.config.settings import RunConfig
+from linearize.config.yaml_io import resolve
 from linearize.conversion import convert, load_tokenizer
 from linearize.data import prepare_data
 from linearize.evaluation import perplexity
-from linearize.finetuning import finetune
-from linearize.settings import RunConfig
-from linearize.settings_io import resolve
+from linearize.stages.finetuning import finetune
 
 PRESET = "smollm2_135m_cosine"
 

@@ -5,8 +5,8 @@
     python scripts/measure_students.py train --model MODEL --data out/arms --arms teacher,constant,window --seed 0
     python scripts/measure_students.py report --data docs/results/students
 
-`select` measures layers on the training text (`linearize.stages.select`). `train` converts, finetunes
-(`linearize.finetuning`) and scores: each arm leaves `DATA/student_ARM_SEED.json` with the mean log-likelihood of every
+`select` measures layers on the training text (`linearize.stages.select`). `train` converts, finetunes and scores
+(`linearize.stages.finetuning`): each arm leaves `DATA/student_ARM_SEED.json` with the mean log-likelihood of every
 whole piece of 1k, 4k, 8k and 32k tokens of each text (the teacher's positions end at 8k), for all of the attention and
 for its window alone, of the buckets of an 8k piece by position and of every 1k of a 32k piece; and what it recalls
 (`recall_tasks.py`).
@@ -29,17 +29,17 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
 
-from linearize.calibration import calibrate
+from linearize.config.settings import FinetuneConfig, TransferConfig
+from linearize.config.yaml_io import resolve
 from linearize.conversion import convert
-from linearize.data import TokenBlocks
+from linearize.data.sequences import TokenBlocks
 from linearize.evaluation import state_bytes
-from linearize.finetuning import finetune
-from linearize.run_plan import complete_attention, read_teacher
-from linearize.settings import FinetuneConfig, TransferConfig
-from linearize.settings_io import resolve
+from linearize.runs.plan import complete_attention, read_teacher
+from linearize.stages.calibration import calibrate
+from linearize.stages.finetuning import finetune
 from linearize.stages.select import Selection, placed, select
 from linearize.stages.select_plan import plan_selection
-from linearize.transfer import transfer_attention
+from linearize.stages.transfer import transfer_attention
 
 LENGTH, BUCKETS = 1024, (0, 1024, 2048, 4096, 8192)
 BUDGET, SMALL = "344KB/layer", "200KB/layer"

@@ -11,7 +11,7 @@ README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def main() -> None:
-    from linearize.pairs import pairs_table, with_table
+    from linearize.stages.pairs import pairs_table, with_table
 
     README.write_text(with_table(README.read_text(encoding="utf-8")), encoding="utf-8")
     print(pairs_table())

@@ -23,7 +23,7 @@ from tiny_runs import WORDS, make_bert_directory, make_teacher_directory
 
 import linearize
 from linearize.cli import main
-from linearize.settings_io import to_values
+from linearize.config.yaml_io import to_values
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -176,7 +176,7 @@ def run_linearize(words, monkeypatch):
     command = words[1]
     if command == "evaluate":
         with monkeypatch.context() as patch:
-            patch.setattr("linearize.commands.evaluate_model", lambda directory, **options: None)
+            patch.setattr("linearize.cli.commands.evaluate_model", lambda directory, **options: None)
             call(words)
         given = [flag for flag in MEASURES if flag in words]
         given += [flag for flag in ("--sequence_length", "--max_tokens") if flag not in given]
@@ -230,7 +230,7 @@ def test_the_commands_run(commands, workspace, monkeypatch, capsys):
     monkeypatch.chdir(workspace)
     shutil.rmtree("out", ignore_errors=True)
     shutil.copytree("prepared", "out")
-    monkeypatch.setattr("linearize.hub.push", lambda *arguments, **options: "https://hub/me")
+    monkeypatch.setattr("linearize.hub.repository.push", lambda *arguments, **options: "https://hub/me")
     monkeypatch.setattr("linearize.evaluation.run_tasks", lambda *arguments, **options: type("", (), {"show": print}))
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda self, target, **options: None)  # the slowest part
     lines = iter(["the cats", ""] * 9)

@@ -1,1 +1,8 @@
-"""Settings that several rooms use, and how their values are read; imports nothing of the rooms above."""
+"""Settings and the record of a model: values that several rooms use. Imports nothing of the rooms above.
+
+settings.py       of a run; encoder.py, pretraining.py, of those kinds; evaluation.py, selection.py, sections
+values.py         how a value is read and refused; sizes.py, budgets
+yaml_io.py        presets and a person's files, read and written
+presets.py        the presets that the package carries
+record.py         `linearize.json`: how a converted model was made
+"""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from linearize.settings_values import convert_fields, require
+from linearize.config.values import convert_fields, require
 
 
 @dataclass

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from linearize.config.sizes import parse_budget, parse_share
+from linearize.config.values import convert_fields, require
 from linearize.errors import UserError
-from linearize.settings_values import convert_fields, require
 
 TABLES, CONFIG, PLOT = FILES = ("selection.json", "selection.yaml", "selection.png")
 """What a selection leaves in a run's directory; the plot also lies in a converted repository."""

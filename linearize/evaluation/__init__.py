@@ -1,28 +1,64 @@
-"""Evaluation: perplexity by arm, the linear branch's share, state bytes, speed, tasks; one report.
-For gain cells also noise, other cells, and test vectors of one head; for any model retrieval and perplexity over the
-context length, and perplexity at and past the trained length.
+"""What a model is worth: measures, each a file with its report. May import hardware, conversion, training and data.
 
-Some functions are named as their modules: import from here, or by `from linearize.evaluation.<module> import ...`.
+report.py         perplexity by arm (next_token.py, arms.py), state, speed (generation.py), share.py: `evaluate`
+by_length.py      perplexity at and past the trained length; plain_window.py, its control
+context_run.py    retrieval.py (passkey.py, natural.py, natural_facts.py) and context_curve.py over the length,
+                  with context_lengths.py, context_reading.py, rope_scaling.py
+tasks.py          benchmarks of lm_eval
+embeddings.py, masked.py      of encoders
+noise.py, cell_sweeps.py, vectors.py      of gain cells
+description.py    what a repository is, without its weights; placement.py, a selection in words and as a plot
+plots.py          pictures from numbers; labels.py, how they name what they show
+glue/             the benchmark GLUE
 """
 
-from linearize.evaluation.by_length import LengthReport, LengthText, measure_by_length
-from linearize.evaluation.cell_sweeps import SweepPoint, SweepReport, exchanged_cells, sweep_cells
-from linearize.evaluation.context_lengths import Trials, wilson
-from linearize.evaluation.context_perplexity import ContextPerplexityReport, context_perplexity, load_stretches
-from linearize.evaluation.context_run import ContextPlan, measure_contexts, plan_contexts
-from linearize.evaluation.generation import Speed, continuation, measure_speed
-from linearize.evaluation.info import Info, info
-from linearize.evaluation.memory import StateBytes, state_bytes
-from linearize.evaluation.natural import natural_prompts, natural_report
-from linearize.evaluation.noise import NoiseReport, measure_noise, noisy, parse_noise
-from linearize.evaluation.passkey import passkey_prompts, passkey_report
-from linearize.evaluation.perplexity import PerplexityResult, perplexity
-from linearize.evaluation.report import Report, Row, control_name, evaluate, linear_index, window_reach
-from linearize.evaluation.retrieval import RetrievalReport, measure_retrieval
-from linearize.evaluation.rope_scaling import with_yarn
-from linearize.evaluation.share import LinearShare, linear_share
-from linearize.evaluation.tasks import TaskReport, TaskScore, run_tasks
-from linearize.evaluation.vectors import export_vectors, head_vectors, save_vectors
+from typing import TYPE_CHECKING
+
+from linearize.lazy import on_first_use
+
+if TYPE_CHECKING:
+    from linearize.evaluation.by_length import LengthReport, LengthText, measure_by_length
+    from linearize.evaluation.cell_sweeps import SweepPoint, SweepReport, exchanged_cells, sweep_cells
+    from linearize.evaluation.context_curve import ContextPerplexityReport, context_perplexity, load_stretches
+    from linearize.evaluation.context_lengths import Trials, wilson
+    from linearize.evaluation.context_run import ContextPlan, measure_contexts, plan_contexts
+    from linearize.evaluation.description import Info, info
+    from linearize.evaluation.generation import Speed, continuation, measure_speed
+    from linearize.evaluation.natural import natural_prompts, natural_report
+    from linearize.evaluation.next_token import PerplexityResult, perplexity
+    from linearize.evaluation.noise import NoiseReport, measure_noise, noisy, parse_noise
+    from linearize.evaluation.passkey import passkey_prompts, passkey_report
+    from linearize.evaluation.report import Report, Row, control_name, evaluate, linear_index, window_reach
+    from linearize.evaluation.retrieval import RetrievalReport, measure_retrieval
+    from linearize.evaluation.rope_scaling import with_yarn
+    from linearize.evaluation.share import LinearShare, linear_share
+    from linearize.evaluation.tasks import TaskReport, TaskScore, run_tasks
+    from linearize.evaluation.vectors import export_vectors, head_vectors, save_vectors
+    from linearize.hardware.state_bytes import StateBytes, state_bytes
+
+__getattr__ = on_first_use(
+    __name__,
+    {
+        ".by_length": ("LengthReport", "LengthText", "measure_by_length"),
+        ".cell_sweeps": ("SweepPoint", "SweepReport", "exchanged_cells", "sweep_cells"),
+        ".context_lengths": ("Trials", "wilson"),
+        ".context_curve": ("ContextPerplexityReport", "context_perplexity", "load_stretches"),
+        ".context_run": ("ContextPlan", "measure_contexts", "plan_contexts"),
+        ".generation": ("Speed", "continuation", "measure_speed"),
+        ".description": ("Info", "info"),
+        "linearize.hardware.state_bytes": ("StateBytes", "state_bytes"),
+        ".natural": ("natural_prompts", "natural_report"),
+        ".noise": ("NoiseReport", "measure_noise", "noisy", "parse_noise"),
+        ".passkey": ("passkey_prompts", "passkey_report"),
+        ".next_token": ("PerplexityResult", "perplexity"),
+        ".report": ("Report", "Row", "control_name", "evaluate", "linear_index", "window_reach"),
+        ".retrieval": ("RetrievalReport", "measure_retrieval"),
+        ".rope_scaling": ("with_yarn",),
+        ".share": ("LinearShare", "linear_share"),
+        ".tasks": ("TaskReport", "TaskScore", "run_tasks"),
+        ".vectors": ("export_vectors", "head_vectors", "save_vectors"),
+    },
+)
 
 __all__ = [
     "ContextPerplexityReport",

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from linearize.errors import UserError
-from linearize.mixed_precision import outside_mixed_precision
+from linearize.training.mixed_precision import outside_mixed_precision
 
 ARMS = ("mixed", "teacher", "softmax", "linear")
 TEACHER = "teacher"

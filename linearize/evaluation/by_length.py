@@ -31,9 +31,9 @@ from linearize.evaluation.arms import (
     is_student,
     unwrap,
 )
-from linearize.evaluation.perplexity import perplexity
+from linearize.evaluation.next_token import perplexity
 from linearize.evaluation.plain_window import matched_window, plain_window
-from linearize.evaluation.tables import Table, format_number, markdown_tables, show_tables
+from linearize.tables import Table, format_number, markdown_tables, show_tables
 
 TIMES = (1, 4, 8)
 """Lengths of the pieces, in trained lengths."""
@@ -77,7 +77,7 @@ class LengthText:
 
     def pieces(self, length: int, longest: int) -> Any:
         """Whole pieces of `length` tokens, of the same tokens as those of `longest`."""
-        from linearize.data import TokenBlocks
+        from linearize.data.sequences import TokenBlocks
 
         used = len(self.ids) // longest * longest
         return TokenBlocks(self.ids[:used].reshape(-1, length), self.labels[:used].reshape(-1, length))
@@ -179,8 +179,8 @@ class LengthReport:
 
     def save(self, directory: str | os.PathLike[str]) -> list[Path]:
         """Write by_length.json, .md and .png; returns the paths."""
-        from linearize.checkpointing import write_file
         from linearize.evaluation.plots import plot_by_length
+        from linearize.files import write_file
 
         paths = [Path(directory) / f"by_length.{kind}" for kind in ("json", "md", "png")]
         write_file(paths[0], (json.dumps(self.to_dict(), indent=2) + "\n").encode())
@@ -245,8 +245,8 @@ def load_lengths(
     Raises:
         UserError: a file is missing or unreadable, or does not fill one trained length.
     """
-    from linearize.data import load_text_blocks
-    from linearize.data_sources import expand
+    from linearize.data.sequences import load_text_blocks
+    from linearize.data.sources import expand
 
     texts: dict[str, LengthText] = {}
     for file in (file for path in paths for file in expand(path)):
@@ -268,7 +268,7 @@ def run_texts(
     Raises:
         UserError: a text is missing or unreadable, part of the training data, or shorter than a training sequence.
     """
-    from linearize.data import refuse_training_files
+    from linearize.data.sequences import refuse_training_files
 
     limit = default_tokens(device) if settings.length_tokens is None else settings.length_tokens
     if not limit:

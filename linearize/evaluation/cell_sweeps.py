@@ -14,9 +14,9 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from linearize.evaluation.arms import gain_cell_layers
-from linearize.evaluation.perplexity import PerplexityResult, perplexity
-from linearize.evaluation.tables import Table, format_number, show_tables
+from linearize.evaluation.next_token import PerplexityResult, perplexity
 from linearize.modeling import GainCell
+from linearize.tables import Table, format_number, show_tables
 
 LEAK_FACTORS = (0, 1, 4, 16)
 WEIGHT_LEVELS = (4, 8, 16)

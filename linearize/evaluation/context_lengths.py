@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from linearize.config.sizes import KILO, parse_tokens
 from linearize.errors import UserError
+from linearize.evaluation.labels import length_label
 
 TRIALS = 50
 DEPTHS = 10
@@ -78,11 +79,6 @@ def check_trials(trials: Trials, lengths: Sequence[int], depths: int) -> None:
                 f"--depths is {depths}, but the length {length_label(length)} has only {number} "
                 f"trial{'s' if number > 1 else ''}: raise --trials or lower --depths."
             )
-
-
-def length_label(tokens: int) -> str:
-    """32768 -> "32k", 1000 -> "1,000": what is no whole number of 1024 stays as it is."""
-    return f"{tokens // KILO}k" if tokens and tokens % KILO == 0 else f"{tokens:,}"
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linearize.errors import UserError
 from linearize.evaluation.arms import context_tokens, is_student
-from linearize.evaluation.context_lengths import length_label
+from linearize.evaluation.labels import length_label
 from linearize.modeling.cache_names import CACHE, NAMES, named
 
 PIECE = 2048  # tokens of one forward pass over the cache; more take more memory and hardly less time

@@ -7,8 +7,8 @@ from typing import Any
 
 from linearize.errors import UserError
 from linearize.evaluation import by_length, natural, passkey
+from linearize.evaluation.context_curve import ContextPerplexityReport, context_perplexity, load_stretches
 from linearize.evaluation.context_lengths import Trials, check_trials, parse_lengths, parse_trials
-from linearize.evaluation.context_perplexity import ContextPerplexityReport, context_perplexity, load_stretches
 from linearize.evaluation.context_reading import check_positions
 from linearize.evaluation.retrieval import Prompt, RetrievalReport, measure_retrieval
 from linearize.evaluation.rope_scaling import RopeScaling, parse_rope_scaling
@@ -137,7 +137,7 @@ def trained_length(given: str, source: str) -> int:
     Raises:
         UserError: it is no length, or the record has none.
     """
-    from linearize.hub import read_record
+    from linearize.config.record import read_record
 
     if given.strip().lower() == "auto":
         recipe = read_record(source).get("recipe") or {}

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 from tqdm.auto import tqdm
 
-from linearize.data_rows import split_sentences
+from linearize.data.rows import split_sentences
 from linearize.errors import UserError
 from linearize.evaluation.arms import input_device, measuring
-from linearize.evaluation.tables import Table, format_number, markdown_tables, show_tables
-from linearize.losses import at_least_float32
+from linearize.tables import Table, format_number, markdown_tables, show_tables
+from linearize.training.losses import at_least_float32
 
 TEACHER = "teacher"
 PAIRS_SEED = 2357

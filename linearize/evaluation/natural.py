@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from linearize.data_documents import leading_ids, resolve_format
-from linearize.data_sources import open_files, string_field
+from linearize.data.documents import leading_ids, resolve_format
+from linearize.data.sources import open_files, string_field
 from linearize.errors import UserError
-from linearize.evaluation.context_lengths import DEPTHS, Trials, length_label
+from linearize.evaluation.context_lengths import DEPTHS, Trials
+from linearize.evaluation.labels import length_label
 from linearize.evaluation.natural_facts import FACTS, NAMES, WHO, Fact
 from linearize.evaluation.passkey import encode, encode_all, room_left
 from linearize.evaluation.retrieval import Prompt, RetrievalReport, spread_depths

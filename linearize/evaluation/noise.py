@@ -16,9 +16,10 @@ from tqdm.auto import tqdm
 
 from linearize.errors import UserError
 from linearize.evaluation.arms import gain_cell_layers
-from linearize.evaluation.perplexity import perplexity
-from linearize.evaluation.tables import Table, format_number, show_tables
+from linearize.evaluation.labels import describe
+from linearize.evaluation.next_token import perplexity
 from linearize.modeling import GainCellNoise
+from linearize.tables import Table, format_number, show_tables
 
 KINDS = tuple(field.name for field in dataclasses.fields(GainCellNoise) if field.name != "seed")
 LAYERS = 2**16  # seeds between two trials: more than any model has layers
@@ -120,11 +121,6 @@ def parse_noise(text: str) -> GainCellNoise:
         if not 0 <= deviations[name] < float("inf"):
             raise UserError(f"--noise {name} is {number!r}, but a deviation is a number of at least 0.")
     return GainCellNoise().replace(**deviations)
-
-
-def describe(noise: dict[str, float]) -> str:
-    """The kinds that are not 0, as `parse_noise` reads them."""
-    return ", ".join(f"{kind}={deviation:g}" for kind, deviation in noise.items() if deviation) or "0"
 
 
 @contextlib.contextmanager

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from linearize.data_documents import leading_ids
+from linearize.data.documents import leading_ids
 from linearize.errors import UserError
-from linearize.evaluation.context_lengths import DEPTHS, Trials, length_label
+from linearize.evaluation.context_lengths import DEPTHS, Trials
+from linearize.evaluation.labels import length_label
 from linearize.evaluation.retrieval import Prompt, RetrievalReport, spread_depths
 
 TASK = (

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from linearize.evaluation.memory import attention_shape, softmax_window, state_bytes
+from linearize.hardware.state_bytes import attention_shape, softmax_window, state_bytes
 from linearize.modeling.op_hybrid_linear import hybrid_linear_attention
 
 NAME = "linearize_plain_window"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from linearize.evaluation.by_length import LengthReport
     from linearize.evaluation.cell_sweeps import SweepReport
-    from linearize.evaluation.context_perplexity import ContextPerplexityReport
+    from linearize.evaluation.context_curve import ContextPerplexityReport
     from linearize.evaluation.noise import NoiseReport
     from linearize.evaluation.retrieval import RetrievalReport
 
@@ -72,7 +72,7 @@ def plot_linear_share(per_layer: Mapping[int, float], path: str | os.PathLike[st
 
 def plot_noise(report: "NoiseReport", path: str | os.PathLike[str]) -> None:
     """Perplexity of every trial, their mean with one standard deviation to either side, and the noiseless model."""
-    from linearize.evaluation.noise import describe
+    from linearize.evaluation.labels import describe
 
     spread = report.perplexity()
     figure, axes = _figure(height=3.6)
@@ -116,8 +116,7 @@ def plot_cell_sweeps(report: "SweepReport", path: str | os.PathLike[str]) -> Non
 
 def plot_heat_map(report: "RetrievalReport", path: str | os.PathLike[str]) -> None:
     """Accuracy in percent by length and depth, one cell of each, from red to green; below, over all depths."""
-    from linearize.evaluation.context_lengths import length_label
-    from linearize.evaluation.retrieval import depth_label
+    from linearize.evaluation.labels import depth_label, length_label
 
     lengths, depths = report.lengths, report.depths
     found = [result.depths() for result in lengths]
@@ -145,7 +144,7 @@ def plot_heat_map(report: "RetrievalReport", path: str | os.PathLike[str]) -> No
 
 def plot_context_perplexity(report: "ContextPerplexityReport", path: str | os.PathLike[str]) -> None:
     """Perplexity of the same tokens over the length of their context, which is on a logarithmic axis."""
-    from linearize.evaluation.context_lengths import length_label
+    from linearize.evaluation.labels import length_label
 
     points = [found for found in report.lengths if math.isfinite(found.perplexity)]
     figure, axes = _figure(height=3.8)
@@ -178,7 +177,7 @@ def plot_by_length(report: "LengthReport", path: str | os.PathLike[str]) -> None
 
     An arm that is far worse than the others, as a memory alone can be, leaves the panel at its top: triangles.
     """
-    from linearize.evaluation.context_lengths import length_label
+    from linearize.evaluation.labels import length_label
 
     texts, names = report.texts(), report.names()
     figure, _ = _figure(height=4.2, panels=len(texts), width=3.4 + 3.6 * len(texts))

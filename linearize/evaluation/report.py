@@ -27,10 +27,10 @@ from linearize.evaluation.arms import (
 )
 from linearize.evaluation.by_length import LengthReport
 from linearize.evaluation.generation import Speed, measure_speed
-from linearize.evaluation.memory import StateBytes, state_bytes, state_table
-from linearize.evaluation.perplexity import PerplexityResult, perplexity
+from linearize.evaluation.next_token import PerplexityResult, perplexity
 from linearize.evaluation.share import LinearShare, linear_share
-from linearize.evaluation.tables import Table, format_number, markdown_tables, show_tables
+from linearize.hardware.state_bytes import StateBytes, state_bytes, state_table
+from linearize.tables import Table, format_number, markdown_tables, show_tables
 
 MERGED_NOTE = (
     "These weights were trained or have LoRA merged, so the teacher cannot be measured on them: the reference is the "

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from linearize.checkpointing import write_file
 from linearize.evaluation.arms import input_device, is_student, measuring
-from linearize.evaluation.context_lengths import length_label, wilson
+from linearize.evaluation.context_lengths import wilson
 from linearize.evaluation.context_reading import BAR, answer_greedily, end_tokens, piece_length
-from linearize.evaluation.tables import Table, markdown_tables, show_tables
+from linearize.evaluation.labels import depth_label, length_label
+from linearize.files import write_file
+from linearize.tables import Table, markdown_tables, show_tables
 
 COLUMNS = 12  # more depths than that are in the files only
 
@@ -152,11 +153,6 @@ class RetrievalReport:
             rows.append([length_label(result.length), *cells])
         header = ["tokens", *(depth_label(depth, self.depths) for depth in range(self.depths))]
         return Table("Accuracy % by depth of the fact, from the start of the prompt", header, rows)
-
-
-def depth_label(depth: int, depths: int) -> str:
-    """Bin 1 of 10 -> "10-20%"."""
-    return f"{100 * depth / depths:.0f}-{100 * (depth + 1) / depths:.0f}%"
 
 
 def spread_depths(trials: int, depths: int) -> list[tuple[int, float]]:

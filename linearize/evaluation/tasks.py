@@ -14,7 +14,7 @@ from typing import Any
 
 from linearize.errors import UserError
 from linearize.evaluation.arms import context_tokens, measuring
-from linearize.evaluation.tables import Table, format_number, markdown_tables, show_tables
+from linearize.tables import Table, format_number, markdown_tables, show_tables
 
 CLOSE_NAMES = 5
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy import ndarray
 
-from linearize.checkpointing import write_file
 from linearize.errors import UserError
 from linearize.evaluation.arms import gain_cell_layers, input_device, measuring
+from linearize.files import write_file
 from linearize.modeling import GainCell
 
 TEXT = (

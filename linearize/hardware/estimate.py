@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from linearize.errors import UserError
-from linearize.evaluation.memory import attention_shape
+from linearize.hardware.state_bytes import attention_shape
 from linearize.modeling.gain_cell import GainCell
 
 DEFAULT_WINDOW = 1024

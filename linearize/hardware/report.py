@@ -5,8 +5,6 @@ from typing import Any
 
 import torch
 
-from linearize.evaluation.info import ranges
-from linearize.evaluation.tables import Table, format_number, show_tables
 from linearize.failures import stage
 from linearize.hardware.estimate import (
     DEFAULT_WINDOW,
@@ -18,6 +16,7 @@ from linearize.hardware.estimate import (
 )
 from linearize.hardware.gpu import GpuDecode, measure_gpu
 from linearize.modeling.gain_cell import GainCell
+from linearize.tables import Table, format_number, ranges, show_tables
 
 MARK = "†"
 TITLES = {

@@ -1,8 +1,12 @@
-"""The stages of a run, one file a kind with what it needs beside it.
+"""What is done to a model, one stage at a time. May import hub, evaluation, conversion, training, data and config.
 
-select.py          places windows and softmax layers under a budget of state, and keeps the result
-select_plan.py     what is asked, checked before anything is loaded
-select_measure.py  what each layer loses with each window
-select_place.py    the greedy rule
-finetune_lengths.py  what stage 2 trains on: longer sequences, several lengths, states from before
+transfer.py       attention transfer, layer by layer (transfer_loss.py)
+calibration.py    least squares and key fitting (calibration_cosine.py, calibration_landmark.py, calibration_report.py)
+adaptation.py     range scalers fitted to statistics
+select.py         measures layers and places windows (select_measure.py, select_place.py, select_plan.py)
+finetuning.py     LoRA (adapters.py) with a teacher (distillation.py); finetuning_trainer.py, finetune_lengths.py
+encoder_training.py, glue_training.py
+pretraining_trainer.py, pretraining_start.py
+identity.py       what a stage was made of, and what may differ when it goes on
+pairs.py          which stages a mechanism on a backbone can have
 """

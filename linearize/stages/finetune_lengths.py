@@ -17,8 +17,8 @@ from torch.utils.data import Dataset
 from linearize.errors import UserError
 
 if TYPE_CHECKING:
-    from linearize.data import TokenBlocks
-    from linearize.settings import FinetuneConfig
+    from linearize.config.settings import FinetuneConfig
+    from linearize.data.sequences import TokenBlocks
 
 PREVIOUS = "previous_ids"
 """Name in a batch of the tokens before each row."""

@@ -25,9 +25,9 @@ from linearize.processes import from_main_process
 from linearize.stages.select_plan import option_label, with_option
 
 if TYPE_CHECKING:
-    from linearize.evaluation.tables import Table
     from linearize.stages.select_measure import LayerTables
     from linearize.stages.select_plan import SelectionPlan
+    from linearize.tables import Table
 
 SOFTMAX = "softmax"
 
@@ -107,13 +107,13 @@ class Selection:
 
     def show(self) -> None:
         """Print the placement and what it costs."""
-        from linearize.evaluation.tables import show_tables
+        from linearize.tables import show_tables
 
         show_tables([self.table()], [self.sentence(), self._cost()])
 
     def table(self) -> Table:
         """Layer, window, bytes, and what was measured."""
-        from linearize.evaluation.tables import Table
+        from linearize.tables import Table
 
         plan = self.plan
         least = f"divergence\nwith {plan.windows[0]}"
@@ -149,8 +149,8 @@ class Selection:
 
     def save(self, directory: str | PathLike[str]) -> list[Path]:
         """Write the tables, the config and the plot; returns their paths."""
-        from linearize.checkpointing import write_file
         from linearize.evaluation.placement import plot_placement
+        from linearize.files import write_file
 
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
@@ -230,7 +230,7 @@ def _measured(plan: SelectionPlan, rows: Any, load_model: Callable[[dict[str, An
 
 def _identity(plan: SelectionPlan, rows: Any) -> dict[str, Any]:
     """All that the tables follow from: a change of anything else places anew without measuring."""
-    from linearize.run_identity import data_identity, source_identity
+    from linearize.stages.identity import data_identity, source_identity
 
     config = plan.config
     read = ("type", "sinks", "age_penalty")

@@ -15,11 +15,11 @@ from tqdm.auto import tqdm
 
 from linearize.errors import UserError
 from linearize.evaluation.arms import input_device, measuring
-from linearize.losses import at_least_float32
 from linearize.modeling.decoding import replace_forward
 from linearize.processes import own_place
 from linearize.stages.select_plan import KEPT
-from linearize.transfer_loss import relative_mse
+from linearize.stages.transfer_loss import relative_mse
+from linearize.training.losses import at_least_float32
 
 POSITIONS = 1024
 """Positions whose probabilities exist at one time."""

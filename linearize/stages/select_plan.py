@@ -12,7 +12,7 @@ from linearize.config.sizes import parse_budget
 from linearize.errors import UserError
 
 if TYPE_CHECKING:
-    from linearize.settings import RunConfig
+    from linearize.config.settings import RunConfig
 
 KEPT = "kept_tokens"
 """The setting of mechanisms that keep tokens beside their window."""
@@ -84,7 +84,7 @@ def plan_selection(config: RunConfig, teacher: Any) -> SelectionPlan:
     Raises:
         UserError: the mechanism has no window, or no placement meets the budget.
     """
-    from linearize.evaluation.memory import layer_bytes
+    from linearize.hardware.state_bytes import layer_bytes
 
     _check_mechanism(config)
     layers, dtype = teacher.num_hidden_layers, _dtype(config)
@@ -204,7 +204,7 @@ def _check_budget(plan: SelectionPlan, budget: int, full: int) -> None:
 
 
 def _uniform_student(config: RunConfig, teacher: Any, window: int, kept: int) -> Any:
-    from linearize.conversion import student_config
+    from linearize.conversion.students import student_config
     from linearize.modeling import BACKBONES
 
     kind = BACKBONES[teacher.model_type].config

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_models import make_student, make_teacher
 
-from linearize.calibration import calibrate
+from linearize.stages.calibration import calibrate
 
 
 def run(sequences: int):

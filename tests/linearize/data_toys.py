@@ -8,8 +8,8 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from linearize.data import TokenBlocks
-from linearize.settings import DataConfig
+from linearize.config.settings import DataConfig
+from linearize.data.sequences import TokenBlocks
 
 WORDS = [
     "the",

@@ -82,7 +82,7 @@ def contents(path):
 
 def made_diff(root):
     """A folder with a base, a converted model and their difference."""
-    from linearize.weight_diff import make_diff
+    from linearize.hub.diff.difference import make_diff
 
     write(root / "base", base_tensors())
     write(root / "converted", converted_tensors(), **{"vocab.txt": "words"})

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tiny_models import make_student, make_teacher
 
-from linearize.data import TokenBlocks
-from linearize.settings import FinetuneConfig, TransferConfig
+from linearize.config.settings import FinetuneConfig, TransferConfig
+from linearize.data.sequences import TokenBlocks
 
 STEPS = 8
 LENGTH = 16
@@ -28,7 +28,7 @@ DTYPES = {"float64": torch.float64, "float32": torch.float32}
 
 def transfer(model, blocks, output_dir):
     """Losses by step and layer. Window dropout is on, so that the processes must agree on it."""
-    from linearize.transfer import transfer_attention
+    from linearize.stages.transfer import transfer_attention
 
     config = TransferConfig(max_steps=STEPS, tokens_per_step=2 * LENGTH, logging_steps=1, window_dropout=0.2)
     result = transfer_attention(model, blocks, config, output_dir=output_dir, seed=3, validation=blocks)
@@ -37,7 +37,7 @@ def transfer(model, blocks, output_dir):
 
 def sharded_transfer(model, blocks, output_dir):
     """Stage 1 with the frozen base sharded over the processes."""
-    from linearize.training_loop import make_accelerator, shard_frozen_base
+    from linearize.training.loop import make_accelerator, shard_frozen_base
 
     shard_frozen_base(model, make_accelerator(None).device)
     return transfer(model, blocks, output_dir)
@@ -45,7 +45,7 @@ def sharded_transfer(model, blocks, output_dir):
 
 def finetune(model, blocks, output_dir, **changes):
     """Losses by step: total, cross-entropy, KL. The sequences have different numbers of labels."""
-    from linearize.finetuning import finetune
+    from linearize.stages.finetuning import finetune
 
     labels = torch.where(torch.arange(LENGTH) < torch.arange(len(blocks))[:, None] * 2, -100, blocks.input_ids)
     config = FinetuneConfig(
@@ -75,8 +75,8 @@ STAGES = {
 
 def statistics(output_dir):
     """Moments after the scalers of gain cells, over the first 5 of 7 sequences: by scaler, mean and deviation."""
-    from linearize.adaptation import collect_statistics
-    from linearize.gain_cell_stages import share_of
+    from linearize.runs.gain_cell import share_of
+    from linearize.stages.adaptation import collect_statistics
 
     mixer = {"type": "gain_cell", "window": 8, "cell": {"tile": 8}, "cell_kind": "linear"}
     model = make_student(make_teacher(), {"gain_cell": mixer})
@@ -86,8 +86,8 @@ def statistics(output_dir):
 
 def disagreement(output_dir):
     """The step that all resume from, and what each says where another process sees no checkpoint there."""
-    from linearize import checkpointing
     from linearize.errors import UserError
+    from linearize.training import checkpointing
 
     state, root, load = PartialState(), output_dir / "checkpoints", checkpointing.load_checkpoint
     if state.is_main_process:

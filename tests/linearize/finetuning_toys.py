@@ -6,8 +6,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize import LinearizedLlamaConfig, LinearizedLlamaForCausalLM
-from linearize.data import TokenBlocks
-from linearize.settings import FinetuneConfig
+from linearize.config.settings import FinetuneConfig
+from linearize.data.sequences import TokenBlocks
 
 VOCABULARY, LENGTH = 96, 32
 SHAPE = {

@@ -7,10 +7,10 @@ import random
 from tiny_runs import WORDS, make_bert_directory, make_bert_tokenizer
 
 import linearize
-from linearize.glue_data import KINDS
-from linearize.glue_settings import GlueRunConfig
-from linearize.glue_tasks import TASKS
-from linearize.settings_io import resolve
+from linearize.config.yaml_io import resolve
+from linearize.evaluation.glue.data import KINDS
+from linearize.evaluation.glue.settings import GlueRunConfig
+from linearize.evaluation.glue.tasks import TASKS
 
 MIXER = {"type": "linear", "window": 3, "sinks": 1}
 KEYWORD = "snow"

@@ -6,9 +6,11 @@ import pytest
 import torch
 from tiny_models import make_student, make_teacher
 
-from linearize.adaptation import (
+from linearize.conversion.gain_cells import Moments
+from linearize.errors import UserError
+from linearize.evaluation import perplexity
+from linearize.stages.adaptation import (
     AdaptationConfig,
-    Moments,
     adapt_scalers,
     collect_statistics,
     load_statistics,
@@ -17,8 +19,6 @@ from linearize.adaptation import (
     scalers_of,
     start_from_moments,
 )
-from linearize.errors import UserError
-from linearize.evaluation import perplexity
 
 CELL = {"tile": 8, "score_saturation": 20.0, "output_saturation": 10.0}
 

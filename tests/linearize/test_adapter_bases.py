@@ -11,9 +11,9 @@ from peft import AutoPeftModelForCausalLM
 from tiny_runs import make_teacher_directory, tiny_config, write_text
 
 import linearize
+from linearize.config.record import read_record
 from linearize.conversion import convert, load_student
-from linearize.finetuning import finetune
-from linearize.hub import read_record
+from linearize.stages.finetuning import finetune
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # inside peft 0.21
 

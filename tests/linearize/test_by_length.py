@@ -13,7 +13,8 @@ from torch.nn import functional
 
 import linearize
 from linearize.config.evaluation import EvaluationConfig
-from linearize.data import TokenBlocks
+from linearize.config.yaml_io import resolve
+from linearize.data.sequences import TokenBlocks
 from linearize.errors import UserError
 from linearize.evaluation.arms import LINEAR_ARM, OWN_WEIGHTS, SOFTMAX_ARM, STUDENT, TEACHER
 from linearize.evaluation.by_length import (
@@ -26,10 +27,9 @@ from linearize.evaluation.by_length import (
     measure_row,
     start_report,
 )
-from linearize.evaluation.memory import state_bytes
 from linearize.evaluation.plain_window import NAME, matched_window, plain_window
-from linearize.run_report import RunReport
-from linearize.settings_io import resolve
+from linearize.hardware.state_bytes import state_bytes
+from linearize.runs.report import RunReport
 
 TRAINED = 8
 
@@ -335,5 +335,5 @@ def test_a_yardstick_of_the_same_steps(inputs, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="evaluation.yardstick trains the teacher"):
         resolve(settings | {"finetune": None})
     # Resumed after its end, nothing is trained or measured again.
-    monkeypatch.setattr("linearize.finetuning.finetune", None)
+    monkeypatch.setattr("linearize.stages.finetuning.finetune", None)
     linearize.run(settings | {"resume_from_checkpoint": True})

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tiny_models import make_bert, make_gpt2, make_gptj, make_mistral, make_student, make_teacher, perturb
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from linearize.calibration import calibrate, calibrates, save_calibration
 from linearize.errors import UserError
+from linearize.stages.calibration import calibrate, calibrates, save_calibration
 
 VARIANTS = {
     "window": {"window": 4, "sinks": 1},

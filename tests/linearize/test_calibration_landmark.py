@@ -10,9 +10,9 @@ from test_calibration import rows
 from tiny_models import make_gpt2, make_student, make_teacher, perturb
 from torch.nn import functional
 
-from linearize.calibration import calibrate, calibrates
-from linearize.calibration_landmark import BlockScores
 from linearize.errors import UserError
+from linearize.stages.calibration import calibrate, calibrates
+from linearize.stages.calibration_landmark import BlockScores
 
 MIXER = {"type": "landmark", "block_size": 8, "top_k": 9}
 

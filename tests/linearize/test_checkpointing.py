@@ -8,27 +8,18 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from linearize import checkpointing
-from linearize.checkpointing import (
-    atomic_directory,
+from linearize.errors import UserError
+from linearize.files import atomic_directory, readable_write_errors, write_file
+from linearize.stages.identity import require_same_run
+from linearize.training import checkpointing
+from linearize.training.checkpointing import (
     checkpoint_to_resume,
     latest_checkpoint,
     load_checkpoint,
-    readable_write_errors,
     save_checkpoint,
     step_directories,
-    write_file,
 )
-from linearize.errors import UserError
-from linearize.run_identity import require_same_run
-from linearize.training_log import (
-    TrainingDiverged,
-    TrainingLog,
-    check_finite,
-    plot_transfer,
-    read_log,
-    tracker_names,
-)
+from linearize.training.log import TrainingDiverged, TrainingLog, check_finite, plot_transfer, read_log, tracker_names
 
 
 def save(root, step, value=0.0, **options):

@@ -12,12 +12,12 @@ from tiny_runs import make_teacher_directory, tiny_config, write_text
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import linearize
-from linearize import pipeline
 from linearize.cli import main
-from linearize.hub import read_record
-from linearize.quantization import is_quantized
-from linearize.run_report import ALL_QUANTIZED, QUANTIZED, RunReport
-from linearize.settings_io import resolve
+from linearize.config.record import read_record
+from linearize.config.yaml_io import resolve
+from linearize.conversion.quantization import is_quantized
+from linearize.runs import pipeline
+from linearize.runs.report import ALL_QUANTIZED, QUANTIZED, RunReport
 
 COMMANDS = (
     "convert",
@@ -137,8 +137,8 @@ def test_a_complete_run_is_not_run_again(finished, capsys):
 
 def test_resuming_a_complete_run_makes_a_failed_push_good(finished, monkeypatch):
     pushed = []
-    monkeypatch.setattr("linearize.hub.check_token", lambda *arguments: "me")
-    monkeypatch.setattr("linearize.hub.push", lambda *arguments: pushed.append(arguments))
+    monkeypatch.setattr("linearize.hub.repository.check_token", lambda *arguments: "me")
+    monkeypatch.setattr("linearize.hub.repository.push", lambda *arguments: pushed.append(arguments))
     assert main(["run", "--output_dir", str(finished), "--resume_from_checkpoint", "--push_to_hub", "me/tiny"]) == 0
     assert pushed == [(finished / "final", "me/tiny")]
 
@@ -261,7 +261,7 @@ def test_after_a_quantised_run_its_base_is_gone_before_the_full_weights_move(inp
 
     monkeypatch.setattr(pipeline._Run, "_load_model", loaded)
     monkeypatch.setattr(RunReport, "finish", finished)
-    monkeypatch.setattr("linearize.memory_full.fits", lambda model, device: room)
+    monkeypatch.setattr("linearize.hardware.memory_full.fits", lambda model, device: room)
     result = linearize.run({**config, "load_in_4bit": True})
     assert measured == [not room] and len(bases) == 1
     assert result.report.notes.count(QUANTIZED if room else ALL_QUANTIZED) == 1

@@ -15,15 +15,15 @@ from tiny_runs import WORDS, make_bert_directory, make_teacher_directory
 
 import linearize
 from linearize.cli import main
-from linearize.cli_runs import KINDS
+from linearize.cli.runs import KINDS
+from linearize.config.encoder import EncoderRunConfig
 from linearize.config.presets import COMMANDS, all_presets
+from linearize.config.settings import RunConfig
 from linearize.config.sizes import parse_tokens
-from linearize.encoder_settings import EncoderRunConfig
+from linearize.config.values import field_types, section_type
+from linearize.config.yaml_io import OF_ITS_DATASET, left_behind, read_mapping, resolve
 from linearize.errors import UserError
-from linearize.run_directory import RunDirectory
-from linearize.settings import RunConfig
-from linearize.settings_io import OF_ITS_DATASET, left_behind, read_mapping, resolve
-from linearize.settings_values import field_types, section_type
+from linearize.runs.directory import RunDirectory
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "numpy", "huggingface_hub", "datasets", "peft", "matplotlib", "lm_eval")
@@ -211,7 +211,7 @@ def test_what_is_no_size_is_refused(flag, says):
 
 def test_flags_of_tokens_take_sizes(monkeypatch, capsys):
     seen = {}
-    monkeypatch.setattr("linearize.commands.evaluate_model", lambda directory, **options: seen.update(options))
+    monkeypatch.setattr("linearize.cli.commands.evaluate_model", lambda directory, **options: seen.update(options))
     words = ["evaluate", "model", "--text", "a.txt", "--sequence-length", "2k", "--max_tokens", "1M"]
     assert main(words) == 0
     assert (seen["sequence_length"], seen["max_tokens"]) == (2048, 1_000_000)
@@ -240,7 +240,7 @@ def test_what_a_run_says_to_do_next_can_be_done(kind, tmp_path, monkeypatch, see
     (out / "report.json").write_text("{}")
     assert f"report      {out}/report.json" in RunDirectory(settings(output_dir=str(out))).ending().splitlines()
 
-    monkeypatch.setattr("linearize.hub.push", lambda *arguments, **options: "there")
+    monkeypatch.setattr("linearize.hub.repository.push", lambda *arguments, **options: "there")
     monkeypatch.setattr("builtins.input", lambda prompt: "")
     for line in shown[2:]:
         words = shlex.split(line.removeprefix("next").replace("FILE", str(text)).replace("DIR", str(tmp_path / "new")))

@@ -26,9 +26,9 @@ from tiny_runs import WORDS, make_tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, DynamicCache, pipeline
 
 from linearize.cli import main
-from linearize.cosine_import import import_cosine
+from linearize.config.record import read_record
+from linearize.conversion.importers.cosine import import_cosine
 from linearize.errors import UserError
-from linearize.hub import read_record
 from linearize.modeling import LinearizedGPTJConfig, LinearizedGPTJForCausalLM
 
 

@@ -12,15 +12,15 @@ from transformers import AutoModel, AutoModelForCausalLM
 
 import linearize
 from linearize.cli import main
-from linearize.data import TokenBlocks
+from linearize.config.record import read_record
+from linearize.config.settings import TransferConfig
+from linearize.config.yaml_io import resolve
+from linearize.data.sequences import TokenBlocks
 from linearize.errors import UserError
 from linearize.evaluation import evaluate, info, state_bytes
-from linearize.hub import read_record
-from linearize.run_plan import complete_attention, make_plan
-from linearize.settings import TransferConfig
-from linearize.settings_io import resolve
-from linearize.training_log import TrainingDiverged
-from linearize.transfer import mixer_parameters, transfer_attention
+from linearize.runs.plan import complete_attention, make_plan
+from linearize.stages.transfer import mixer_parameters, transfer_attention
+from linearize.training.log import TrainingDiverged
 
 VARIANTS = {
     "window": {"window": 8, "sinks": 2},

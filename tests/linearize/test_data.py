@@ -20,9 +20,10 @@ from data_toys import (
     write_texts,
 )
 
-import linearize
-from linearize import data, data_documents, data_packing
-from linearize.data import TokenBlocks, load_text_blocks, prepare_data
+from linearize.data import documents as data_documents
+from linearize.data import packing as data_packing
+from linearize.data import sequences as data
+from linearize.data.sequences import TokenBlocks, load_text_blocks, prepare_data
 from linearize.errors import UserError
 
 
@@ -200,12 +201,13 @@ def test_hub_dataset(tmp_path, tokenizer, monkeypatch):
 
 
 def test_local_text_needs_neither_datasets_nor_pyarrow(tmp_path, tokenizer, monkeypatch):
-    for name in ("data", "data_documents", "data_packing", "data_sources"):
-        monkeypatch.setattr(linearize, name, getattr(linearize, name))
-        monkeypatch.delitem(sys.modules, f"linearize.{name}")
+    room = sys.modules[data_packing.__package__]
+    for name in ("sequences", "documents", "packing", "sources"):
+        monkeypatch.setattr(room, name, getattr(room, name))
+        monkeypatch.delitem(sys.modules, f"{room.__name__}.{name}")
     for name in ("datasets", "pyarrow", "accelerate"):
         monkeypatch.setitem(sys.modules, name, None)
-    fresh = importlib.import_module("linearize.data")
+    fresh = importlib.import_module("linearize.data.sequences")
     path = write_texts(tmp_path / "a.jsonl", make_texts(40))
     train, validation = fresh.prepare_data(make_config(tmp_path, path), tokenizer)
     assert len(train)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from data_toys import CHATML, flat, make_config, make_texts, make_tokenizer, stream, write_jsonl, write_texts
 
-from linearize import data_packing
+from linearize.data import packing as data_packing
 from linearize.data import prepare_data
 from linearize.errors import UserError
 

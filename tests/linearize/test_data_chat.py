@@ -9,10 +9,10 @@ from data_toys import CHATML, CHATML_GENERATION, make_config, make_tokenizer, wr
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from linearize import data_documents
+from linearize.config.encoder import EncoderDataConfig
+from linearize.data import documents as data_documents
 from linearize.data import prepare_data
-from linearize.data_rows import prepare_rows
-from linearize.encoder_settings import EncoderDataConfig
+from linearize.data.rows import prepare_rows
 from linearize.errors import UserError
 
 TURNS = [("user", "tea?"), ("assistant", "yes "), ("user", "milk?"), ("assistant", "no")]

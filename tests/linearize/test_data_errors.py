@@ -16,7 +16,7 @@ from data_toys import (
     write_texts,
 )
 
-from linearize.data import epoch_order, load_text_blocks, prepare_data
+from linearize.data.sequences import epoch_order, load_text_blocks, prepare_data
 from linearize.errors import UserError
 
 

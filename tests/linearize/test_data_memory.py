@@ -8,16 +8,17 @@ import numpy as np
 import pytest
 from data_toys import WORDS, flat, make_config, make_texts, make_tokenizer, stream
 
-from linearize import data_documents, data_sources
+from linearize.data import documents as data_documents
 from linearize.data import prepare_data
+from linearize.data import sources as data_sources
 from linearize.errors import UserError
 
 PEAK = """
 import resource, sys
 from data_toys import make_config, make_tokenizer
-from linearize.data import prepare_data
+from linearize.data.sequences import prepare_data
 from pathlib import Path
-import linearize.settings, transformers.tokenization_utils_tokenizers, torch
+import linearize.config.settings, transformers.tokenization_utils_tokenizers, torch
 folder = Path(sys.argv[1])
 config, tokenizer = make_config(folder, str(folder / "a.txt"), sequence_length=512), make_tokenizer()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

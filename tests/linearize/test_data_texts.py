@@ -7,18 +7,18 @@ from data_toys import make_config, make_texts, make_tokenizer, write_jsonl, writ
 from tiny_models import make_student, make_teacher, perturb
 from tiny_runs import make_teacher_directory, tiny_config, write_text
 
-from linearize.adapters import add_adapters
-from linearize.data import TokenBlocks, prepare_data
-from linearize.data_texts import best_fit, cut_documents
-from linearize.distillation import Distiller
-from linearize.encoder_settings import EncoderDataConfig
+from linearize.config.encoder import EncoderDataConfig
+from linearize.config.settings import DistillationConfig, FinetuneConfig
+from linearize.data.sequences import TokenBlocks, prepare_data
+from linearize.data.texts import best_fit, cut_documents
 from linearize.errors import UserError
 from linearize.evaluation import perplexity
-from linearize.finetuning_trainer import Objective
-from linearize.losses import LossWeights
-from linearize.pipeline import run
-from linearize.settings import DistillationConfig, FinetuneConfig
-from linearize.transfer_loss import LayerLosses, model_inputs
+from linearize.runs.pipeline import run
+from linearize.stages.adapters import add_adapters
+from linearize.stages.distillation import Distiller
+from linearize.stages.finetuning_trainer import Objective
+from linearize.stages.transfer_loss import LayerLosses, model_inputs
+from linearize.training.losses import LossWeights
 
 LENGTHS = (9, 1, 14, 8)
 

@@ -11,13 +11,13 @@ from tiny_runs import make_teacher_directory
 from torch.nn import functional
 
 from linearize.cli import main
-from linearize.conversion import convert, load_model
-from linearize.distillation import Distiller
+from linearize.config.settings import DistillationConfig
+from linearize.conversion.students import convert, load_model
 from linearize.errors import UserError
 from linearize.modeling import compiled
 from linearize.modeling import op_gain_cell_chunked as chunked
-from linearize.pretraining import pretrain
-from linearize.settings import DistillationConfig
+from linearize.runs.pretraining import pretrain
+from linearize.stages.distillation import Distiller
 
 ATTENTION = {"type": "gain_cell", "window": 32, "cell": {"tile": 8, "score_saturation": 20.0}}
 

@@ -17,11 +17,12 @@ from transformers import AutoModelForMaskedLM, BertForMaskedLM, pipeline
 
 import linearize
 from linearize.cli import main
-from linearize.conversion import load_encoder
-from linearize.data_rows import collate, held_out_documents, prepare_rows, split_sentences
-from linearize.encoder_settings import EmbeddingDistillationConfig, EncoderDataConfig, EncoderRunConfig, MaskedConfig
-from linearize.encoder_stages import run_encoder
-from linearize.encoder_training import distill_embeddings, train_masked, without_dropout
+from linearize.config.encoder import EmbeddingDistillationConfig, EncoderDataConfig, EncoderRunConfig, MaskedConfig
+from linearize.config.settings import TransferConfig
+from linearize.config.yaml_io import preset_names, resolve
+from linearize.conversion.students import load_encoder
+from linearize.data.masking import Masking
+from linearize.data.rows import collate, held_out_documents, prepare_rows, split_sentences
 from linearize.errors import UserError
 from linearize.evaluation.embeddings import (
     EmbeddingEvaluation,
@@ -32,12 +33,12 @@ from linearize.evaluation.embeddings import (
     rank_correlation,
     sentence_embeddings,
 )
-from linearize.masking import Masking, masked_perplexity, masked_scores
-from linearize.mixed_precision import leave_mixed_precision
-from linearize.settings import TransferConfig
-from linearize.settings_io import preset_names, resolve
-from linearize.transfer import transfer_attention
-from linearize.transfer_loss import LayerLosses
+from linearize.evaluation.masked import masked_perplexity, masked_scores
+from linearize.runs.encoder import run_encoder
+from linearize.stages.encoder_training import distill_embeddings, train_masked, without_dropout
+from linearize.stages.transfer import transfer_attention
+from linearize.stages.transfer_loss import LayerLosses
+from linearize.training.mixed_precision import leave_mixed_precision
 
 DEMO_TEXT = Path(linearize.__file__).parent / "demo_text"
 MIXERS = {"linear": {"type": "linear", "window": 3, "sinks": 1}}

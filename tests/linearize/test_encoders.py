@@ -27,11 +27,12 @@ from transformers import (
 
 import linearize
 from linearize.cli import main
+from linearize.config.record import make_record
 from linearize.errors import UserError
 from linearize.evaluation import info, linear_share
 from linearize.evaluation.embeddings import embed
-from linearize.hub import _operations, make_record, save_final
-from linearize.sentence_files import sentence_transformer_files
+from linearize.hub.repository import _operations, save_final
+from linearize.hub.sentence_files import sentence_transformer_files
 
 ROOT = Path(__file__).parents[2]
 LINEAR = {"type": "linear", "window": 4, "sinks": 2}
@@ -287,4 +288,4 @@ def test_finetuning_and_perplexity_refuse_an_encoder(tmp_path):
     with pytest.raises(UserError, match="predicts no next token"):
         linearize.evaluation.perplexity(student, [])
     with pytest.raises(UserError, match="is an encoder"):
-        linearize.finetune(student, [], linearize.settings.FinetuneConfig(), output_dir=tmp_path)
+        linearize.finetune(student, [], linearize.config.settings.FinetuneConfig(), output_dir=tmp_path)

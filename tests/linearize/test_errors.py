@@ -10,9 +10,9 @@ import yaml
 from safetensors.torch import load_file
 from tiny_runs import make_teacher_directory, tiny_config, write_text
 
-from linearize.checkpointing import latest_checkpoint
 from linearize.cli import main
-from linearize.training_log import TrainingLog, read_log
+from linearize.training.checkpointing import latest_checkpoint
+from linearize.training.log import TrainingLog, read_log
 
 
 @pytest.fixture(scope="module")
@@ -261,11 +261,11 @@ def test_running_out_of_memory_says_what_to_lower(call, config, monkeypatch):
     def no_memory(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr("linearize.transfer.transfer_attention", no_memory)
+    monkeypatch.setattr("linearize.stages.transfer.transfer_attention", no_memory)
     code, sentence = call("--transfer.batch_size", "2", settings=config)
     assert code == 2
     assert "stage 1" in sentence and "transfer.batch_size (now 2)" in sentence and "load_in_4bit" in sentence
-    monkeypatch.setattr("linearize.finetuning.finetune", no_memory)
+    monkeypatch.setattr("linearize.stages.finetuning.finetune", no_memory)
     code, sentence = call("--transfer", "none", "--overwrite", settings=config)
     assert code == 2
     assert "stage 2" in sentence and "gradient_checkpointing" in sentence
@@ -275,7 +275,7 @@ def test_bugs_keep_their_trace(call, config, monkeypatch):
     def broken(*arguments, **options):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr("linearize.transfer.transfer_attention", broken)
+    monkeypatch.setattr("linearize.stages.transfer.transfer_attention", broken)
     with pytest.raises(RuntimeError, match="a bug"):
         call(settings=config)
 

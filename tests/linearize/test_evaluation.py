@@ -109,7 +109,7 @@ def test_perplexity_is_the_plain_float64_computation(arm, blocks):
 
 
 def test_perplexity_does_not_depend_on_batches_and_chunks(student, blocks, monkeypatch):
-    module = __import__("sys").modules["linearize.evaluation.perplexity"]
+    module = __import__("sys").modules["linearize.evaluation.next_token"]
     whole = perplexity(student, blocks, batch_size=5)
     monkeypatch.setattr(module, "LOGITS_AT_ONCE", 97 * 7)
     cut = perplexity(student, blocks, batch_size=2)

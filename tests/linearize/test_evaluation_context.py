@@ -383,7 +383,7 @@ def test_demo_text_is_there_and_long_enough(tokenizer):
 
 @pytest.mark.slow
 def test_a_real_model_finds_the_key(smollm2):
-    from linearize.conversion import load_model, load_tokenizer
+    from linearize.conversion.students import load_model, load_tokenizer
 
     plan = ContextPlan(**SMOLLM_KEYS)
     report = measure_contexts(load_model(smollm2), load_tokenizer(smollm2), plan, batch_size=4)[0]

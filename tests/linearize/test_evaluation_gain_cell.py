@@ -10,7 +10,7 @@ from tiny_runs import make_teacher_directory, write_text
 
 from linearize.cli import main
 from linearize.config.evaluation import EvaluationConfig
-from linearize.data import TokenBlocks
+from linearize.data.sequences import TokenBlocks
 from linearize.errors import UserError
 from linearize.evaluation import (
     Report,
@@ -26,10 +26,10 @@ from linearize.evaluation import (
     save_vectors,
     sweep_cells,
 )
-from linearize.evaluation.noise import describe
+from linearize.evaluation.labels import describe
 from linearize.evaluation.report import OWN_WEIGHTS, STUDENT, TEACHER
 from linearize.modeling import GainCell, GainCellNoise, gain_cell_attention
-from linearize.run_report import CONVERTED, TRANSFERRED, RunReport
+from linearize.runs.report import CONVERTED, TRANSFERRED, RunReport
 
 CELL = {"tile": 4, "score_saturation": 4.0, "output_saturation": 4.0, "leak": 0.01}
 GAIN_CELL = {"gain_cell": {"type": "gain_cell", "window": 16, "cell": CELL}}

@@ -8,9 +8,8 @@ from transformers import DynamicCache, LlamaConfig
 
 from linearize.errors import UserError
 from linearize.evaluation import info, state_bytes
-from linearize.evaluation.info import ranges
-from linearize.evaluation.tables import format_bytes, format_number
 from linearize.modeling import LinearizedLlamaConfig, LinearizedLlamaForCausalLM
+from linearize.tables import format_bytes, format_number, ranges
 
 SHAPE = {
     "vocab_size": 61,

@@ -13,10 +13,11 @@ from linearize.evaluation import (
     passkey_prompts,
     wilson,
 )
-from linearize.evaluation.context_lengths import length_label, parse_lengths, parse_trials
+from linearize.evaluation.context_lengths import parse_lengths, parse_trials
+from linearize.evaluation.labels import depth_label, length_label
 from linearize.evaluation.natural import Hay, split_sentences
 from linearize.evaluation.natural_facts import FACTS, NAMES, WHO
-from linearize.evaluation.retrieval import depth_label, is_hit, spread_depths
+from linearize.evaluation.retrieval import is_hit, spread_depths
 
 TEXT = [" ".join(f"The cat {verb} in house {i} for hours." for verb in ("slept", "ran", "ate")) for i in range(60)]
 

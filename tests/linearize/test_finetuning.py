@@ -10,12 +10,12 @@ from peft import PeftModel
 from transformers import LlamaForCausalLM
 
 from linearize import UserError, convert
-from linearize.adapters import adaptable_layers, add_adapters, merge, save_adapter
 from linearize.conversion import load_student
-from linearize.finetuning import finetune, gradient_checkpointing
-from linearize.finetuning_trainer import Objective, parameter_groups, teacher_hidden_states
-from linearize.losses import LossWeights, supervised_tokens
-from linearize.stage_trainer import RunSampler, row_numbers
+from linearize.stages.adapters import adaptable_layers, add_adapters, merge, save_adapter
+from linearize.stages.finetuning import finetune, gradient_checkpointing
+from linearize.stages.finetuning_trainer import Objective, parameter_groups, teacher_hidden_states
+from linearize.training.losses import LossWeights, supervised_tokens
+from linearize.training.stage_trainer import RunSampler, row_numbers
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +294,7 @@ def test_float16_is_refused(stock, tmp_path):
 
 
 def test_sampler_walks_the_epochs_without_a_gap():
-    from linearize.data import epoch_order
+    from linearize.data.sequences import epoch_order
 
     expected = [int(i) for epoch in range(3) for i in epoch_order(5, 7, epoch)]
     assert list(RunSampler(5, 7, 12)) == expected[:12]

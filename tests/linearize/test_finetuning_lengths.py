@@ -12,16 +12,16 @@ from tiny_runs import make_teacher_directory, make_tokenizer, tiny_config, write
 from tiny_students import HYBRID, MAKERS
 
 from linearize import UserError
-from linearize.adapters import add_adapters
 from linearize.cli import main
-from linearize.data import TokenBlocks, epoch_order, prepare_data
-from linearize.finetuning import finetune
-from linearize.finetuning_trainer import FinetuningTrainer, Objective, state_after
-from linearize.losses import LossWeights
-from linearize.run_plan import make_plan
-from linearize.settings import DataConfig, FinetuneConfig
-from linearize.settings_io import resolve, write_config
+from linearize.config.settings import DataConfig, FinetuneConfig
+from linearize.config.yaml_io import resolve, write_config
+from linearize.data.sequences import TokenBlocks, epoch_order, prepare_data
+from linearize.runs.plan import make_plan
+from linearize.stages.adapters import add_adapters
 from linearize.stages.finetune_lengths import JoinedRows, StepLengths, check_state_passing, pieces, training_rows
+from linearize.stages.finetuning import finetune
+from linearize.stages.finetuning_trainer import FinetuningTrainer, Objective, state_after
+from linearize.training.losses import LossWeights
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from linearize.losses import LossWeights, language_model_loss, supervised_tokens
+from linearize.training.losses import LossWeights, language_model_loss, supervised_tokens
 
 CASES = {
     "cross-entropy": LossWeights(),

@@ -8,9 +8,10 @@ import torch
 from finetuning_toys import InterruptedBlocks, settings, stock_llama, student, token_blocks
 from transformers import TrainerCallback
 
-from linearize import UserError, finetuning_trainer
-from linearize.finetuning import finetune
-from linearize.finetuning_trainer import FinetuningTrainer
+from linearize import UserError
+from linearize.stages import finetuning_trainer
+from linearize.stages.finetuning import finetune
+from linearize.stages.finetuning_trainer import FinetuningTrainer
 
 
 @pytest.fixture(scope="module")

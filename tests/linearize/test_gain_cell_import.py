@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from linearize.adaptation import load_statistics
 from linearize.cli import main
+from linearize.conversion.importers.gain_cell import import_gain_cell
 from linearize.errors import UserError
-from linearize.gain_cell_import import import_gain_cell
+from linearize.stages.adaptation import load_statistics
 
 LAYERS, HEADS, WIDTH, POSITIONS, VOCABULARY = 2, 2, 16, 128, 61
 SETTINGS = {

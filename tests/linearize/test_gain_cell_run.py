@@ -9,9 +9,9 @@ from tiny_runs import make_teacher_directory, tiny_config, write_text
 from transformers import AutoModelForCausalLM
 
 import linearize
+from linearize.config.yaml_io import resolve
 from linearize.errors import UserError
-from linearize.run_plan import make_plan
-from linearize.settings_io import resolve
+from linearize.runs.plan import make_plan
 
 SMALL = {"tile": 8, "score_saturation": 20.0, "output_saturation": 10.0}
 TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2}

@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 
 import linearize
 from linearize import UserError
-from linearize.adaptation import load_statistics
 from linearize.cli import main
-from linearize.gain_cell_stages import GainCellRunConfig, run_gain_cell
-from linearize.settings_io import preset_names, resolve
+from linearize.config.yaml_io import preset_names, resolve
+from linearize.runs.gain_cell import GainCellRunConfig, run_gain_cell
+from linearize.stages.adaptation import load_statistics
 
 DEMO_TEXT = Path(linearize.__file__).parent / "demo_text"
 

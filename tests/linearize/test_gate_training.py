@@ -6,14 +6,14 @@ from finetuning_toys import settings as finetune_settings
 from tiny_models import make_gpt2, make_student, make_teacher
 
 from linearize import load_student
-from linearize.adapters import merge
-from linearize.data import TokenBlocks
+from linearize.config.settings import TransferConfig
+from linearize.data.sequences import TokenBlocks
 from linearize.errors import UserError
 from linearize.evaluation import linear_share
-from linearize.finetuning import finetune
-from linearize.settings import TransferConfig
-from linearize.transfer import RATES, mixer_parameters, transfer_attention
-from linearize.transfer_loss import LayerLosses, branch_weights
+from linearize.stages.adapters import merge
+from linearize.stages.finetuning import finetune
+from linearize.stages.transfer import RATES, mixer_parameters, transfer_attention
+from linearize.stages.transfer_loss import LayerLosses, branch_weights
 
 LENGTH = 32
 GATES = ("head", "token", "key")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from linearize.conversion import convert, load_config
+from linearize.conversion.students import convert, load_config
 from linearize.errors import UserError
 
 LAYERS, HEADS, WIDTH, CONTEXT = 2, 2, 32, 128

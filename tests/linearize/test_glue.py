@@ -12,17 +12,17 @@ from tiny_runs import make_bert_directory, make_bert_tokenizer
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM, BertForSequenceClassification, pipeline
 
 import linearize
-import linearize.conversion
+import linearize.conversion.students
 from linearize.cli import main
+from linearize.config.yaml_io import preset_names, resolve
 from linearize.errors import UserError
-from linearize.glue_data import KINDS, collate, load_task, tokenize
-from linearize.glue_metrics import GlueMetrics
-from linearize.glue_report import Result, make_report
-from linearize.glue_settings import REVISION, GlueDataConfig, GlueRunConfig
-from linearize.glue_stages import run_glue
-from linearize.glue_tasks import TASKS
-from linearize.glue_training import Finetuning, load_classifier, predict
-from linearize.settings_io import preset_names, resolve
+from linearize.evaluation.glue.data import KINDS, collate, load_task, tokenize
+from linearize.evaluation.glue.metrics import GlueMetrics
+from linearize.evaluation.glue.report import Result, make_report
+from linearize.evaluation.glue.settings import REVISION, GlueDataConfig, GlueRunConfig
+from linearize.evaluation.glue.tasks import TASKS
+from linearize.runs.glue import run_glue
+from linearize.stages.glue_training import Finetuning, load_classifier, predict
 
 
 @pytest.fixture(scope="module")
@@ -336,7 +336,7 @@ def test_the_command_with_flags(inputs, tmp_path, capsys):
 
 
 def test_nothing_heavy_is_loaded_for_the_settings():
-    code = "import sys, linearize.glue_settings, linearize.glue_metrics, linearize.glue_report\n"
+    code = "import sys\nfrom linearize.evaluation.glue import metrics, report, settings\n"
     code += "print([name for name in ('datasets', 'sklearn', 'scipy.stats') if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
@@ -364,6 +364,6 @@ def test_names_of_models(tmp_path):
 def test_a_real_checkpoint_gets_a_head(minilm):
     model, fresh = load_classifier(Finetuning("minilm", str(minilm), None, "mnli", 2e-5, 0))
     assert fresh == [] and model.config.num_labels == 3
-    stored = linearize.conversion.load_encoder(minilm).state_dict()
+    stored = linearize.conversion.students.load_encoder(minilm).state_dict()
     loaded = model.bert.state_dict()
     assert all(torch.equal(stored[name], tensor) for name, tensor in loaded.items())

@@ -8,10 +8,10 @@ import pytest
 from glue_toys import examples, make_inputs, settings, write_rows
 from safetensors.torch import load_file, save_file
 
-from linearize.checkpoint_files import checkpoint_digest
+from linearize.conversion.importers.checkpoint_files import checkpoint_digest
 from linearize.errors import UserError
-from linearize.glue_stages import run_glue
-from linearize.glue_training import GlueTrainer
+from linearize.runs.glue import run_glue
+from linearize.stages.glue_training import GlueTrainer
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,8 @@ def test_other_weights_are_no_longer_the_model(inputs, tmp_path, monkeypatch, ca
 
 
 def test_a_commit_tells_repositories_apart(tmp_path, monkeypatch):
-    monkeypatch.setattr("linearize.checkpoint_files.loaded_commit", lambda source, revision: f"{source}@{revision}")
+    files = "linearize.conversion.importers.checkpoint_files"
+    monkeypatch.setattr(f"{files}.loaded_commit", lambda source, revision: f"{source}@{revision}")
     assert checkpoint_digest("me/encoder", "main") == "commit me/encoder@main"
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="has no model.safetensors"):

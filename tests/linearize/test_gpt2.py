@@ -11,17 +11,17 @@ from tiny_models import make_gpt2, make_student, perturb
 from tiny_runs import make_teacher_directory, tiny_config, write_text
 
 import linearize
-from linearize import memory
-from linearize.adapters import adaptable_layers, add_adapters, merge, merge_into_unquantized
+from linearize.config.settings import FinetuneConfig, TransferConfig
+from linearize.config.yaml_io import resolve
+from linearize.conversion.quantization import is_quantized, quantization_config
 from linearize.evaluation import measure_speed
-from linearize.evaluation.info import info
-from linearize.finetuning import finetune
-from linearize.quantization import is_quantized, quantization_config
-from linearize.run_plan import make_plan
-from linearize.settings import FinetuneConfig, TransferConfig
-from linearize.settings_io import resolve
-from linearize.training_log import read_log
-from linearize.transfer import transfer_attention
+from linearize.evaluation.description import info
+from linearize.hardware import memory
+from linearize.runs.plan import make_plan
+from linearize.stages.adapters import adaptable_layers, add_adapters, merge, merge_into_unquantized
+from linearize.stages.finetuning import finetune
+from linearize.stages.transfer import transfer_attention
+from linearize.training.log import read_log
 
 LENGTH = 32
 MIXERS = {"linear": {"type": "linear", "window": 8, "sinks": 2}}

@@ -8,15 +8,15 @@ from tiny_models import make_gptj, make_student, perturb
 from tiny_runs import make_teacher_directory, tiny_config, write_text
 
 import linearize
-from linearize import memory
-from linearize.adapters import adaptable_layers, add_adapters, merge
+from linearize.config.settings import FinetuneConfig
+from linearize.config.yaml_io import resolve
 from linearize.evaluation import measure_speed
-from linearize.evaluation.info import info
-from linearize.finetuning import finetune
-from linearize.run_plan import make_plan
-from linearize.settings import FinetuneConfig
-from linearize.settings_io import resolve
-from linearize.training_log import read_log
+from linearize.evaluation.description import info
+from linearize.hardware import memory
+from linearize.runs.plan import make_plan
+from linearize.stages.adapters import adaptable_layers, add_adapters, merge
+from linearize.stages.finetuning import finetune
+from linearize.training.log import read_log
 
 MIXERS = {"linear": {"type": "linear", "window": 8, "sinks": 2}}
 

@@ -15,7 +15,8 @@ from tiny_runs import make_teacher_directory, without_package
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import linearize
-from linearize.hub import _operations, make_record, save_final
+from linearize.config.record import make_record
+from linearize.hub.repository import _operations, save_final
 
 ROOT = Path(__file__).parents[2]
 PROMPT = "the river ran past a small red house"

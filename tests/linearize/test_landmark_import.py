@@ -14,9 +14,9 @@ from torch.nn import functional
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from linearize.cli import main
+from linearize.config.record import read_record
+from linearize.conversion.importers.landmark import import_landmark
 from linearize.errors import UserError
-from linearize.hub import read_record
-from linearize.landmark_import import import_landmark
 
 FREQUENCY, CONTEXT = 5, 40
 TEXT = " ".join(WORDS)

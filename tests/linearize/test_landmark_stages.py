@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM
 import linearize
 from linearize import LandmarkAttentionConfig, UserError
 from linearize.cli import main
+from linearize.config.record import read_record
+from linearize.config.settings import RunConfig
+from linearize.config.yaml_io import preset_names, resolve
 from linearize.evaluation.by_length import MATCHED
-from linearize.hub import read_record
-from linearize.landmark_stages import AFTER, BEFORE, CALIBRATED, FITTED, LandmarkRunConfig, run_landmark
-from linearize.settings import RunConfig
-from linearize.settings_io import preset_names, resolve
-from linearize.staged_run import TEACHER
+from linearize.runs.landmark import AFTER, BEFORE, CALIBRATED, FITTED, LandmarkRunConfig, run_landmark
+from linearize.runs.staged_run import TEACHER
 
 DEMO_TEXT = Path(linearize.__file__).parent / "demo_text"
 

@@ -9,11 +9,11 @@ from tiny_runs import make_teacher_directory, write_text
 
 import linearize
 from linearize import UserError
-from linearize.finetuning import finetune
-from linearize.launcher import CPU, DEVICE, PRECISION, check_launcher, check_precision, in_bfloat16
-from linearize.settings import FinetuneConfig
-from linearize.stage_trainer import stage_arguments
-from linearize.training_loop import make_accelerator
+from linearize.config.settings import FinetuneConfig
+from linearize.stages.finetuning import finetune
+from linearize.training.launcher import CPU, DEVICE, PRECISION, check_launcher, check_precision, in_bfloat16
+from linearize.training.loop import make_accelerator
+from linearize.training.stage_trainer import stage_arguments
 
 REFUSED = {
     "ACCELERATE_USE_FSDP": ("true", "FSDP"),

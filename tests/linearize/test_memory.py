@@ -9,14 +9,16 @@ import torch
 from tiny_models import make_gpt2, make_gptj, make_student, make_teacher
 from torch.profiler import ProfilerActivity, profile
 
-from linearize import UserError, memory, run_plan
-from linearize.adapters import add_adapters
-from linearize.finetuning_trainer import Objective
+from linearize import UserError
+from linearize.config.settings import FinetuneConfig
+from linearize.config.yaml_io import resolve
+from linearize.hardware import memory
 from linearize.kernels import triton_support
-from linearize.losses import LossWeights
-from linearize.settings import FinetuneConfig
-from linearize.settings_io import resolve
-from linearize.transfer_loss import LayerLosses, branch_weights
+from linearize.runs import plan as run_plan
+from linearize.stages.adapters import add_adapters
+from linearize.stages.finetuning_trainer import Objective
+from linearize.stages.transfer_loss import LayerLosses, branch_weights
+from linearize.training.losses import LossWeights
 
 LARGE = {
     "hidden_size": 192,

@@ -10,8 +10,9 @@ from tiny_runs import make_teacher_directory, write_text
 from transformers import MistralConfig
 
 import linearize
-from linearize import UserError, memory_full
-from linearize.memory_full import CHECK, check_full_training, free_memory, full_training, parameter_count
+from linearize import UserError
+from linearize.hardware import memory_full
+from linearize.hardware.memory_full import CHECK, check_full_training, free_memory, full_training, parameter_count
 
 GIB = 2**30
 

@@ -10,20 +10,20 @@ from tiny_runs import make_teacher_directory, tiny_config, write_text
 from transformers import DynamicCache
 
 import linearize
-from linearize import memory
-from linearize.adapters import adaptable_layers, add_adapters, merge_into_unquantized
 from linearize.cli import main
-from linearize.conversion import convert_like
+from linearize.config.record import read_record
+from linearize.config.settings import FinetuneConfig, TransferConfig
+from linearize.config.yaml_io import resolve
+from linearize.conversion.students import convert_like
 from linearize.evaluation import state_bytes
-from linearize.evaluation.info import info
-from linearize.finetuning import finetune
-from linearize.hub import read_record
-from linearize.run_plan import make_plan
-from linearize.settings import FinetuneConfig, TransferConfig
-from linearize.settings_io import resolve
-from linearize.training_log import read_log
-from linearize.transfer import transfer_attention
-from linearize.transfer_loss import LayerLosses
+from linearize.evaluation.description import info
+from linearize.hardware import memory
+from linearize.runs.plan import make_plan
+from linearize.stages.adapters import adaptable_layers, add_adapters, merge_into_unquantized
+from linearize.stages.finetuning import finetune
+from linearize.stages.transfer import transfer_attention
+from linearize.stages.transfer_loss import LayerLosses
+from linearize.training.log import read_log
 
 LENGTH, WINDOW = 32, 12
 MIXERS = {"linear": {"type": "linear", "window": 8, "sinks": 2}}

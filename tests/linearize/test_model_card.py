@@ -9,7 +9,7 @@ from tiny_models import make_student, make_teacher
 from linearize.evaluation.embeddings import EmbeddingReport, EmbeddingRow
 from linearize.evaluation.report import Report, Row
 from linearize.evaluation.tasks import TaskReport, TaskScore
-from linearize.model_card import model_card
+from linearize.hub.card import model_card
 
 RECORD = {
     "teacher": "someone/teacher",

@@ -14,21 +14,22 @@ from tiny_runs import make_bert_directory, make_teacher_directory, without_packa
 from transformers import BertForMaskedLM
 
 import linearize
-from linearize.adaptation import start_from_moments
-from linearize.calibration import calibrate
 from linearize.cli import main
-from linearize.cli_runs import KINDS
-from linearize.conversion import load_encoder
-from linearize.data_rows import prepare_rows
-from linearize.encoder_settings import EmbeddingDistillationConfig, EncoderDataConfig, MaskedConfig
-from linearize.encoder_training import distill_embeddings, train_masked
+from linearize.cli.runs import KINDS
+from linearize.config.encoder import EmbeddingDistillationConfig, EncoderDataConfig, MaskedConfig
+from linearize.config.record import make_record
+from linearize.config.settings import FinetuneConfig, TransferConfig
+from linearize.conversion.students import load_encoder
+from linearize.data.rows import prepare_rows
 from linearize.errors import UserError
-from linearize.finetuning import finetune, merge
-from linearize.hub import make_record, save_final
+from linearize.hub.repository import save_final
 from linearize.modeling import ATTENTIONS, BACKBONES, backbone_of
-from linearize.pairs import BEGIN, STAGES, make_pair, pairs, with_table
-from linearize.settings import FinetuneConfig, TransferConfig
-from linearize.transfer import transfer_attention
+from linearize.stages.adaptation import start_from_moments
+from linearize.stages.calibration import calibrate
+from linearize.stages.encoder_training import distill_embeddings, train_masked
+from linearize.stages.finetuning import finetune, merge
+from linearize.stages.pairs import BEGIN, STAGES, make_pair, pairs, with_table
+from linearize.stages.transfer import transfer_attention
 
 README = Path(__file__).parents[2] / "README.md"
 DECODERS = {"llama": make_teacher, "mistral": make_mistral, "gpt2": make_gpt2, "gptj": make_gptj}

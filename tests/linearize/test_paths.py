@@ -8,17 +8,17 @@ import yaml
 from tiny_runs import make_teacher_directory, tiny_config, write_text
 
 import linearize
-from linearize.checkpointing import checkpoint_to_resume
 from linearize.cli import main
-from linearize.conversion import load_config, load_tokenizer
-from linearize.encoder_settings import EncoderRunConfig
+from linearize.config.encoder import EncoderRunConfig
+from linearize.config.pretraining import PretrainConfig
+from linearize.config.record import find_converted
+from linearize.config.settings import RunConfig
+from linearize.config.yaml_io import resolve, to_values
+from linearize.conversion.students import load_config, load_tokenizer
 from linearize.errors import UserError
-from linearize.glue_settings import GlueRunConfig
-from linearize.hub import find_converted
+from linearize.evaluation.glue.settings import GlueRunConfig
 from linearize.paths import expand_words, user_path
-from linearize.pretraining_settings import PretrainConfig
-from linearize.settings import RunConfig
-from linearize.settings_io import resolve, to_values
+from linearize.training.checkpointing import checkpoint_to_resume
 
 
 @pytest.fixture

@@ -16,16 +16,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import linearize
 from linearize import UserError
 from linearize.cli import main
+from linearize.cli.flags import field_help, setting_parameters
+from linearize.config.pretraining import ModelConfig, PretrainConfig, PretrainingConfig
+from linearize.config.yaml_io import flat_names, preset_names, resolve, write_config
+from linearize.conversion.pretraining_tokenizer import END_OF_TEXT, train_tokenizer
 from linearize.data import load_text_blocks
 from linearize.evaluation import perplexity
-from linearize.pretraining import pretrain
-from linearize.pretraining_model import build_model
-from linearize.pretraining_settings import ModelConfig, PretrainConfig, PretrainingConfig
-from linearize.pretraining_tokenizer import END_OF_TEXT, train_tokenizer
-from linearize.pretraining_trainer import PretrainingTrainer, decay_groups
-from linearize.settings_flags import field_help, setting_parameters
-from linearize.settings_io import flat_names, preset_names, resolve, write_config
-from linearize.training_log import read_log
+from linearize.runs.pretraining import pretrain
+from linearize.stages.pretraining_start import build_model
+from linearize.stages.pretraining_trainer import PretrainingTrainer, decay_groups
+from linearize.training.log import read_log
 
 DEMO_TEXT = Path(linearize.__file__).parent / "demo_text"
 

@@ -19,19 +19,20 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 import linearize
 from linearize import UserError
 from linearize.cli import main
-from linearize.data_rows import prepare_rows
-from linearize.hub import read_record
-from linearize.masking import Masking, masked_scores
+from linearize.config.pretraining import PretrainConfig
+from linearize.config.record import read_record
+from linearize.config.settings import DataConfig
+from linearize.config.yaml_io import resolve, write_config
+from linearize.conversion.pretraining_model import STOCK, check_model, random_configs, random_model, stock_config
+from linearize.conversion.pretraining_tokenizer import MARKS, train_wordpiece
+from linearize.data.masking import Masking
+from linearize.data.rows import prepare_rows
+from linearize.evaluation.masked import masked_scores
 from linearize.modeling import BACKBONES
 from linearize.modeling.registry import ATTENTIONS
-from linearize.pretraining import pretrain
-from linearize.pretraining_model import STOCK, check_model, random_configs, random_model, stock_config
-from linearize.pretraining_settings import PretrainConfig
-from linearize.pretraining_tokenizer import MARKS, train_wordpiece
-from linearize.pretraining_trainer import MaskedPretrainingTrainer, PretrainingTrainer, decay_groups
-from linearize.settings import DataConfig
-from linearize.settings_io import resolve, write_config
-from linearize.training_log import read_log
+from linearize.runs.pretraining import pretrain
+from linearize.stages.pretraining_trainer import MaskedPretrainingTrainer, PretrainingTrainer, decay_groups
+from linearize.training.log import read_log
 
 DEMO_TEXT = Path(linearize.__file__).parent / "demo_text"
 SETTINGS = {
@@ -169,7 +170,7 @@ def test_every_valid_pair_loads_in_a_fresh_process(trained, tmp_path):
     done = subprocess.run(without_package(FRESH) + [json.dumps(finals)], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     for final, encoder in finals:
-        load = linearize.conversion.load_encoder if encoder else linearize.conversion.load_model
+        load = linearize.conversion.students.load_encoder if encoder else linearize.conversion.students.load_model
         with torch.no_grad():
             ours = load(final)(**AutoTokenizer.from_pretrained(final)("The old house", return_tensors="pt")).logits
         theirs = torch.load(f"{final}/logits.pt", weights_only=True)
@@ -301,7 +302,8 @@ def test_landmarks_have_positions_of_their_own(root):
 
 def test_a_padded_vocabulary_is_never_asked_for(trained):
     result = trained("llama", "softmax")
-    model, tokenizer = linearize.conversion.load_model(result.final), AutoTokenizer.from_pretrained(result.final)
+    model = linearize.conversion.students.load_model(result.final)
+    tokenizer = AutoTokenizer.from_pretrained(result.final)
     assert result.report.vocab_size == model.config.vocab_size == 448 and len(tokenizer) == 400
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from test_pretraining_models import VALID
 
-from linearize.pretraining_model import check_model, random_model
-from linearize.pretraining_settings import PretrainConfig
-from linearize.settings_io import preset_names, resolve
+from linearize.config.pretraining import PretrainConfig
+from linearize.config.yaml_io import preset_names, resolve
+from linearize.conversion.pretraining_model import check_model, random_model
 
 PUBLISHED = {"cosine_300m": 313.1e6, "cosine_1b": 1213.4e6, "cosine_bert_base": 108.3e6, "cosine_bert_base_512": None}
 """Preset -> parameters of its softmax twin."""

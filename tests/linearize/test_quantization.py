@@ -8,12 +8,12 @@ import torch
 from finetuning_toys import LENGTH, MIXERS, settings, stock_llama, token_blocks
 
 from linearize import UserError
-from linearize.adapters import merge, merge_into_unquantized
+from linearize.config.settings import TransferConfig
 from linearize.conversion import convert
-from linearize.finetuning import finetune
-from linearize.quantization import is_quantized, quantization_config
-from linearize.settings import TransferConfig
-from linearize.transfer import transfer_attention
+from linearize.conversion.quantization import is_quantized, quantization_config
+from linearize.stages.adapters import merge, merge_into_unquantized
+from linearize.stages.finetuning import finetune
+from linearize.stages.transfer import transfer_attention
 
 BITS = {"4bit": {"load_in_4bit": True}, "8bit": {"load_in_8bit": True}}
 

@@ -11,9 +11,10 @@ from tiny_runs import make_teacher_directory, tiny_config, write_text
 import linearize
 from linearize import UserError
 from linearize.cli import main
+from linearize.config.record import base_is_teacher, make_record, read_record
 from linearize.evaluation import Report
-from linearize.hub import base_is_teacher, make_record, read_record, save_final
-from linearize.pretraining import pretrain
+from linearize.hub.repository import save_final
+from linearize.runs.pretraining import pretrain
 
 SMALL = ["--sequence_length", "32", "--max_tokens", "64", "--device", "cpu"]
 OWN, TEACHER, CONTROL = "its weights with softmax attention", "teacher", "no training"
@@ -23,7 +24,7 @@ import contextlib, io, json, sys
 import linearize
 from linearize import UserError
 from linearize.cli import main
-from linearize.hub import read_record
+from linearize.config.record import read_record
 first, text, settings, out = sys.argv[1:]
 output = {}
 for name in ("tester/tuned", "tester/converted"):

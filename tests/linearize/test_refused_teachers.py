@@ -13,7 +13,7 @@ import linearize
 from linearize import UserError
 from linearize.cli import main
 from linearize.conversion import load_student
-from linearize.pipeline import plan
+from linearize.runs.pipeline import plan
 
 QUANTISED = {
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},

@@ -15,19 +15,20 @@ from tiny_models import make_student, make_teacher
 from tiny_runs import make_teacher_directory, tiny_config, write_text
 
 import linearize
-from linearize import checkpoint_files, failures
-from linearize.checkpointing import latest_checkpoint
+from linearize import failures
 from linearize.cli import main
-from linearize.data import TokenBlocks
+from linearize.config.settings import RunConfig, TransferConfig
+from linearize.config.yaml_io import resolve
+from linearize.conversion.importers import checkpoint_files
+from linearize.data.sequences import TokenBlocks
 from linearize.errors import Terminated, UserError
-from linearize.finetuning import finetune
-from linearize.glue_settings import GlueRunConfig
-from linearize.glue_stages import GlueDirectory
-from linearize.run_identity import StageState, base_identity, changed_settings, data_identity
-from linearize.settings import RunConfig, TransferConfig
-from linearize.settings_io import resolve
-from linearize.training_log import TrainingLog, read_log
-from linearize.transfer import transfer_attention
+from linearize.evaluation.glue.settings import GlueRunConfig
+from linearize.runs.glue import GlueDirectory
+from linearize.stages.finetuning import finetune
+from linearize.stages.identity import StageState, base_identity, changed_settings, data_identity
+from linearize.stages.transfer import transfer_attention
+from linearize.training.checkpointing import latest_checkpoint
+from linearize.training.log import TrainingLog, read_log
 
 LENGTH = 24
 
@@ -271,12 +272,12 @@ def test_sigterm_leaves_a_checkpoint_and_exit_code_143(call, config, tmp_path, m
 
 
 def test_sigterm_between_stages_leaves_nothing_half_written(call, config, tmp_path, monkeypatch):
-    import linearize.hub
+    import linearize.hub.repository
 
     def terminated(directory, record, config, **options):
         signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(linearize.hub, "write_record", terminated)
+    monkeypatch.setattr(linearize.hub.repository, "write_record", terminated)
     assert call({**config, "finetune": None})[0] == 143
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.yaml", "logs", "plots", "checkpoints"}
 

@@ -15,14 +15,15 @@ from tiny_models import make_gpt2
 from tiny_runs import make_bert_directory, make_teacher_directory, write_text
 from transformers import BertForMaskedLM
 
-from linearize import checkpointing, failures
-from linearize.encoder_stages import run_encoder
-from linearize.glue_stages import run_glue
-from linearize.landmark_stages import run_landmark
-from linearize.pretraining import pretrain
-from linearize.settings_io import to_values
-from linearize.stage_trainer import StageTrainer
-from linearize.training_log import TrainingLog
+from linearize import failures
+from linearize.config.yaml_io import to_values
+from linearize.runs.encoder import run_encoder
+from linearize.runs.glue import run_glue
+from linearize.runs.landmark import run_landmark
+from linearize.runs.pretraining import pretrain
+from linearize.training import checkpointing
+from linearize.training.log import TrainingLog
+from linearize.training.stage_trainer import StageTrainer
 
 LITTLE = 40_000
 """Bytes of a file on a disk that is nearly full: less than any file of weights here."""

@@ -8,12 +8,12 @@ import torch
 from tiny_models import make_student, make_teacher
 from transformers import get_scheduler
 
-from linearize.data import TokenBlocks
-from linearize.finetuning import finetune
-from linearize.settings import FinetuneConfig, TransferConfig
-from linearize.training_log import read_log
-from linearize.training_loop import SCHEDULERS
-from linearize.transfer import transfer_attention
+from linearize.config.settings import FinetuneConfig, TransferConfig
+from linearize.data.sequences import TokenBlocks
+from linearize.stages.finetuning import finetune
+from linearize.stages.transfer import transfer_attention
+from linearize.training.log import read_log
+from linearize.training.loop import SCHEDULERS
 
 LENGTH, STEPS = 16, 6
 RATES = {"linear": {"type": "linear", "window": 4, "sinks": 1}}
@@ -73,7 +73,7 @@ def test_stage_1_without_warm_up_trains_to_the_weights_of_the_old_formula(schedu
 
     weights = [train("new")]
     old = SimpleNamespace(lr_lambdas=[lambda step: old_factor(step, STEPS, schedule)])
-    monkeypatch.setattr("linearize.transfer.get_scheduler", lambda *_: old)
+    monkeypatch.setattr("linearize.stages.transfer.get_scheduler", lambda *_: old)
     weights.append(train("old"))
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
     before = student().mixer_state_dict()

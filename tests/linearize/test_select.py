@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 import linearize
 from linearize.cli import main
+from linearize.config.record import read_record
 from linearize.config.sizes import parse_budget, parse_bytes, parse_share
-from linearize.data import TokenBlocks
+from linearize.config.yaml_io import resolve
+from linearize.data.sequences import TokenBlocks
 from linearize.errors import UserError
-from linearize.evaluation.memory import layer_bytes
-from linearize.hub import read_record
-from linearize.pipeline import plan
-from linearize.settings_io import resolve
+from linearize.hardware.state_bytes import layer_bytes
+from linearize.runs.pipeline import plan
 from linearize.stages import select_measure
 from linearize.stages.select_measure import layer_tables, measured_pieces
 from linearize.stages.select_place import largest, place
@@ -404,7 +404,7 @@ def test_an_untrained_conversion_stands_for_its_teacher(inputs, tmp_path, capsys
     ],
 )
 def test_what_cannot_be_placed_is_refused(inputs, tmp_path, capsys, more, says, monkeypatch):
-    monkeypatch.setattr("linearize.conversion.convert", None)  # before anything is loaded
+    monkeypatch.setattr("linearize.conversion.students.convert", None)  # before anything is loaded
     assert main(flags(inputs, tmp_path / "chosen", *more)) == 2
     error = capsys.readouterr().err
     assert says.lower() in error.lower() and error.count("\n") == 1

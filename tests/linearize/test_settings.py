@@ -5,11 +5,19 @@ import dataclasses
 import pytest
 import yaml
 
+from linearize.cli.flags import field_help, normalise, setting_parameters
 from linearize.config.selection import SelectConfig
+from linearize.config.settings import DataConfig, EvaluationConfig, FinetuneConfig, RunConfig, TransferConfig
+from linearize.config.yaml_io import (
+    differences,
+    flat_names,
+    preset_names,
+    read_values,
+    resolve,
+    to_values,
+    write_config,
+)
 from linearize.errors import UserError
-from linearize.settings import DataConfig, EvaluationConfig, FinetuneConfig, RunConfig, TransferConfig
-from linearize.settings_flags import field_help, normalise, setting_parameters
-from linearize.settings_io import differences, flat_names, preset_names, read_values, resolve, to_values, write_config
 
 SECTIONS = (RunConfig, SelectConfig, DataConfig, TransferConfig, FinetuneConfig, EvaluationConfig)
 

@@ -8,12 +8,12 @@ import torch
 from accelerate import tracking
 from tiny_models import make_student, make_teacher
 
-from linearize.data import TokenBlocks
+from linearize.config.settings import FinetuneConfig, TransferConfig
+from linearize.data.sequences import TokenBlocks
 from linearize.errors import UserError
-from linearize.finetuning import finetune
-from linearize.settings import FinetuneConfig, TransferConfig
-from linearize.training_log import TrainingLog, read_log
-from linearize.transfer import transfer_attention
+from linearize.stages.finetuning import finetune
+from linearize.stages.transfer import transfer_attention
+from linearize.training.log import TrainingLog, read_log
 
 LENGTH = 16
 STEPS = {"batch_size": 2, "tokens_per_step": 2 * LENGTH, "logging_steps": 1, "save_steps": 100}

@@ -11,15 +11,15 @@ from tiny_models import make_student, make_teacher, perturb
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize import checkpointing
-from linearize.checkpointing import latest_checkpoint, step_directories
-from linearize.data import TokenBlocks
+from linearize.config.settings import TransferConfig
+from linearize.data.sequences import TokenBlocks
 from linearize.errors import UserError
-from linearize.settings import TransferConfig
-from linearize.training_log import TrainingDiverged, read_log
-from linearize.training_loop import Batches, Interrupt
-from linearize.transfer import hides_window, mixer_parameters, transfer_attention
-from linearize.transfer_loss import LOSSES, LayerLosses, branch_weights
+from linearize.stages.transfer import hides_window, mixer_parameters, transfer_attention
+from linearize.stages.transfer_loss import LOSSES, LayerLosses, branch_weights
+from linearize.training import checkpointing
+from linearize.training.checkpointing import latest_checkpoint, step_directories
+from linearize.training.log import TrainingDiverged, read_log
+from linearize.training.loop import Batches, Interrupt
 
 LENGTH = 24
 TIMES = ("seconds", "tokens_per_second")

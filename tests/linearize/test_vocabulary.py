@@ -9,10 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from linearize.cli import main
+from linearize.config.encoder import EncoderDataConfig
 from linearize.data import prepare_data
-from linearize.data_rows import prepare_rows
-from linearize.encoder_settings import EncoderDataConfig
-from linearize.vocabulary import vocabulary_size
+from linearize.data.rows import prepare_rows
+from linearize.data.vocabulary import vocabulary_size
 
 
 def holey_tokenizer():

@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import linearize
 from linearize.cli import main
-from linearize.hub import make_record, save_final
-from linearize.tensor_files import CHUNK_BYTES, read_weights
-from linearize.weight_diff import make_diff, recover
+from linearize.config.record import make_record
+from linearize.conversion.tensor_files import CHUNK_BYTES, read_weights
+from linearize.hub.diff.difference import make_diff, recover
+from linearize.hub.repository import save_final
 
 
 @pytest.fixture

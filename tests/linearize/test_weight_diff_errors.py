@@ -10,10 +10,10 @@ from diff_toys import base_tensors, bits, contents, converted_tensors, made_diff
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from linearize import weight_diff
 from linearize.cli import main
 from linearize.errors import UserError
-from linearize.weight_diff import make_diff, recover
+from linearize.hub.diff import difference as weight_diff
+from linearize.hub.diff.difference import make_diff, recover
 
 
 @pytest.fixture

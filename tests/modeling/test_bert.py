@@ -17,10 +17,10 @@ from transformers import (
     DynamicCache,
 )
 
-from linearize.finetuning import gradient_checkpointing
 from linearize.kernels.cosine import reference as cosine_reference
 from linearize.kernels.hybrid_linear import reference
 from linearize.modeling import ATTENTIONS, BACKBONES, LinearizedBertConfig, LinearizedBertModel
+from linearize.stages.finetuning import gradient_checkpointing
 
 MIXERS = {"linear": {"type": "linear", "window": 4, "sinks": 2}}
 LAYOUTS = {

@@ -19,10 +19,10 @@ from tiny_models import TINY, make_bert, make_gpt2, make_student, make_teacher, 
 from transformers import AutoModelForCausalLM, DynamicCache
 
 import linearize.modeling.attention_cosine as attention_cosine
-from linearize.calibration import calibrate
 from linearize.modeling import ATTENTIONS, CosineAttentionConfig, cosine_attention, hybrid_linear_attention
 from linearize.modeling.attention_cosine import reads
 from linearize.modeling.cache_layers import CosineStateLayer
+from linearize.stages.calibration import calibrate
 
 GATED = {"type": "cosine", "window": 4, "sinks": 2, "directions": "projections", "gate_bias": 0.5}
 SETTINGS = {

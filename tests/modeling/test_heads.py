@@ -13,9 +13,9 @@ from transformers import AutoModelForSequenceClassification, GPT2Model, GPTJMode
 
 import linearize
 from linearize.cli import main
-from linearize.conversion import load_model
+from linearize.config.settings import FinetuneConfig
+from linearize.conversion.students import load_model
 from linearize.modeling import BACKBONES
-from linearize.settings import FinetuneConfig
 
 MAKERS = {"llama": make_teacher, "mistral": make_mistral, "gpt2": make_gpt2, "gptj": make_gptj}
 LINEAR = {"linear": {"type": "linear", "window": 5, "sinks": 2}}

@@ -245,7 +245,7 @@ def test_mechanism_stays_float32(teacher, tmp_path, ids):
 
 
 def test_gradient_checkpointing_gives_equal_gradients(student, ids):
-    from linearize.finetuning import gradient_checkpointing
+    from linearize.stages.finetuning import gradient_checkpointing
 
     gradients = []
     for checkpointing in (False, True):

@@ -21,13 +21,13 @@ from tiny_runs import (
 )
 from transformers import BertForMaskedLM
 
-from linearize.encoder_settings import EncoderRunConfig
-from linearize.gain_cell_stages import GainCellRunConfig
-from linearize.glue_settings import GlueRunConfig
-from linearize.landmark_stages import LandmarkRunConfig
-from linearize.pretraining_settings import PretrainConfig
-from linearize.settings import RunConfig
-from linearize.settings_io import flat_names, preset_names, resolve
+from linearize.config.encoder import EncoderRunConfig
+from linearize.config.pretraining import PretrainConfig
+from linearize.config.settings import RunConfig
+from linearize.config.yaml_io import flat_names, preset_names, resolve
+from linearize.evaluation.glue.settings import GlueRunConfig
+from linearize.runs.gain_cell import GainCellRunConfig
+from linearize.runs.landmark import LandmarkRunConfig
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "linearize_llama3.py"

@@ -1,0 +1,206 @@
+"""Command-line flags made from the settings: one for each field, named as in YAML, with dots (`--data.split`).
+
+`with_settings` gives a function that takes a dictionary of overrides the flags as a signature that typer reads, so
+that the names, the choices and the help are written once: in `linearize/config/settings.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import inspect
+import textwrap
+import typing
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any, Literal
+
+import typer
+
+from linearize.config.settings import RunConfig, RunSettings
+from linearize.config.values import FALSE, NOTHING, TRUE, field_types, options, section_type
+from linearize.config.yaml_io import flat_names
+
+NO = "no_"
+FLAGS = "flags_of_settings"
+"""Where a command keeps what makes its flags, until `complete`."""
+
+
+@functools.cache
+def field_help(settings: type) -> dict[str, str]:
+    """The docstring under each field of a settings dataclass, its own or the one it inherits."""
+    texts: dict[str, str] = {}
+    for base in reversed([base for base in settings.__bases__ if dataclasses.is_dataclass(base)]):
+        texts |= field_help(base)
+    body = ast.parse(textwrap.dedent(inspect.getsource(settings))).body[0].body  # type: ignore[attr-defined]
+    for statement, following in pairwise(body):
+        if isinstance(statement, ast.AnnAssign) and isinstance(following, ast.Expr):
+            texts[statement.target.id] = " ".join(following.value.value.split())  # type: ignore
+    return texts
+
+
+def is_flag(annotation: Any) -> bool:
+    """Whether a field is switched by its bare flag."""
+    return bool in options(annotation)
+
+
+def is_list(annotation: Any) -> bool:
+    """Whether a field takes several values."""
+    return any(typing.get_origin(option) is list for option in options(annotation))
+
+
+def shown_default(settings: type, name: str) -> str:
+    """The default as the help shows it; empty where there is none worth showing."""
+    field = next(field for field in dataclasses.fields(settings) if field.name == name)
+    value = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    if value is None or isinstance(value, (bool, dict)) or dataclasses.is_dataclass(value):
+        return ""
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def mechanism_fields() -> dict[str, str]:
+    """Setting -> help of every mechanism's configuration, for the `--attention.` flags."""
+    from linearize.modeling.registry import ATTENTIONS
+
+    texts: dict[str, str] = {"type": "The mechanism: " + ", ".join(ATTENTIONS) + "."}
+    for mechanism, entry in ATTENTIONS.items():
+        described = field_help(entry.config)
+        for field in dataclasses.fields(entry.config):
+            if field.name not in ("type", "contract"):
+                text = described.get(field.name, f"Setting of {mechanism} attention.")
+                texts.setdefault(field.name, f"{text} [default: {field.default}]")
+    return texts
+
+
+def _parameter(name: str, annotation: Any, help_text: str, default: str, panel: str) -> inspect.Parameter:
+    identifier = name.replace(".", "__dot__")
+    section, _, key = name.rpartition(".")
+    prefix = f"{section}." if section else ""
+    kind: Any
+    if is_flag(annotation):
+        declaration, kind = f"--{name}/--{prefix}{NO}{key}", bool | None
+    else:
+        declaration, kind = f"--{name}", list[str] | None if is_list(annotation) else str | None
+    choices = [
+        choice
+        for option in options(annotation)
+        if typing.get_origin(option) is Literal
+        for choice in typing.get_args(option)
+    ]
+    shown = help_text + (f" One of {', '.join(choices)}." if choices and len(choices) <= 6 else "")
+    option = typer.Option(
+        None,
+        declaration,
+        help=shown,
+        rich_help_panel=panel,
+        show_default=default or False,
+        metavar=None if is_flag(annotation) else "VALUE",
+    )
+    return inspect.Parameter(identifier, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+
+
+def setting_parameters(names: Sequence[str], settings: type = RunConfig) -> list[inspect.Parameter]:
+    """One typer parameter for each field of the named sections and top-level settings."""
+    parameters = []
+    for name in names:
+        annotation = field_types(settings)[name]
+        section = section_type(annotation)
+        if section is None or type(None) in options(
+            annotation
+        ):  # of a section only "none", which switches it off, is a value
+            parameters.append(
+                _parameter(name, annotation, field_help(settings)[name], shown_default(settings, name), "run")
+            )
+        if section is not None:
+            parameters += [
+                _parameter(f"{name}.{key}", inner, field_help(section)[key], shown_default(section, key), name)
+                for key, inner in field_types(section).items()
+            ]
+        if name == "attention":
+            parameters += [
+                _parameter(f"attention.{key}", str, text, "", "attention") for key, text in mechanism_fields().items()
+            ]
+    return parameters
+
+
+def with_settings(
+    *names: str, settings: type[RunSettings] = RunConfig
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command the flags of the named settings (a section's name brings all its fields).
+
+    The command must take a keyword `overrides`: dotted name -> value for every flag that was given. Its signature has
+    the flags after `complete`, which imports the models for those of `attention`: only the command that is called
+    needs them.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        own = [
+            parameter
+            for parameter in inspect.signature(command, eval_str=True).parameters.values()
+            if parameter.name != "overrides"
+        ]
+        taken = {parameter.name for parameter in own}
+
+        @functools.wraps(command)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            given = {key.replace("__dot__", "."): kwargs.pop(key) for key in list(kwargs) if key not in taken}
+            overrides = {name: _value(name, value) for name, value in given.items() if value not in (None, [])}
+            return command(*args, overrides=overrides, **kwargs)
+
+        _sign(call, own)
+        vars(call)[FLAGS] = lambda: setting_parameters(names, settings)
+        return call
+
+    return decorate
+
+
+def complete(command: Callable[..., Any]) -> None:
+    """Add to a command's signature the flags that `with_settings` has for it; once is enough."""
+    flags = vars(command).pop(FLAGS, None)
+    if flags is not None:
+        _sign(command, [*inspect.signature(command).parameters.values(), *flags()])
+
+
+def _sign(function: Callable[..., Any], parameters: list[inspect.Parameter]) -> None:
+    """Set the signature that typer reads."""
+    function.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    function.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+
+
+def _value(name: str, value: Any) -> Any:
+    """What a flag gave, as YAML would have given it."""
+    import yaml
+
+    if name.startswith("attention."):
+        return yaml.safe_load(value)
+    if name == "attention" and isinstance(value, str) and not value.strip().startswith("{"):
+        return value if value.strip().lower() in NOTHING else {"type": value}
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
+
+def normalise(argv: Sequence[str], settings: type[RunSettings] = RunConfig) -> list[str]:
+    """Write `--overwrite true` and `--overwrite=false` as `--overwrite` and `--no_overwrite`: both styles are in
+    common use."""
+    switches = {f"--{name}" for name, annotation in flat_names(settings).items() if is_flag(annotation)}
+    result: list[str] = []
+    for word in argv:
+        flag, _, value = word.partition("=")
+        flag = underscored(flag)
+        if flag in switches and value.lower() in TRUE + FALSE and value:
+            result.append(flag if value.lower() in TRUE else _negated(flag))
+        elif result and underscored(result[-1]) in switches and word.lower() in TRUE[:3] + FALSE[:3]:
+            result[-1] = result[-1] if word.lower() in TRUE else _negated(underscored(result[-1]))
+        else:
+            result.append(word)
+    return result
+
+
+def underscored(flag: str) -> str:
+    """A flag as it is declared: `--dry-run` is `--dry_run`."""
+    return "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag.replace("-", "_")
+
+
+def _negated(flag: str) -> str:
+    section, dot, key = flag[2:].rpartition(".")
+    return f"--{section}{dot}{NO}{key}"

@@ -1,0 +1,214 @@
+"""The directory of a run: what lies in it, whether it may be used, and whether a resumed run is the run that it holds.
+
+config.yaml                          every setting, resolved
+selection.{json,yaml,png}            where windows and softmax layers are chosen by measuring
+logs/{transfer,finetune}.jsonl       losses; evaluation.json: what has been measured so far; inputs.json: digests
+plots/*.png
+checkpoints/{transfer,finetune}/step-N
+transferred/                         the converted repository after stage 1, where stage 2 follows
+yardstick/                           the same stage 2 on the teacher, where evaluation.yardstick asks for it
+adapter/                             LoRA and the trained mechanisms, in peft's format
+final/                               the converted repository
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from linearize.config.record import FINAL, read_record
+from linearize.config.selection import FILES
+from linearize.config.settings import RunSettings
+from linearize.config.yaml_io import differences, resolve, write_config
+from linearize.errors import UserError
+from linearize.stages.identity import STEPS, StageState, changed_settings, require_same_inputs
+
+CONFIG = "config.yaml"
+REPORT = "report.json"
+"""The figures of a run of several models; those of `linearize run` are in `RunDirectory.measurements`."""
+INPUTS = Path("logs", "inputs.json")
+TRANSFERRED, YARDSTICK = "transferred", "yardstick"
+CONTENTS = (CONFIG, *FILES, "logs", "plots", "checkpoints", TRANSFERRED, YARDSTICK, "adapter", FINAL)
+FREE_TO_CHANGE = (
+    "output_dir",
+    "overwrite",
+    "resume_from_checkpoint",
+    "report_to",
+    "push_to_hub",
+    "device",
+    "op_backend",
+    "data.cache_dir",
+)
+"""Settings that a resumed run may always change, beside those of `stages.identity.changed_settings`."""
+
+
+class RunDirectory:
+    """The directory of one run."""
+
+    contents: ClassVar[tuple[str, ...]] = CONTENTS
+    """What a run writes there, and all that replacing it deletes."""
+    free_to_change: ClassVar[tuple[str, ...]] = FREE_TO_CHANGE
+    """Settings that a resumed run may always change."""
+    fixed: ClassVar[tuple[str, ...]] = ()
+    """Settings that it may never change, though others of their name may."""
+    sections: ClassVar[Mapping[str, str]] = {
+        "transfer": "checkpoints/transfer",
+        "finetune": "checkpoints/finetune",
+    }
+    """The stages in their order: section of the settings -> its checkpoints, or a file that it leaves."""
+
+    def __init__(self, config: RunSettings) -> None:
+        self.config: Any = config
+        self.path = Path(config.output_dir)
+        self.final = self.path / FINAL
+
+    @property
+    def transferred(self) -> Path:
+        """The converted repository after stage 1, where stage 2 follows."""
+        return self.path / TRANSFERRED
+
+    @property
+    def yardstick(self) -> Path:
+        """The teacher's stage 2: its logs, checkpoints and adapter."""
+        return self.path / YARDSTICK
+
+    @property
+    def measurements(self) -> Path:
+        """What has been measured so far, for a resumed run to go on with."""
+        return self.path / "logs" / "evaluation.json"
+
+    def ending(self) -> str:
+        """Where all that a finished run left lies, and the next commands."""
+        places = {
+            "repository": [self.final],
+            "report": [self.path / REPORT, self.measurements],
+            "plots": [self.path / "plots"],
+        }
+        found = {what: next((path for path in paths if path.exists()), None) for what, paths in places.items()}
+        lines = [f"{what:12s}{path}" for what, path in found.items() if path is not None]
+        return "\n".join([*lines, *(f"{'next':12s}{command}" for command in self._next_commands())])
+
+    def _next_commands(self) -> list[str]:
+        from linearize.conversion.students import load_config
+        from linearize.modeling import is_encoder
+
+        final, config = shlex.quote(str(self.final)), load_config(str(self.final))
+        evaluate, on_text = f"linearize evaluate {final} --text FILE", "--data.dataset FILE --output_dir DIR"
+        if not hasattr(config, "mixer_types"):
+            if is_encoder(config):
+                glue = f"linearize glue --models {final} --output_dir DIR"
+                return [evaluate, glue, f"linearize encoder --model_name_or_path {final} {on_text}"]
+            return [f"linearize chat {final}", evaluate, f"linearize run --model_name_or_path {final} {on_text}"]
+        push = f"linearize push {final} OWNER/NAME"
+        if is_encoder(config):
+            teacher = getattr(self.config, "model_name_or_path", None)
+            named = f" --teacher {shlex.quote(teacher)}" if teacher else ""
+            return [f"linearize info {final}", evaluate + named, push]
+        return [f"linearize chat {final}", evaluate, push]
+
+    def holds_run(self) -> bool:
+        """Whether any part of a run lies there."""
+        return any((self.path / name).exists() for name in self.contents)
+
+    def check(self) -> None:
+        """Refuse a directory that this run may not use; nothing is touched.
+
+        Raises:
+            UserError: it is a file, holds a run, or holds another run than the one to resume.
+        """
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"{self.path} is a file: name a directory as output_dir.")
+        if not self.holds_run():
+            return
+        if self.config.resume_from_checkpoint:
+            self._check_same_run()
+        elif not self.config.overwrite:
+            raise UserError(
+                f"{self.path} already holds a run: continue it with --resume_from_checkpoint, replace it with "
+                "--overwrite, "
+                "or name another output_dir."
+            )
+
+    def _check_same_run(self) -> None:
+        if not (self.path / CONFIG).is_file():
+            return
+        states = self.stage_states()
+        changed = changed_settings(self._stored(), self.config, states, self.free_to_change, self.fixed)
+        if changed:
+            raise UserError(
+                f"{self.path} holds a run with other settings ({', '.join(changed)}): resume it with its own, "
+                f"{self.path / CONFIG}, or name another output_dir."
+            )
+
+    def stage_states(self) -> dict[str, StageState]:
+        """How far each stage of the run that lies there is."""
+        begun = [self._has_begun(place) for place in self.sections.values()]
+        states = {}
+        for number, section in enumerate(self.sections):
+            if any(begun[number + 1 :]):
+                states[section] = StageState.CLOSED
+            else:
+                states[section] = StageState.OPEN if begun[number] else StageState.WAITING
+        return states
+
+    def _has_begun(self, place: str) -> bool:
+        from linearize.training.checkpointing import step_directories
+
+        return (self.path / place).is_file() or bool(step_directories(self.path / place))
+
+    def _stored(self) -> RunSettings:
+        return resolve(self.path / CONFIG, settings=type(self.config))
+
+    def is_complete(self) -> bool:
+        """Whether the run that lies there has ended, and nothing more is asked for."""
+        return self.has_ended() and not self._asks_for_more()
+
+    def _asks_for_more(self) -> bool:
+        """Whether the settings have another stage, or other steps, than the run that lies there."""
+        if not (self.path / CONFIG).is_file():
+            return False
+        names = differences(self._stored(), self.config)
+        return any(name in self.sections or name.rpartition(".")[2] in STEPS for name in names)
+
+    def has_ended(self) -> bool:
+        """Whether the run that lies there has ended: the repository is saved and, if asked for, measured."""
+        if not self.final.is_dir():
+            return False
+        record = read_record(self.final)
+        wanted = self.config.evaluation
+        return wanted is None or bool(record.get("evaluation")) and (not wanted.tasks or bool(record.get("tasks")))
+
+    def prepare(self, inputs: Mapping[str, str] | None = None) -> None:
+        """Make the directory, without the run that it held if that is to be replaced, and write the settings.
+
+        Args:
+            inputs: digests of what the run is made of, named as in `stages.identity.DIGESTS`.
+
+        Raises:
+            UserError: the run that it holds was made of others, or it cannot be made.
+        """
+        from linearize.files import write_file
+
+        noted = self.path / INPUTS
+        if self.config.resume_from_checkpoint and noted.is_file() and inputs is not None:
+            require_same_inputs(json.loads(noted.read_text(encoding="utf-8")), inputs, self.path)
+        if self.config.overwrite:
+            for name in self.contents:
+                target = self.path / name
+                if target.is_dir() and not target.is_symlink():
+                    shutil.rmtree(target)
+                else:
+                    target.unlink(missing_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(
+                f"The directory {self.path} cannot be made ({error.strerror}): name another output_dir."
+            ) from error
+        write_config(self.config, self.path / CONFIG)
+        if inputs is not None:
+            write_file(noted, (json.dumps(inputs, indent=1) + "\n").encode())

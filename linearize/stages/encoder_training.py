@@ -1,0 +1,350 @@
+"""The stages that train an encoder's weights: its sentence embeddings against the teacher's, or masked language
+modelling.
+
+Sources: Sanh et al. 2019 (arXiv 1910.01108), the cosine of hidden states; Reimers and Gurevych 2019 (arXiv
+1908.10084), mean pooling; Park et al. 2019 (arXiv 1904.05068), the similarities between the rows of a batch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from torch import Tensor, nn
+
+from linearize.config.encoder import EmbeddingDistillationConfig, EncoderStageConfig, MaskedConfig
+from linearize.data.masking import IGNORE_INDEX, Masking
+from linearize.data.rows import TextRows, collate
+from linearize.errors import UserError
+from linearize.evaluation.embeddings import sentence_embeddings
+from linearize.evaluation.masked import masked_loss
+from linearize.stages.distillation import hidden_distance
+from linearize.stages.identity import base_identity, data_identity, require_same_run
+from linearize.stages.transfer import training_only
+from linearize.training.checkpointing import checkpoint_to_resume
+from linearize.training.launcher import in_bfloat16
+from linearize.training.log import TrainingLog
+from linearize.training.loop import Interrupt, PeakMemory, readable_memory_errors
+from linearize.training.stage_trainer import StageTrainer, stage_arguments
+
+
+@dataclass
+class EncoderStageResult:
+    """What a stage leaves beside the trained model."""
+
+    losses: list[float]
+    """Loss of each step that this call ran."""
+    steps: int
+    """Steps of the whole stage, those before a resume included."""
+    tokens: int
+    """Places of the whole stage, padding included."""
+    seconds: float
+    """Duration of this call's training."""
+    peak_memory_bytes: int | None
+    """Highest number of bytes that tensors held on the GPU; None on a CPU."""
+    log_path: Path
+    """JSON lines: mean losses every `logging_steps`."""
+
+
+def distill_embeddings(
+    student: Any,
+    teacher: Any,
+    train: TextRows,
+    config: EmbeddingDistillationConfig,
+    *,
+    output_dir: str | os.PathLike[str],
+    **options: Any,
+) -> EncoderStageResult:
+    """Train an encoder, in place, until its sentence embeddings are the teacher's.
+
+    Writes `checkpoints/distillation/step-N` and `logs/distillation.jsonl` under the output directory. Ctrl-C ends the
+    step, saves a checkpoint and raises `KeyboardInterrupt`. Heads and pooler do not train.
+
+    Args:
+        student: A converted encoder in float32.
+        teacher: The encoder that it was made from, on any device; it is moved to the student's and frozen.
+        train: Rows of text.
+        config: Settings of the stage.
+        output_dir: The run directory.
+        options: `seed`, of the order of the data and the dropout; `resume`, True goes on from the latest checkpoint
+            of this stage, if there is one; `report_to`, trackers of accelerate; `device`, "cpu" keeps to the CPU.
+
+    Raises:
+        UserError: Student and teacher do not fit each other; settings that do not fit the data or the processes; not
+            finite losses; out of memory; a full disk.
+    """
+    for name, what in (("hidden_size", "width"), ("num_hidden_layers", "number of layers")):
+        ours, theirs = getattr(student.config, name), getattr(teacher.config, name)
+        if ours != theirs and (name == "hidden_size" or config.hidden_weight):
+            raise UserError(f"The {what} of the teacher is {theirs}, but {ours} of the student: name its own teacher.")
+    base = student.base_model
+    kind = partial(EmbeddingTrainer, teacher.base_model.eval().requires_grad_(False))
+    parameters = [p for name, p in _trained(student, base, config) if not name.startswith("pooler.")]
+    return _run(kind, student, base, parameters, train, config, Path(output_dir), **options)
+
+
+def train_masked(
+    student: Any,
+    tokenizer: Any,
+    train: TextRows,
+    config: MaskedConfig,
+    *,
+    output_dir: str | os.PathLike[str],
+    **options: Any,
+) -> EncoderStageResult:
+    """Train an encoder with a masked-language-modelling head, in place, to find hidden tokens.
+
+    Args and errors: as in `distill_embeddings`; `checkpoints/mlm` and `logs/mlm.jsonl`.
+    """
+    check_masked_head(student)
+    kind = partial(MaskedTrainer, Masking.of(tokenizer, config.mask_probability))
+    parameters = [p for _, p in _trained(student, student, config)]
+    return _run(kind, student, student, parameters, train, config, Path(output_dir), **options)
+
+
+def check_masked_head(student: Any) -> None:
+    """Refuse a model without a head that finds hidden tokens.
+
+    Raises:
+        UserError: it has none.
+    """
+    if student.get_output_embeddings() is None:
+        raise UserError(
+            f"{type(student).__name__} has no masked-language-modelling head: set mlm to none, or convert a "
+            "checkpoint whose architectures in config.json are BertForMaskedLM."
+        )
+
+
+def _trained(student: Any, model: nn.Module, config: EncoderStageConfig) -> list[tuple[str, nn.Parameter]]:
+    """Name and parameter of all that trains."""
+    if config.train == "all":
+        return list(model.named_parameters())
+    block = attrgetter(student.attention_path.partition(".")[0])
+    layers = {attention.layer_idx for attention in student.mixer_attentions()}
+    if not layers:
+        raise UserError(f"{config.section}.train is attention, but no layer is converted: set it to all.")
+    attentions = [block(layer) for i, layer in enumerate(student.decoder_layers()) if i in layers]
+    return [pair for attention in attentions for pair in attention.named_parameters()]
+
+
+def _run(
+    kind: Any,
+    student: Any,
+    model: Any,
+    parameters: list[nn.Parameter],
+    train: TextRows,
+    config: EncoderStageConfig,
+    output: Path,
+    *,
+    seed: int = 0,
+    resume: bool | str | os.PathLike[str] = False,
+    report_to: str | Sequence[str] = ("none",),
+    device: str | None = None,
+) -> EncoderStageResult:
+    if not len(train):
+        raise UserError("The training data have no row: give more text.")
+    checkpoints, log_path = output / "checkpoints" / config.section, output / "logs" / f"{config.section}.jsonl"
+    on_cpu = PartialState(cpu=device == "cpu").device.type == "cpu"
+    arguments, plan = stage_arguments(
+        config,
+        config.section,
+        train.sequence_length,
+        checkpoints,
+        seed,
+        report_to,
+        device,
+        bf16=in_bfloat16(config.precision, on_cpu=on_cpu),
+        # Rows within the window leave the feature maps without a gradient.
+        ddp_find_unused_parameters=True,
+    )
+    run = {
+        "sequence_length": train.sequence_length,
+        "tokens_per_step": plan.tokens_per_step,
+        "num_rows": len(train),
+        "seed": seed,
+        "train": config.train,
+        "data": data_identity(train),
+        "base": base_identity(student),
+    }
+    checkpoint = checkpoint_to_resume(checkpoints, resume)
+    if checkpoint is not None:
+        require_same_run(checkpoint, run, plan.steps)
+    is_main = arguments.process_index == 0
+    after_step = checkpoint.step if checkpoint else None
+    log = TrainingLog(log_path, after_step, report_to, asdict(config)) if is_main else None
+    memory, start = PeakMemory(arguments.device), time.perf_counter()
+    memory_errors = readable_memory_errors(kind.func.STAGE, config.section, config, train.sequence_length)
+    quiet = contextlib.nullcontext() if config.dropout else without_dropout(student)
+    with memory_errors, training_only(student, parameters), quiet, Interrupt() as interrupt:
+        trainer = kind(
+            model,
+            arguments,
+            config=config,
+            train_dataset=train,
+            data_collator=collate,
+            interrupt=interrupt,
+            log=log,
+            run=run,
+            window=list(checkpoint.state["window"]) if checkpoint else [],
+        )
+        losses = trainer.run_stage(checkpoint)
+    PartialState().wait_for_everyone()
+    tokens, seconds = plan.steps * plan.tokens_per_step, time.perf_counter() - start
+    return EncoderStageResult(losses, plan.steps, tokens, seconds, memory.bytes(), log_path)
+
+
+@contextlib.contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """No dropout within the block, in training mode too."""
+    modules = list(model.modules())
+    places: list[tuple[nn.Module, str]] = [(module, "p") for module in modules if isinstance(module, nn.Dropout)]
+    places += [(module, "attention_dropout") for module in modules if hasattr(module, "attention_dropout")]
+    before = [(module, name, getattr(module, name)) for module, name in places]
+    for module, name in places:
+        setattr(module, name, 0.0)
+    try:
+        yield
+    finally:
+        for module, name, value in before:
+            setattr(module, name, value)
+
+
+class EncoderTrainer(StageTrainer):
+    """Trains an encoder on rows of text."""
+
+    config: EncoderStageConfig
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """The mechanism's parameters at their learning rate without weight decay, the others at theirs, decayed where
+        they are matrices."""
+        trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        mixers = [parameter for name, parameter in trained if ".mixer." in name]
+        others = [parameter for name, parameter in trained if ".mixer." not in name]
+        rate, decay = self.config.learning_rate, self.config.weight_decay
+        return [
+            {"params": [p for p in others if p.dim() >= 2], "lr": rate, "weight_decay": decay},
+            {"params": [p for p in others if p.dim() < 2], "lr": rate, "weight_decay": 0.0},
+            {"params": mixers, "lr": self.config.mixer_learning_rate, "weight_decay": 0.0},
+        ]
+
+
+class EmbeddingTrainer(EncoderTrainer):
+    """Trains sentence embeddings against a teacher's.
+
+    Args:
+        teacher: The frozen encoder, without a head.
+        arguments, others: As in `StageTrainer`.
+    """
+
+    STAGE = "embedding distillation"
+    ADVICE = "lower distillation.learning_rate or distillation.mixer_learning_rate"
+    LOSS_NAMES = ("loss", "embedding", "similarity", "hidden")
+
+    config: EmbeddingDistillationConfig
+
+    def __init__(self, teacher: Any, *arguments: Any, **others: Any) -> None:
+        self.teacher = teacher
+        self._step: list[Tensor] | None = None
+        super().__init__(*arguments, **others)
+        self.teacher.to(self.args.device)
+
+    def prepare_batches(self, batches: list[Any]) -> list[Any]:
+        """Embeds the rows of the whole step, where they are cut into micro-batches: similarities are among them all.
+
+        One more forward pass of student and teacher, without gradients.
+        """
+        self._step = None
+        if self.config.similarity_weight and len(batches) * self.args.world_size > 1:
+            with torch.no_grad():
+                pairs = [self._embeddings({k: x.to(self.args.device) for k, x in batch.items()}) for batch in batches]
+            self._step = [self.accelerator.gather(torch.cat(column)) for column in zip(*pairs, strict=True)]
+        return batches
+
+    def _embeddings(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The student's and the teacher's, `(B, E)`."""
+        models, mask = (self.trained, self.teacher), batch["attention_mask"]
+        mine, theirs = (sentence_embeddings(model(**batch).last_hidden_state, mask) for model in models)
+        return mine, theirs
+
+    def _similarity(self, mine: Tensor, target: Tensor) -> Tensor:
+        """Squared difference of the similarities: of these rows with all of the step, over its number of rows."""
+        if self._step is None:
+            return len(mine) * (mine @ mine.T - target @ target.T).square().mean()
+        all_mine, all_targets = self._step
+        part = (mine @ all_mine.T - target @ all_targets.T).square().sum() / len(all_mine)
+        # Of each pair one row has a gradient here, and the other where it is this one's turn: half of it each.
+        return 2 * part - part.detach()
+
+    def counted(self, batch: Any) -> Tensor:
+        """Its rows."""
+        return torch.tensor(len(batch["input_ids"]))
+
+    def losses(self, model: nn.Module, inputs: dict[str, Any], denominator: Any) -> tuple[Tensor, ...]:
+        """The weighted sum, then its parts: each a mean over the rows."""
+        mask = inputs["attention_mask"]
+        with torch.no_grad():
+            theirs = self.teacher(**inputs, output_hidden_states=True)
+        ours = model(**inputs, output_hidden_states=True)
+        mine, target = (sentence_embeddings(x.last_hidden_state, mask) for x in (ours, theirs))
+        embedding = (1 - (mine * target).sum(-1)).sum()
+        similarity = self._similarity(mine, target)
+        weights = mask / mask.sum(1, keepdim=True).clamp(min=1)
+        hidden = hidden_distance(ours.hidden_states[1:], theirs.hidden_states[1:], weights)
+        parts = [part / denominator for part in (embedding, similarity, hidden)]
+        config = self.config
+        scales = (config.embedding_weight, config.similarity_weight, config.hidden_weight)
+        total = torch.stack([scale * part for scale, part in zip(scales, parts, strict=True)]).sum()
+        return total, *parts
+
+
+class HiddenTokens(StageTrainer):
+    """The loss on hidden tokens, for a trainer of any encoder.
+
+    Args:
+        masking: What to hide.
+        arguments, others: As in `StageTrainer`.
+    """
+
+    def __init__(self, masking: Masking, *arguments: Any, **others: Any) -> None:
+        self.masking = masking
+        super().__init__(*arguments, **others)
+
+    def prepare_batches(self, batches: list[Any]) -> list[Any]:
+        """Hides tokens: other ones in each row of each step, the same again after a resume, in micro-batches of any
+        size and on any number of processes."""
+        world, rank = self.args.world_size, self.args.process_index
+        hidden = []
+        for i, batch in enumerate(batches):
+            size = len(batch["input_ids"])
+            first = (i * world + rank) * size
+            rows = [f"masks {self.args.seed} {self.state.global_step} {first + j}" for j in range(size)]
+            hidden.append(self.masking.hide(batch, [random.Random(row).getrandbits(63) for row in rows]))
+        return hidden
+
+    def counted(self, batch: Any) -> Tensor:
+        """Its hidden tokens."""
+        return (batch["labels"] != IGNORE_INDEX).sum()
+
+    def losses(self, model: nn.Module, inputs: dict[str, Any], denominator: Any) -> tuple[Tensor, ...]:
+        """The cross-entropy of the hidden tokens."""
+        given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
+        return (masked_loss(model(**given).logits, inputs["labels"]) / denominator,)
+
+
+class MaskedTrainer(HiddenTokens, EncoderTrainer):
+    """Trains a converted encoder to find hidden tokens."""
+
+    STAGE = "masked language modelling"
+    ADVICE = "lower mlm.learning_rate or mlm.mixer_learning_rate"
+
+    config: MaskedConfig
