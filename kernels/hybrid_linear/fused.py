@@ -6,8 +6,9 @@ from torch.nn import functional
 
 from ..launching import dense, dense_rows
 from ..triton_support import common_dtype, unavailable
+from .autograd import HybridLinear
 from .decode import decode_step, feature_count
-from .function import Call, HybridLinear, Operands, run
+from .function import Call, Operands, run
 from .rows import compacted, make_rows
 from .states import extend_keys, new_sinks, next_state
 
