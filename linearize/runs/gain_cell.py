@@ -26,7 +26,6 @@ from linearize.config.yaml_io import resolve
 from linearize.errors import UserError
 from linearize.failures import stage
 from linearize.runs.directory import FINAL
-from linearize.runs.plan import planned_student
 from linearize.runs.staged_run import TEACHER, Curve, StagedDirectory, StagedRun, StagedRunConfig, checkpoints_of
 
 TRAINED = {
@@ -134,6 +133,8 @@ def run_gain_cell(config: GainCellRunConfig | Mapping[str, Any] | str | PathLike
         UserError: Input that the user can mend; what is done stays.
         KeyboardInterrupt: After Ctrl-C in training, with a checkpoint left.
     """
+    from linearize.runs.plan import planned_student  # loads models, which the command line's help goes without
+
     settings = resolve(config, settings=GainCellRunConfig)
     directory = GainCellDirectory(settings)
     directory.check()

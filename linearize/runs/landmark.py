@@ -26,7 +26,6 @@ from linearize.config.values import convert_fields, require
 from linearize.config.yaml_io import resolve
 from linearize.errors import UserError
 from linearize.failures import stage
-from linearize.runs.plan import planned_student
 from linearize.runs.staged_run import TEACHER, Curve, StagedDirectory, StagedRun, StagedRunConfig, checkpoints_of
 
 BEFORE, AFTER = "landmark attention, untrained", "landmark attention, trained"
@@ -101,6 +100,8 @@ def run_landmark(config: LandmarkRunConfig | Mapping[str, Any] | str | PathLike[
 
 def _check_model(settings: LandmarkRunConfig) -> None:
     """Refuse a teacher that cannot be converted with these settings, before anything is trained."""
+    from linearize.runs.plan import planned_student  # loads models, which the command line's help goes without
+
     source, length = settings.model_name_or_path, settings.data.sequence_length
     config = planned_student(source, settings.attention, settings.sliding_window)
     if config.longest_text is not None and length > config.longest_text:
