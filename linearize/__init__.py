@@ -17,7 +17,7 @@ def _is_command_line() -> bool:
     started = os.path.basename(sys.argv[0]) if sys.argv else ""
     if started == "-m":  # as long as Python looks for the module
         started = sys.orig_argv[sys.orig_argv.index("-m") + 1] if "-m" in sys.orig_argv[:-1] else ""
-    return started in ("linearize", "linearize.cli", "linearize.exe")
+    return started in ("linearize", "linearize.exe")
 
 
 if TYPE_CHECKING or not _is_command_line():
@@ -66,11 +66,15 @@ if TYPE_CHECKING or not _is_command_line():
         LinearizedMistralForSequenceClassification,
         LinearizedMistralForTokenClassification,
         LinearizedMistralModel,
+        SalientAttention,
+        SalientAttentionConfig,
+        SalientState,
         cosine_attention,
         gain_cell_attention,
         hybrid_linear_attention,
         landmark_attention,
         landmark_retrieval_attention,
+        salient_attention,
     )
 
 if TYPE_CHECKING:
@@ -159,6 +163,9 @@ __all__ = [
     "LinearizedMistralForSequenceClassification",
     "LinearizedMistralForTokenClassification",
     "LinearizedMistralModel",
+    "SalientAttention",
+    "SalientAttentionConfig",
+    "SalientState",
     "UserError",
     "convert",
     "cosine_attention",
@@ -179,5 +186,6 @@ __all__ = [
     "run_gain_cell",
     "run_glue",
     "run_landmark",
+    "salient_attention",
     "transfer_attention",
 ]

@@ -11,6 +11,7 @@ from .attention_cosine import CosineAttention, CosineAttentionConfig
 from .attention_gain_cell import GainCellAttention, GainCellAttentionConfig
 from .attention_landmark import LandmarkAttention, LandmarkAttentionConfig
 from .attention_linear import LinearAttention, LinearAttentionConfig
+from .attention_salient import SalientAttention, SalientAttentionConfig
 from .modeling_bert import (
     LinearizedBertConfig,
     LinearizedBertForMaskedLM,
@@ -179,6 +180,8 @@ __all__ = [
     "LinearizedMistralForTokenClassification",
     "LinearizedMistralModel",
     "backbone_of",
+    "SalientAttention",
+    "SalientAttentionConfig",
     "SalientState",
     "cosine_attention",
     "salient_attention",

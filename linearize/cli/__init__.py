@@ -1,12 +1,13 @@
 """Commands, flags and what is printed; starts without anything heavy. May import all rooms below.
 
-app.py            the command line itself: `main`, `run_recipe`, and the commands about one model
+app.py            the command line itself: `main`, `run_recipe`, the commands that make, train or push one model
+loading.py        the model that a command is about
+evaluate.py, chat.py, info.py, vectors.py    a command each
 runs.py           the commands that run a whole training
 presets.py        `linearize presets`
 select.py         `linearize select`
 importing.py      `linearize import`
 diff.py           `linearize diff`
-commands.py       what the commands do once their flags are read
 flags.py          a flag for each setting; context_flags.py, those about context length
 """
 

@@ -15,23 +15,17 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.context_flags import (
-    ByLength,
-    ContextSeed,
-    Depths,
-    NaturalLengths,
-    PasskeyLengths,
-    PerplexityLengths,
-    RopeScalingFlag,
-    TrialNumbers,
-    tokens,
-)
+from linearize.cli.chat import chat
 from linearize.cli.diff import differ
+from linearize.cli.evaluate import evaluate
 from linearize.cli.flags import complete, normalise, underscored, with_settings
 from linearize.cli.importing import importer
+from linearize.cli.info import info
+from linearize.cli.loading import Directory
 from linearize.cli.presets import presets
 from linearize.cli.runs import KINDS, TRAINING, Config, add_run_commands, resolved, trained
 from linearize.cli.select import select
+from linearize.cli.vectors import export_vectors
 from linearize.config.presets import find_preset
 from linearize.config.settings import RunConfig
 from linearize.config.yaml_io import read_values, resolve
@@ -52,7 +46,6 @@ WITHOUT_MODELS = ("presets",)
 app.add_typer(importer, name="import")
 app.add_typer(differ, name="diff")
 
-Directory = Annotated[str, typer.Argument(help="Directory of a converted model, or of a run.")]
 Output = Annotated[str, typer.Argument(help="Directory to write.")]
 Data = Annotated[
     list[str] | None, typer.Option("--data", help="Text to train on: path(s) or a Hub id; short for --data.dataset.")
@@ -146,196 +139,10 @@ def _train(
     trained(resolved(config, {**overrides, **fixed}, RunConfig), linearize.run)
 
 
-@app.command()
-@command
-def evaluate(
-    directory: Annotated[
-        str, typer.Argument(help="Directory of a converted model or of a run, or any Hub id or model directory.")
-    ],
-    text: Annotated[
-        list[str] | None,
-        typer.Option("--text", help="Text to take the perplexity on (.txt, .jsonl, .parquet); repeat for more."),
-    ] = None,
-    text_field: Annotated[str, typer.Option("--text_field", help="Column that holds the text.")] = "text",
-    tasks: Annotated[str | None, typer.Option("--tasks", help="Tasks of lm-eval, separated by commas.")] = None,
-    include_path: Annotated[str | None, typer.Option("--include_path", help="Folder with local task files.")] = None,
-    limit: Annotated[int | None, typer.Option("--limit", help="Documents per task.")] = None,
-    teacher: Annotated[
-        str | None, typer.Option("--teacher", help="The teacher, for the rows that merged weights cannot give.")
-    ] = None,
-    sequence_length: Annotated[
-        int, typer.Option("--sequence_length", parser=tokens, help="Tokens of one scored sequence.")
-    ] = 1024,
-    max_tokens: Annotated[
-        int | None, typer.Option("--max_tokens", parser=tokens, help="Tokens to score.", show_default="65536")
-    ] = None,
-    batch_size: Annotated[int, typer.Option("--batch_size", help="Sequences scored together.")] = 1,
-    controls: Annotated[
-        bool,
-        typer.Option(
-            "--controls/--no_controls", help="Measure teacher, control and single arms too, where there are any."
-        ),
-    ] = True,
-    speed: Annotated[bool, typer.Option("--speed", help="Time prefill and decoding too.")] = False,
-    noise: Annotated[
-        str | None,
-        typer.Option(
-            "--noise", help="Deviations of gain cells, e.g. read=0.01,mismatch=0.05 (also write, leak_spread)."
-        ),
-    ] = None,
-    passkey: PasskeyLengths = None,
-    natural: NaturalLengths = None,
-    context_perplexity: PerplexityLengths = None,
-    by_length: ByLength = None,
-    trials: TrialNumbers = None,
-    depths: Depths = 10,
-    seed: ContextSeed = 0,
-    rope_scaling: RopeScalingFlag = None,
-    cell_sweeps: Annotated[
-        bool, typer.Option("--cell_sweeps", help="Perplexity over the leak and the weight levels of gain cells.")
-    ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    output: Annotated[
-        str | None,
-        typer.Option(
-            "--output",
-            help="Folder for evaluation.json, evaluation.md, tasks.json and plots. Default none, but `evaluation` "
-            "with --noise, --cell_sweeps, --passkey, --natural, --context_perplexity or --by_length, which draw "
-            "a plot.",
-        ),
-    ] = None,
-) -> None:
-    """Measure a model: perplexity of its arms on any text, retrieval and perplexity over the context length, and
-    tasks of the lm-eval harness."""
-    from linearize.cli.commands import evaluate_model
-    from linearize.evaluation import plan_contexts
-
-    how: dict[str, Any] = {"depths": depths, "seed": seed, "rope_scaling": rope_scaling}
-    contexts = plan_contexts(passkey, natural, context_perplexity, trials=trials, **how)
-    if not text and not tasks and not contexts.lengths() and by_length is None:
-        raise UserError(
-            "Nothing to measure: give --text FILE, --tasks NAMES, or lengths by --passkey, --natural, "
-            "--context_perplexity or --by_length."
-        )
-    if (noise is not None or cell_sweeps) and not text:
-        raise UserError("--noise and --cell_sweeps measure a perplexity: give --text FILE.")
-    evaluate_model(
-        directory,
-        texts=text or [],
-        text_field=text_field,
-        tasks=[name.strip() for name in tasks.split(",") if name.strip()] if tasks else [],
-        include_path=include_path,
-        limit=limit,
-        teacher=teacher,
-        sequence_length=sequence_length,
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        controls=controls,
-        speed=speed,
-        noise=noise,
-        trials=trials,
-        cell_sweeps=cell_sweeps,
-        contexts=contexts,
-        by_length=by_length,
-        dtype=dtype,
-        device=device,
-        output=output,
-    )
-
-
-@app.command("export-vectors")
-@command
-def export_vectors(
-    directory: Directory,
-    output: Annotated[str, typer.Argument(help="The .npz file to write.")],
-    layer: Annotated[int, typer.Option("--layer", help="Index of the layer, from 0.")] = 0,
-    head: Annotated[int, typer.Option("--head", help="Query head of the layer, from 0.")] = 0,
-    length: Annotated[int, typer.Option("--tokens", parser=tokens, help="Tokens of the text.")] = 64,
-    text: Annotated[
-        str | None, typer.Option("--text", help="Text to run (.txt, .jsonl, .parquet); default some sentences.")
-    ] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-) -> None:
-    """Write what one head of gain cells stores, reads and converts, as test vectors for circuit simulation."""
-    from linearize.cli.commands import export_test_vectors
-
-    export_test_vectors(
-        directory,
-        output,
-        layer=layer,
-        head=head,
-        tokens=length,
-        text=text,
-        dtype=dtype,
-        device=device,
-        overwrite=overwrite,
-    )
-
-
-@app.command()
-@command
-def chat(
-    directory: Directory,
-    prompt: Annotated[
-        str | None, typer.Option("--prompt", help="Answer this and end, instead of a conversation.")
-    ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option("--max_new_tokens", parser=tokens, help="Tokens of an answer at most.")
-    ] = 256,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 for greedy decoding.")] = 0.0,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-) -> None:
-    """Talk with a converted model; through its chat template if it has one."""
-    from linearize.cli.commands import chat_with_model
-
-    chat_with_model(
-        directory, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, device=device
-    )
-
-
-@app.command()
-@command
-def info(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Directory of a converted model or of a run; with --hardware any Hub id or directory too."
-        ),
-    ],
-    hardware: Annotated[
-        str | None, typer.Option("--hardware", help="gain-cell: estimate what the attention costs on this hardware.")
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option("--window", parser=tokens, help="With --hardware: tokens that a layer holds (1024).")
-    ] = None,
-    cell: Annotated[
-        str | None,
-        typer.Option("--cell", help="With --hardware: YAML file, silicon_cmos (the default) or silicon_cmos_linear."),
-    ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
-) -> None:
-    """Show layers, mechanisms, and the state's bytes against the teacher's KV cache; or what hardware would cost."""
-    import json
-
-    if hardware is not None:
-        from linearize.cli.commands import estimate_model
-
-        description: Any = estimate_model(model, hardware, window=window, cell=cell)
-    elif window is not None or cell is not None:
-        raise UserError("--window and --cell are of the hardware estimate: give --hardware gain-cell too.")
-    else:
-        from linearize.config.record import find_converted
-        from linearize.evaluation import info as describe
-
-        description = describe(find_converted(model))
-    if json_output:
-        print(json.dumps(description.to_dict(), indent=2))
-    else:
-        description.show()
+app.command()(evaluate)
+app.command("export-vectors")(export_vectors)
+app.command()(chat)
+app.command()(info)
 
 
 @app.command()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from linearize.failures import command
+from linearize.cli.loading import Dtype, choose_dtype
+from linearize.failures import command, stage
 
 importer = typer.Typer(help="Checkpoints of published research code.", no_args_is_help=True)
 
@@ -25,7 +27,6 @@ def import_gain_cell(
     overwrite: Overwrite = False,
 ) -> None:
     """Make a converted repository of a checkpoint of the published gain-cell code (GPT-2)."""
-    from linearize.cli.commands import import_published_gain_cell
     from linearize.conversion.sources import check_output
 
     check_output(output, overwrite)
@@ -59,11 +60,10 @@ def import_landmark(
         typer.Option("--tokenizer", help="Directory or Hub id of the tokenizer, where SOURCE has none to be read."),
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Of the checkpoint on the Hub.")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Dtype = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Make a converted repository of a checkpoint of the published landmark code (Llama)."""
-    from linearize.cli.commands import import_published_landmark
     from linearize.conversion.sources import check_output
 
     check_output(output, overwrite)
@@ -91,12 +91,106 @@ def import_cosine(
         str | None, typer.Option("--tokenizer", help="Directory or Hub id of the tokenizer, where SOURCE has none.")
     ] = None,
     revision: Annotated[str | None, typer.Option("--revision", help="Of the checkpoint on the Hub.")] = None,
-    dtype: Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")] = "auto",
+    dtype: Dtype = "auto",
     overwrite: Overwrite = False,
 ) -> None:
     """Make a converted repository of a checkpoint of the published cosine-attention code (BERT or GPT-J)."""
-    from linearize.cli.commands import import_published_cosine
     from linearize.conversion.sources import check_output
 
     check_output(output, overwrite)
     import_published_cosine(source, output, tokenizer=tokenizer, revision=revision, dtype=dtype)
+
+
+def import_published_gain_cell(source: str, output: str, tokenizer_name: str | None) -> None:
+    """Write the repository of a published gain-cell checkpoint, its target statistics along."""
+    import linearize
+    from linearize.config.record import make_record
+    from linearize.conversion.importers.gain_cell import import_gain_cell
+    from linearize.hub.repository import save_final
+    from linearize.stages.adaptation import save_statistics
+
+    tokenizer = linearize.load_tokenizer(tokenizer_name) if tokenizer_name else None
+    model, statistics, read = import_gain_cell(source)
+    with stage("saving the model"):
+        save_final(model, tokenizer, output, make_record(source, recipe={"imported": read}))
+        if statistics:
+            save_statistics(statistics, output)
+    levels = {name: read["cell"][name] for name in ("input_levels", "weight_levels", "output_levels", "leak")}
+    print(f"Saved {output}: {read['cell_kind']} cell, window {read['window']}, {levels}")
+    if tokenizer is None:
+        print("No tokenizer is in it: published checkpoints use GPT-2's; give --tokenizer gpt2 to save it along.")
+
+
+def import_published_landmark(
+    source: str,
+    output: str,
+    *,
+    mem_id: int | None,
+    mem_freq: int | None,
+    block_size: int | None,
+    top_k: int | None,
+    tokenizer: str | None,
+    revision: str | None,
+    dtype: str,
+) -> None:
+    """Write the repository of a published landmark checkpoint."""
+    from linearize.config.record import make_record
+    from linearize.conversion.importers.checkpoint_files import find_checkpoint
+    from linearize.conversion.importers.landmark import import_landmark
+    from linearize.conversion.sources import check_apart
+    from linearize.hub.repository import save_final
+
+    weights = choose_dtype(dtype)
+    if Path(source).is_dir():
+        check_apart(output, find_checkpoint(source))
+    with stage("reading the checkpoint", "choose a smaller --dtype"):
+        found = import_landmark(
+            source,
+            mem_id=mem_id,
+            mem_freq=mem_freq,
+            block_size=block_size,
+            top_k=top_k,
+            tokenizer=tokenizer,
+            revision=revision,
+            dtype=weights,
+        )
+    record = make_record(source, revision=found.source.origin.revision, recipe={"imported": found.settings})
+    with stage("saving the model"):
+        save_final(found.model, found.tokenizer, output, record)
+    for note in found.notes:
+        print(note)
+    settings = found.settings
+    where = "its landmark" if settings["include_landmark_in_loss"] else "its last token"
+    print(
+        f"Saved {output}: blocks of {settings['block_size']} tokens with their landmark, {settings['top_k']} read "
+        f"at a time; behind a block, {where} predicts the next token; {found.model.config.vocab_size} ids, "
+        f"{settings['mem_id']} was the landmark"
+    )
+
+
+def import_published_cosine(
+    source: str, output: str, *, tokenizer: str | None, revision: str | None, dtype: str
+) -> None:
+    """Write the repository of a published cosine checkpoint."""
+    from linearize.config.record import make_record
+    from linearize.conversion.importers.checkpoint_files import find_checkpoint
+    from linearize.conversion.importers.cosine import import_cosine
+    from linearize.conversion.sources import check_apart
+    from linearize.hub.repository import save_final
+
+    weights = choose_dtype(dtype)
+    if Path(source).is_dir():
+        check_apart(output, find_checkpoint(source))
+    with stage("reading the checkpoint", "choose a smaller --dtype"):
+        found = import_cosine(source, tokenizer=tokenizer, revision=revision, dtype=weights)
+    record = make_record(source, revision=found.source.origin.revision, recipe={"imported": found.settings})
+    with stage("saving the model"):
+        save_final(found.model, found.tokenizer, output, record)
+    for note in found.notes:
+        print(note)
+    settings = found.settings
+    (low, high), key = settings["exponents"], settings["scale_side"] == "key"
+    print(
+        f"Saved {output}: {settings['layers']} layers of cosine attention, exponents {low} to {high} of the "
+        f"{'place of a key' if key else 'length of the text'}"
+    )

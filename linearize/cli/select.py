@@ -107,7 +107,7 @@ def _load(settings: Any, attention: dict[str, Any]) -> Any:
     """The untrained student with one attention in every layer, on its device."""
     import torch
 
-    from linearize.cli.commands import choose_device
+    from linearize.cli.loading import choose_device
     from linearize.conversion.quantization import quantization_config
     from linearize.conversion.students import convert
 

@@ -211,7 +211,7 @@ def test_what_is_no_size_is_refused(flag, says):
 
 def test_flags_of_tokens_take_sizes(monkeypatch, capsys):
     seen = {}
-    monkeypatch.setattr("linearize.cli.commands.evaluate_model", lambda directory, **options: seen.update(options))
+    monkeypatch.setattr("linearize.cli.evaluate.evaluate_model", lambda directory, **options: seen.update(options))
     words = ["evaluate", "model", "--text", "a.txt", "--sequence-length", "2k", "--max_tokens", "1M"]
     assert main(words) == 0
     assert (seen["sequence_length"], seen["max_tokens"]) == (2048, 1_000_000)

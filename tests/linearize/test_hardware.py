@@ -271,7 +271,7 @@ def test_bad_flags_end_with_one_sentence(gpt2, call, flags, says):
 
 def test_flags_do_not_silently_lose_to_a_models_own_cells(gpt2, call, monkeypatch):
     own = converted(["cells"], cells={"type": "gain_cell", "window": 1024, "cell": GainCell().to_dict()})
-    monkeypatch.setattr("linearize.cli.commands._config", lambda source: own)
+    monkeypatch.setattr("linearize.cli.info.read_config", lambda source: own)
     assert call(gpt2, "--hardware", "gain-cell")[0] == 0
     code, _, errors = call(gpt2, "--hardware", "gain-cell", "--window", "512")
     assert code == 2 and "their own window and cell" in errors[0]

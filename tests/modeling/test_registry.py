@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import linearize
 from linearize.modeling import ATTENTIONS, BACKBONES
 from linearize.modeling.registry import mechanism
 
@@ -17,6 +18,7 @@ OPS = sorted(folder.name for folder in (ROOT / "kernels").iterdir() if (folder /
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_every_mechanism_is_complete(name):
     entry = ATTENTIONS[name]
+    assert {entry.attention.__name__, entry.config.__name__} <= set(linearize.__all__)
     assert entry.paper.startswith("https://arxiv.org/") and entry.title
     assert is_dataclass(entry.config) and {"type", "contract"} <= {field.name for field in fields(entry.config)}
     assert entry.config().type == name

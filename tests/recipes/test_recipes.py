@@ -115,7 +115,7 @@ def final(workspace):
 def test_final_loads_alone_and_goes_through_the_hub(final, workspace, tmp_path):
     with FakeHub() as hub:
         online = hub.environment(tmp_path / "home")
-        push = [sys.executable, "-m", "linearize.cli", "push", str(final), "tester/tiny"]
+        push = [sys.executable, "-m", "linearize", "push", str(final), "tester/tiny"]
         pushed = subprocess.run(
             push, env={**online, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
         )

@@ -1,8 +1,0 @@
-"""`python -m linearize.cli`."""
-
-import sys
-
-from linearize.cli.app import main
-
-if __name__ == "__main__":
-    sys.exit(main())
