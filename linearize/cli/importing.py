@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -134,36 +135,16 @@ def import_published_landmark(
     dtype: str,
 ) -> None:
     """Write the repository of a published landmark checkpoint."""
-    from linearize.config.record import make_record
-    from linearize.conversion.importers.checkpoint_files import find_checkpoint
     from linearize.conversion.importers.landmark import import_landmark
-    from linearize.conversion.sources import check_apart
-    from linearize.hub.repository import save_final
 
-    weights = choose_dtype(dtype)
-    if Path(source).is_dir():
-        check_apart(output, find_checkpoint(source))
-    with stage("reading the checkpoint", "choose a smaller --dtype"):
-        found = import_landmark(
-            source,
-            mem_id=mem_id,
-            mem_freq=mem_freq,
-            block_size=block_size,
-            top_k=top_k,
-            tokenizer=tokenizer,
-            revision=revision,
-            dtype=weights,
-        )
-    record = make_record(source, revision=found.source.origin.revision, recipe={"imported": found.settings})
-    with stage("saving the model"):
-        save_final(found.model, found.tokenizer, output, record)
-    for note in found.notes:
-        print(note)
-    settings = found.settings
+    numbers = {"mem_id": mem_id, "mem_freq": mem_freq, "block_size": block_size, "top_k": top_k}
+    settings, vocabulary = _save_published(
+        import_landmark, source, output, tokenizer=tokenizer, revision=revision, dtype=dtype, **numbers
+    )
     where = "its landmark" if settings["include_landmark_in_loss"] else "its last token"
     print(
         f"Saved {output}: blocks of {settings['block_size']} tokens with their landmark, {settings['top_k']} read "
-        f"at a time; behind a block, {where} predicts the next token; {found.model.config.vocab_size} ids, "
+        f"at a time; behind a block, {where} predicts the next token; {vocabulary} ids, "
         f"{settings['mem_id']} was the landmark"
     )
 
@@ -172,9 +153,22 @@ def import_published_cosine(
     source: str, output: str, *, tokenizer: str | None, revision: str | None, dtype: str
 ) -> None:
     """Write the repository of a published cosine checkpoint."""
+    from linearize.conversion.importers.cosine import import_cosine
+
+    settings, _ = _save_published(import_cosine, source, output, tokenizer=tokenizer, revision=revision, dtype=dtype)
+    (low, high), key = settings["exponents"], settings["scale_side"] == "key"
+    print(
+        f"Saved {output}: {settings['layers']} layers of cosine attention, exponents {low} to {high} of the "
+        f"{'place of a key' if key else 'length of the text'}"
+    )
+
+
+def _save_published(
+    read: Callable[..., Any], source: str, output: str, *, dtype: str, **options: Any
+) -> tuple[dict[str, Any], int]:
+    """Read a checkpoint with its importer, write its repository and print the notes: its settings, and its ids."""
     from linearize.config.record import make_record
     from linearize.conversion.importers.checkpoint_files import find_checkpoint
-    from linearize.conversion.importers.cosine import import_cosine
     from linearize.conversion.sources import check_apart
     from linearize.hub.repository import save_final
 
@@ -182,15 +176,10 @@ def import_published_cosine(
     if Path(source).is_dir():
         check_apart(output, find_checkpoint(source))
     with stage("reading the checkpoint", "choose a smaller --dtype"):
-        found = import_cosine(source, tokenizer=tokenizer, revision=revision, dtype=weights)
+        found = read(source, dtype=weights, **options)
     record = make_record(source, revision=found.source.origin.revision, recipe={"imported": found.settings})
     with stage("saving the model"):
         save_final(found.model, found.tokenizer, output, record)
     for note in found.notes:
         print(note)
-    settings = found.settings
-    (low, high), key = settings["exponents"], settings["scale_side"] == "key"
-    print(
-        f"Saved {output}: {settings['layers']} layers of cosine attention, exponents {low} to {high} of the "
-        f"{'place of a key' if key else 'length of the text'}"
-    )
+    return found.settings, found.model.config.vocab_size
