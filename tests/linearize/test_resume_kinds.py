@@ -15,13 +15,12 @@ from tiny_models import make_gpt2
 from tiny_runs import make_bert_directory, make_teacher_directory, write_text
 from transformers import BertForMaskedLM
 
-from linearize import failures
+from linearize import failures, files
 from linearize.config.yaml_io import to_values
 from linearize.runs.encoder import run_encoder
 from linearize.runs.glue import run_glue
 from linearize.runs.landmark import run_landmark
 from linearize.runs.pretraining import pretrain
-from linearize.training import checkpointing
 from linearize.training.log import TrainingLog
 from linearize.training.stage_trainer import StageTrainer
 
@@ -127,7 +126,7 @@ def little_space():
 def test_a_full_disk_at_a_checkpoint_and_at_the_end(kind, tmp_path, call, monkeypatch):
     """One sentence, nothing half-written and nothing lost: the run goes on where there is space again."""
     function, settings, checkpoints = kind(tmp_path)
-    save, whole = StageTrainer._save_checkpoint, checkpointing.atomic_directory
+    save, whole = StageTrainer._save_checkpoint, files.atomic_directory
 
     def at_step_2(self, *arguments, **options):
         with little_space() if self.state.global_step == 2 else contextlib.nullcontext():
@@ -144,7 +143,7 @@ def test_a_full_disk_at_a_checkpoint_and_at_the_end(kind, tmp_path, call, monkey
     assert code == 2 and ("cannot write" in sentence or "no space left" in sentence) and "step-2" in sentence
     assert steps(tmp_path, checkpoints) == ["step-1"]
     with monkeypatch.context() as patch:
-        patch.setattr(checkpointing, "atomic_directory", at_the_end)
+        patch.setattr(files, "atomic_directory", at_the_end)
         code, sentence = call(function, settings, resume_from_checkpoint=True)
     assert code == 2 and "final" in sentence and ("cannot write" in sentence or "no space left" in sentence)
     assert steps(tmp_path, checkpoints)[-1] == "step-3"
