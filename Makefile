@@ -5,7 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LATEST := .venv-latest
 LATEST_TESTS := tests/modeling $(addprefix tests/linearize/test_, by_length.py checkpointing.py evaluation.py evaluation_context.py \
-	finetuning.py finetuning_lengths.py finetuning_stops.py generation_settings.py glue_resume.py hub.py transfer.py)
+	finetuning.py finetuning_lengths.py finetuning_stops.py generation_settings.py glue_resume.py hub.py model_card.py schedules.py \
+	trackers.py transfer.py)
 SMOLLM2 := .cache/smollm2-135m-instruct
 
 PYTEST_ARGS ?=

@@ -14,6 +14,7 @@ from linearize.failures import command, stage
 importer = typer.Typer(help="Checkpoints of published research code.", no_args_is_help=True)
 
 Output = Annotated[str, typer.Argument(help="Directory to write.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Of the checkpoint on the Hub.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory.")]
 
 
@@ -60,7 +61,7 @@ def import_landmark(
         str | None,
         typer.Option("--tokenizer", help="Directory or Hub id of the tokenizer, where SOURCE has none to be read."),
     ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Of the checkpoint on the Hub.")] = None,
+    revision: Revision = None,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
 ) -> None:
@@ -91,7 +92,7 @@ def import_cosine(
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Directory or Hub id of the tokenizer, where SOURCE has none.")
     ] = None,
-    revision: Annotated[str | None, typer.Option("--revision", help="Of the checkpoint on the Hub.")] = None,
+    revision: Revision = None,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
 ) -> None:

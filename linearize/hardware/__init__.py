@@ -1,6 +1,7 @@
 """What a model costs, from its shape. May import conversion and below.
 
 state_bytes.py    bytes kept while generating
+shape.py          the sizes of a decoder that its memory follows from
 memory.py         peak memory of the stages of a run (memory_cosine.py); memory_full.py, of training all weights
 estimate.py       the attention on analog gain cells; gpu.py, a GPU measured on the spot; report.py, both side by side
 """

@@ -418,6 +418,7 @@ class _Run:
         if settings is None:
             return
         from linearize.hub.repository import write_record
+        from linearize.runs.report import run_tasks_of
 
         lower = (
             f"lower evaluation.batch_size (now {settings.batch_size}) or evaluation.length_tokens; the model is saved "
@@ -431,7 +432,7 @@ class _Run:
             write_record(self.directory.final, self.record, model.config)
             self.result.report.show()
             if settings.tasks:
-                self.result.tasks = self._run_tasks(model)
+                self.result.tasks = run_tasks_of(settings, model, self.tokenizer, self.directory.path)
                 self.record["tasks"] = self.result.tasks.to_dict()
                 write_record(self.directory.final, self.record, model.config)
 
@@ -452,23 +453,6 @@ class _Run:
         if "quantization_config" not in options or fits(model, self.state.device):
             return model.to(self.state.device)
         return load_student(self.directory.final, **options)
-
-    def _run_tasks(self, model: Any) -> TaskReport:
-        from linearize.evaluation import run_tasks
-
-        settings = self.config.evaluation
-        assert settings is not None
-        tasks = run_tasks(
-            model,
-            self.tokenizer,
-            settings.tasks,
-            include_path=settings.include_path,
-            limit=settings.limit,
-            batch_size=settings.batch_size,
-            output_path=self.directory.path / "logs" / "tasks.json",
-        )
-        tasks.show()
-        return tasks
 
     def _base_is_teacher(self) -> bool:
         """Whether the weights outside the mechanism are the teacher's: not once a stage trained them or if unknown."""
@@ -495,16 +479,10 @@ class _Run:
             print(text, flush=True)
 
     def _say_stage(self, name: str, outcome: Any) -> None:
-        """One line after a stage: tokens, seconds, and the memory against its forecast."""
-        from linearize.hardware.memory import format_bytes
+        from linearize.runs.report import stage_line
 
-        line = f"{name}: {outcome.steps:,} steps, {outcome.tokens:,} tokens, {outcome.seconds:.0f} s"
-        if outcome.peak_memory_bytes is not None:
-            planned = self.plan.stage(name)
-            forecast = planned.forecast if planned else None
-            expected = f" ({format_bytes(forecast.total)} expected)" if forecast else ""
-            line += f", peak memory {format_bytes(outcome.peak_memory_bytes)}{expected}"
-        self._say(line)
+        planned = self.plan.stage(name)
+        self._say(stage_line(name, outcome, planned.forecast if planned else None))
 
     def _measure(self, work: Callable[[], None]) -> None:
         """Measure on the main process; the others go on and wait for it in the next stage."""

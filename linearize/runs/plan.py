@@ -16,6 +16,7 @@ from linearize.config.record import is_converted
 from linearize.config.settings import FinetuneConfig, RunConfig, StepPlan, TransferConfig
 from linearize.errors import UserError
 from linearize.hardware import memory
+from linearize.hardware.shape import Shape
 
 if TYPE_CHECKING:
     from linearize.config.encoder import EncoderRunConfig
@@ -160,7 +161,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
         )
     settings = _of_one_mechanism(config, teacher, selection)
     check_lengths(settings, teacher, converted)
-    shape = memory.Shape.of(teacher)
+    shape = Shape.of(teacher)
     if config.transfer is not None and len({index % shape.layers for index in settings.kept_layers}) == shape.layers:
         raise UserError("attention transfer has no converted layer to train: name fewer softmax_layers.")
     mixer = meta_mixer(shape, settings)
@@ -202,7 +203,7 @@ def _calibrates(config: RunConfig, teacher: Any, converted: bool) -> bool:
     return bool(untouched) and not (record.get("recipe") or {}).get("imported") and calibrates(teacher)
 
 
-def meta_mixer(shape: memory.Shape, config: RunConfig) -> Any:
+def meta_mixer(shape: Shape, config: RunConfig) -> Any:
     """The mechanism of one layer, without memory."""
     from linearize.modeling import BACKBONES
     from linearize.modeling.registry import mechanism, resolve_settings
@@ -215,7 +216,7 @@ def meta_mixer(shape: memory.Shape, config: RunConfig) -> Any:
         return entry.attention(settings, shape.heads, shape.key_heads, shape.head_dim, 1.0, **width)
 
 
-def mixer_parameter_count(shape: memory.Shape, config: RunConfig) -> int:
+def mixer_parameter_count(shape: Shape, config: RunConfig) -> int:
     """Parameters of the mechanism in all converted layers."""
     mixer = meta_mixer(shape, config)
     layers = shape.layers - len({index % shape.layers for index in config.kept_layers})
@@ -344,7 +345,7 @@ def check_attention(config: RunConfig, teacher: Any) -> None:
             f"{config.model_name_or_path} is a {teacher.model_type} model, which cannot be converted; known are "
             f"{', '.join(BACKBONES)}."
         )
-    shape = memory.Shape.of(teacher)
+    shape = Shape.of(teacher)
     if shape.heads % shape.key_heads:
         raise UserError(
             f"{config.model_name_or_path} has {shape.heads} attention heads that do not divide among "
@@ -362,7 +363,7 @@ def check_attention(config: RunConfig, teacher: Any) -> None:
     student_config(teacher, kind, *layers, config.sliding_window)
 
 
-def check_finetune(config: RunConfig, shape: memory.Shape) -> None:
+def check_finetune(config: RunConfig, shape: Shape) -> None:
     """Refuse what stage 2 could not do now, not after the hours of stage 1."""
     from linearize.stages.finetune_lengths import changes_rows, check_rows, refuse_packing
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.utils.data import Subset
 
@@ -28,6 +28,10 @@ from linearize.evaluation.report import (
     linear_index,
     window_reach,
 )
+from linearize.hardware.memory import Forecast, format_bytes
+
+if TYPE_CHECKING:
+    from linearize.evaluation import TaskReport
 
 CONVERTED = "student after conversion"
 CALIBRATED = "student after calibration"
@@ -150,3 +154,29 @@ class RunReport:
         self.measure_lengths(by_length.measure_student, model, arms=self.config.controls)
         self.keep()
         return report
+
+
+def run_tasks_of(settings: EvaluationConfig, model: Any, tokenizer: Any, directory: Path) -> TaskReport:
+    """The lm-eval tasks that a run asks for, shown and kept in its logs."""
+    from linearize.evaluation import run_tasks
+
+    tasks = run_tasks(
+        model,
+        tokenizer,
+        settings.tasks,
+        include_path=settings.include_path,
+        limit=settings.limit,
+        batch_size=settings.batch_size,
+        output_path=directory / "logs" / "tasks.json",
+    )
+    tasks.show()
+    return tasks
+
+
+def stage_line(name: str, outcome: Any, forecast: Forecast | None) -> str:
+    """One line after a stage: tokens, seconds, and the memory against its forecast."""
+    line = f"{name}: {outcome.steps:,} steps, {outcome.tokens:,} tokens, {outcome.seconds:.0f} s"
+    if outcome.peak_memory_bytes is not None:
+        expected = f" ({format_bytes(forecast.total)} expected)" if forecast else ""
+        line += f", peak memory {format_bytes(outcome.peak_memory_bytes)}{expected}"
+    return line

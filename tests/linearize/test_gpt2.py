@@ -17,6 +17,7 @@ from linearize.conversion.quantization import is_quantized, quantization_config
 from linearize.evaluation import measure_speed
 from linearize.evaluation.description import info
 from linearize.hardware import memory
+from linearize.hardware.shape import Shape
 from linearize.runs.plan import make_plan
 from linearize.stages.adapters import adaptable_layers, add_adapters, merge, merge_into_unquantized
 from linearize.stages.finetuning import finetune
@@ -116,8 +117,8 @@ def test_a_quantised_base_trains_and_merges_into_the_full_weights(tmp_path):
 
 
 def test_parameters_are_counted_exactly(student):
-    shape = memory.Shape.of(student.config)
-    assert shape == memory.Shape.of(make_gpt2().config)
+    shape = Shape.of(student.config)
+    assert shape == Shape.of(make_gpt2().config)
     parameters = {name: parameter.numel() for name, parameter in student.named_parameters()}
     mixers = sum(count for name, count in parameters.items() if ".mixer." in name)
     assert memory.Mechanism.of(shape, {}, []).parameters == mixers

@@ -13,6 +13,7 @@ from linearize.config.yaml_io import resolve
 from linearize.evaluation import measure_speed
 from linearize.evaluation.description import info
 from linearize.hardware import memory
+from linearize.hardware.shape import Shape
 from linearize.runs.plan import make_plan
 from linearize.stages.adapters import adaptable_layers, add_adapters, merge
 from linearize.stages.finetuning import finetune
@@ -71,8 +72,8 @@ def test_finetuning_lowers_the_loss_and_merges(student, tmp_path):
 @pytest.mark.parametrize("n_inner", [96, None])
 def test_parameters_are_counted_exactly(n_inner):
     student = make_student(make_gptj(n_inner=n_inner), MIXERS)
-    shape = memory.Shape.of(student.config)
-    assert shape == memory.Shape.of(make_gptj(n_inner=n_inner).config)
+    shape = Shape.of(student.config)
+    assert shape == Shape.of(make_gptj(n_inner=n_inner).config)
     parameters = {name: parameter.numel() for name, parameter in student.named_parameters()}
     mixers = sum(count for name, count in parameters.items() if ".mixer." in name)
     assert memory.Mechanism.of(shape, {}, []).parameters == mixers

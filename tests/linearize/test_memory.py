@@ -13,6 +13,7 @@ from linearize import UserError
 from linearize.config.settings import FinetuneConfig
 from linearize.config.yaml_io import resolve
 from linearize.hardware import memory
+from linearize.hardware.shape import Shape
 from linearize.kernels import triton_support
 from linearize.runs import plan as run_plan
 from linearize.stages.adapters import add_adapters
@@ -93,7 +94,7 @@ def test_forecast_is_close_to_the_peak(name):
     config = resolve({"attention": {"type": "linear", **attention}})
     student = make_student(teacher, {"linear": {"type": "linear", **attention}})
     counted = sum(parameter.numel() for x in student.mixer_attentions() for parameter in x.mixer.parameters())
-    shape = memory.Shape.of(teacher.config)
+    shape = Shape.of(teacher.config)
     assert memory.mechanism_of(shape, config).parameters == run_plan.mixer_parameter_count(shape, config) == counted
 
 
@@ -115,8 +116,8 @@ def test_forecast_of_cosine_attention_is_close_to_the_peak(attention):
     attention = {"type": "cosine", **attention}
     assert stage_forecasts(teacher, attention, 512, fused=False) == pytest.approx(measured, rel=0.15)
     config = resolve({"attention": attention})
-    counted = run_plan.mixer_parameter_count(memory.Shape.of(teacher.config), config)
-    assert memory.mechanism_of(memory.Shape.of(teacher.config), config).parameters == counted
+    counted = run_plan.mixer_parameter_count(Shape.of(teacher.config), config)
+    assert memory.mechanism_of(Shape.of(teacher.config), config).parameters == counted
 
 
 def test_forecast_of_a_gpt2_is_close_to_the_peak():
@@ -311,7 +312,7 @@ def test_parameters_are_counted_exactly(attention):
     teacher = make_teacher()
     types = ["softmax", "linear", "linear"]
     student = make_student(teacher, {"linear": {"type": "linear", **attention}}, types)
-    shape = memory.Shape.of(teacher.config)
+    shape = Shape.of(teacher.config)
     parameters = dict(student.named_parameters())
     mixers = sum(parameter.numel() for name, parameter in parameters.items() if ".mixer." in name)
     assert memory.Mechanism.of(shape, attention, [0]).parameters == mixers
@@ -330,7 +331,7 @@ def test_what_lowers_the_forecast():
         < memory.forecast_finetune(teacher, whole).total
     )
     small = resolve({"load_in_4bit": True})
-    shape = memory.Shape.of(make_teacher(hidden_size=512, intermediate_size=64).config)
+    shape = Shape.of(make_teacher(hidden_size=512, intermediate_size=64).config)
     assert memory.weight_bytes(shape, small) < memory.weight_bytes(shape, whole)
 
 
