@@ -82,12 +82,8 @@ if TYPE_CHECKING:
     from linearize.evaluation import evaluate
     from linearize.hub.diff.difference import make_diff, recover
     from linearize.hub.repository import push
-    from linearize.runs.encoder import run_encoder
-    from linearize.runs.gain_cell import run_gain_cell
+    from linearize.runs.engine import run
     from linearize.runs.glue import run_glue
-    from linearize.runs.landmark import run_landmark
-    from linearize.runs.pipeline import run
-    from linearize.runs.pretraining import pretrain
     from linearize.stages.finetuning import finetune
     from linearize.stages.transfer import transfer_attention
 
@@ -101,18 +97,20 @@ _PIPELINE = {
     "finetune": "stages.finetuning",
     "evaluate": "evaluation",
     "push": "hub.repository",
-    "run": "runs.pipeline",
-    "pretrain": "runs.pretraining",
-    "run_encoder": "runs.encoder",
-    "run_gain_cell": "runs.gain_cell",
+    "run": "runs.engine",
     "run_glue": "runs.glue",
-    "run_landmark": "runs.landmark",
     "make_diff": "hub.diff.difference",
     "recover": "hub.diff.difference",
 }
 
 
+_RUNS = ("pretrain", "run_encoder", "run_gain_cell", "run_landmark")
+"""What `run` was called, by the kind of run, before runs were lists of stages."""
+
+
 def __getattr__(name: str):
+    if name in _RUNS:
+        name = "run"
     if name in __all__:
         return getattr(importlib.import_module(f"linearize.{_PIPELINE.get(name, 'modeling')}"), name)
     raise AttributeError(f"module 'linearize' has no attribute {name!r}")
@@ -178,14 +176,10 @@ __all__ = [
     "load_student",
     "load_tokenizer",
     "make_diff",
-    "pretrain",
     "push",
     "recover",
     "run",
-    "run_encoder",
-    "run_gain_cell",
     "run_glue",
-    "run_landmark",
     "salient_attention",
     "transfer_attention",
 ]

@@ -83,6 +83,7 @@ ATTENTIONS = {
         "analog gain-cell attention (voltages on a ring of cells, a clamp instead of softmax)",
         "https://arxiv.org/abs/2409.19315",
         bidirectional=False,
+        calibrates=lambda settings: True,
     ),
     "landmark": Mechanism(
         LandmarkAttention,

@@ -1,8 +1,8 @@
-"""The command line: `linearize convert | select | transfer | finetune | evaluate | chat | info | push | run |
-pretrain | gain-cell | landmark | encoder | glue | import | diff | export-vectors | presets`.
+"""The command line: `linearize run | convert | select | transfer | finetune | evaluate | chat | info | push | glue |
+import | diff | export-vectors | presets`.
 
-Every setting of `linearize/config/settings.py` (of their own files for the commands of `runs.py`) is a flag of the
-commands that use it (`--transfer.tokens 1M`), with `_` or `-` in its name. Bad input ends with one sentence and exit
+Every setting of a run (`linearize/runs/settings.py`) is a flag of the commands that use it, those of a stage by its
+name (`--transfer.tokens 1M`), with `_` or `-` in its name. Bad input ends with one sentence and exit
 code 2, Ctrl-C with 130 (`linearize/failures.py`).
 """
 
@@ -23,15 +23,15 @@ from linearize.cli.importing import importer
 from linearize.cli.info import info
 from linearize.cli.loading import Directory
 from linearize.cli.presets import presets
-from linearize.cli.runs import KINDS, TRAINING, Config, add_run_commands, resolved, trained
+from linearize.cli.runs import COMMANDS, Config, Output, values_asked_for
 from linearize.cli.select import select
 from linearize.cli.vectors import export_vectors
-from linearize.config.presets import find_preset
-from linearize.config.settings import RunConfig
-from linearize.config.yaml_io import read_values, resolve
+from linearize.config.yaml_io import flat_names
 from linearize.errors import UserError
+from linearize.evaluation.glue.settings import GlueRunConfig
 from linearize.failures import command, stage
 from linearize.paths import expand_words
+from linearize.runs import settings as run_settings
 
 app = typer.Typer(
     help="Convert softmax transformers to linear attention, and train, measure and publish them.",
@@ -45,11 +45,6 @@ WITHOUT_MODELS = ("presets",)
 
 app.add_typer(importer, name="import")
 app.add_typer(differ, name="diff")
-
-Output = Annotated[str, typer.Argument(help="Directory to write.")]
-Data = Annotated[
-    list[str] | None, typer.Option("--data", help="Text to train on: path(s) or a Hub id; short for --data.dataset.")
-]
 
 
 @app.command()
@@ -72,16 +67,18 @@ def convert(
     from linearize.config.yaml_io import to_values
     from linearize.hub.repository import save_final
     from linearize.hub.sentence_files import sentence_transformer_files
-    from linearize.runs.plan import check_attention, complete_attention, read_teacher
+    from linearize.runs.attention import check_attention, complete, read_model
+    from linearize.runs.settings import resolve_run, run_values
 
-    named = {} if config is None else read_values(config)
-    typed = {} if "dtype" in named else {"dtype": "float32"}
-    settings = resolve(config, {**typed, **overrides, "model_name_or_path": model, "output_dir": output})
+    named = {**run_values(config), "stages": {}, "yardstick": None}
+    settings = resolve_run(named, {**overrides, "model_name_or_path": model, "output_dir": output})
     _check_output(output, settings.overwrite)
-    settings = complete_attention(settings)
-    check_attention(settings, read_teacher(settings))
+    if settings.attention is None and settings.mixers is None:
+        raise UserError("attention is softmax, which the model has already: choose another type.")
+    settings = complete(settings)
+    check_attention(settings, read_model(settings))
     tokenizer = linearize.load_tokenizer(model, revision=settings.revision)
-    dtype = getattr(torch, settings.dtype) if "dtype" in overrides or config else "auto"
+    dtype = "auto" if settings.dtype == "auto" else getattr(torch, settings.dtype)
     where: dict[str, Any] = {"sliding_window": settings.sliding_window, "revision": settings.revision, "dtype": dtype}
     student: Any = linearize.convert(model, **settings.layers(), **where)
     recipe = {name: to_values(settings)[name] for name in (*settings.layers(), "sliding_window")}
@@ -93,50 +90,6 @@ def convert(
         f"Saved {output}: {len(student.mixer_attentions())} of {student.config.num_hidden_layers} layers converted, "
         "untrained"
     )
-
-
-@app.command()
-@command
-@with_settings("data", "transfer", *TRAINING)
-def transfer(
-    directory: Directory, output: Output, *, data: Data = None, config: Config = None, overrides: dict[str, Any]
-) -> None:
-    """Stage 1, attention transfer: train the mechanism to give each layer's softmax output."""
-    _train(directory, output, data, config, overrides, skipped="finetune")
-
-
-@app.command()
-@command
-@with_settings("data", "finetune", *TRAINING)
-def finetune(
-    directory: Directory, output: Output, *, data: Data = None, config: Config = None, overrides: dict[str, Any]
-) -> None:
-    """Stage 2: LoRA (and the mechanism along) on the language-modelling loss; saves merged weights and the adapter."""
-    _train(directory, output, data, config, overrides, skipped="transfer")
-
-
-def _train(
-    directory: str, output: str, data: list[str] | None, config: str | None, overrides: dict[str, Any], *, skipped: str
-) -> None:
-    """One stage on a converted model, as a run without the others."""
-    import linearize
-    from linearize.config.record import find_converted
-    from linearize.conversion.students import load_config
-
-    source = str(find_converted(directory))
-    # One stage must not change the type of the weights that the stage before saved.
-    stored = str(load_config(source).dtype).removeprefix("torch.")
-    if config is None and stored in ("bfloat16", "float16", "float32"):
-        overrides = {"dtype": stored, **overrides}
-    fixed: dict[str, Any] = {
-        "model_name_or_path": source,
-        "output_dir": output,
-        skipped: None,
-        "evaluation": None,
-    }
-    if data:
-        fixed["data.dataset"] = data[0] if len(data) == 1 else data
-    trained(resolved(config, {**overrides, **fixed}, RunConfig), linearize.run)
 
 
 app.command()(evaluate)
@@ -183,7 +136,8 @@ def start(
 
 app.command()(select)
 app.command()(presets)
-add_run_commands(app)
+for _name, _function in COMMANDS.items():
+    app.command(_name)(_function)
 
 
 def _check_output(output: str, overwrite: bool) -> None:
@@ -192,34 +146,16 @@ def _check_output(output: str, overwrite: bool) -> None:
         raise UserError(f"{output} exists already: replace it with --overwrite, or name another directory.")
 
 
-def _with_its_command(words: list[str]) -> list[str]:
-    """The words with the command as it is declared; `run` of another command's preset becomes that command."""
-    if not words or words[0].startswith("-"):
-        return words
-    name, *rest = words[0].replace("_", "-"), *words[1:]
-    if name == "run" and rest:
-        named = rest[0] if not rest[0].startswith("-") else _value_of("--config", rest)
-        preset = find_preset(named) if named else None
-        if preset is not None and preset.command != name and not Path(preset.name).is_file():
-            rest = rest if rest[0].startswith("-") else ["--config", *rest]
-            name = preset.command
-    return [name, *rest]
+def _prepare(words: Sequence[str], values: dict[str, Any]) -> None:
+    """Give the command that is called its flags, and register the models unless all that it does is to speak.
 
-
-def _value_of(flag: str, words: Sequence[str]) -> str | None:
-    """What is given for a flag, as its next word or behind `=`."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
-        name, equals, value = word.partition("=")
-        if name == flag:
-            return value if equals else following
-    return None
-
-
-def _prepare(words: Sequence[str]) -> None:
-    """Give the command that is called its flags, and register the models unless all that it does is to speak."""
+    Args:
+        words: With the command.
+        values: Settings of the config that they name.
+    """
     for declared in app.registered_commands:
         if words and words[0] == (declared.name or getattr(declared.callback, "__name__", "")) and declared.callback:
-            complete(declared.callback)
+            complete(declared.callback, run_settings.stage_types(values))
     if words and words[0][0] != "-" and words[0] not in WITHOUT_MODELS and not {"-h", "--help"} & set(words):
         import linearize.modeling  # noqa: F401
 
@@ -229,12 +165,15 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
 
     Args:
         argv: Arguments; default those of this process.
-        default_config: What a command of `runs.py` takes when neither a config nor a run to
-            resume is named.
+        default_config: What a command of `runs.py` takes when neither a config nor a run to resume is named.
     """
-    words = _with_its_command(expand_words(list(sys.argv[1:] if argv is None else argv)))
-    _prepare(words)
-    arguments = normalise(words, KINDS.get(words[0] if words else "", RunConfig))
+    words = expand_words(list(sys.argv[1:] if argv is None else argv))
+    if words and not words[0].startswith("-"):
+        words[0] = words[0].replace("_", "-")
+    values = values_asked_for(words, default_config)
+    _prepare(words, values)
+    glue = words[:1] == ["glue"]
+    arguments = normalise(words, flat_names(GlueRunConfig) if glue else run_settings.flat_names(values))
     try:
         app(arguments, prog_name="linearize", obj=default_config)
     except SystemExit as end:
@@ -248,7 +187,7 @@ def run_recipe(default_config: str, argv: Sequence[str] | None = None, *, name: 
     Args:
         default_config: Preset for a run that names neither a config nor a run to resume.
         argv: Flags; default those of this process.
-        name: The command: `run`, `pretrain`, `gain-cell`, `landmark`, `encoder` or `glue`.
+        name: The command: `run` or `glue`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     return main([name, *arguments], default_config=default_config)

@@ -1,7 +1,7 @@
 """Command-line flags made from the settings: one for each field, named as in YAML, with dots (`--data.split`).
 
 `with_settings` gives a function that takes a dictionary of overrides the flags as a signature that typer reads, so
-that the names, the choices and the help are written once: in `linearize/config/settings.py`.
+that the names, the choices and the help are written once, where the settings are.
 """
 
 from __future__ import annotations
@@ -12,19 +12,22 @@ import functools
 import inspect
 import textwrap
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Literal
 
 import typer
 
-from linearize.config.settings import RunConfig, RunSettings
 from linearize.config.values import FALSE, NOTHING, TRUE, field_types, options, section_type
-from linearize.config.yaml_io import flat_names
+from linearize.runs.settings import RunConfig
 
 NO = "no_"
 FLAGS = "flags_of_settings"
-"""Where a command keeps what makes its flags, until `complete`."""
+"""Where a command keeps what makes its flags."""
+OWN = "parameters_of_its_own"
+"""Where it keeps those that it declares."""
+OF_THE_KIND = ("kind", "weights", "objective")
+"""Settings of a stage that say what it is: a file has them, not a flag."""
 
 
 @functools.cache
@@ -100,7 +103,25 @@ def _parameter(name: str, annotation: Any, help_text: str, default: str, panel: 
     return inspect.Parameter(identifier, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
 
 
-def setting_parameters(names: Sequence[str], settings: type = RunConfig) -> list[inspect.Parameter]:
+def stage_parameters(stages: Mapping[str, type]) -> list[inspect.Parameter]:
+    """One typer parameter for each setting of each stage, and one that leaves the stage out.
+
+    Args:
+        stages: Name -> class of its settings.
+    """
+    parameters = []
+    for name, kind in stages.items():
+        help_text = f"Settings of stage {name}; none: leave it out."
+        parameters.append(_parameter(name, dict[str, Any] | None, help_text, "", name))
+        parameters += [
+            _parameter(f"{name}.{key}", inner, field_help(kind)[key], shown_default(kind, key), name)
+            for key, inner in field_types(kind).items()
+            if key not in OF_THE_KIND
+        ]
+    return parameters
+
+
+def setting_parameters(names: Sequence[str], settings: type) -> list[inspect.Parameter]:
     """One typer parameter for each field of the named sections and top-level settings."""
     parameters = []
     for name in names:
@@ -125,13 +146,18 @@ def setting_parameters(names: Sequence[str], settings: type = RunConfig) -> list
 
 
 def with_settings(
-    *names: str, settings: type[RunSettings] = RunConfig
+    *names: str, settings: type = RunConfig, stages: bool = False
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Give a command the flags of the named settings (a section's name brings all its fields).
 
     The command must take a keyword `overrides`: dotted name -> value for every flag that was given. Its signature has
     the flags after `complete`, which imports the models for those of `attention`: only the command that is called
     needs them.
+
+    Args:
+        names: Of the settings.
+        settings: The class that has them.
+        stages: Whether the stages of the run that is asked for have flags too.
     """
 
     def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,17 +175,25 @@ def with_settings(
             return command(*args, overrides=overrides, **kwargs)
 
         _sign(call, own)
-        vars(call)[FLAGS] = lambda: setting_parameters(names, settings)
+        vars(call)[OWN] = own
+        vars(call)[FLAGS] = lambda kinds: [
+            *setting_parameters(names, settings),
+            *(stage_parameters(kinds) if stages else ()),
+        ]
         return call
 
     return decorate
 
 
-def complete(command: Callable[..., Any]) -> None:
-    """Add to a command's signature the flags that `with_settings` has for it; once is enough."""
-    flags = vars(command).pop(FLAGS, None)
+def complete(command: Callable[..., Any], stages: Mapping[str, type]) -> None:
+    """Give a command's signature the flags that `with_settings` has for it.
+
+    Args:
+        stages: Those of the run that is asked for: name -> class of its settings.
+    """
+    flags = vars(command).get(FLAGS)
     if flags is not None:
-        _sign(command, [*inspect.signature(command).parameters.values(), *flags()])
+        _sign(command, [*vars(command)[OWN], *flags(stages)])
 
 
 def _sign(function: Callable[..., Any], parameters: list[inspect.Parameter]) -> None:
@@ -179,10 +213,15 @@ def _value(name: str, value: Any) -> Any:
     return value[0] if isinstance(value, list) and len(value) == 1 else value
 
 
-def normalise(argv: Sequence[str], settings: type[RunSettings] = RunConfig) -> list[str]:
+def normalise(argv: Sequence[str], names: Mapping[str, Any]) -> list[str]:
     """Write `--overwrite true` and `--overwrite=false` as `--overwrite` and `--no_overwrite`: both styles are in
-    common use."""
-    switches = {f"--{name}" for name, annotation in flat_names(settings).items() if is_flag(annotation)}
+    common use.
+
+    Args:
+        argv: The words.
+        names: Dotted name of each setting -> its annotation.
+    """
+    switches = {f"--{name}" for name, annotation in names.items() if is_flag(annotation)}
     result: list[str] = []
     for word in argv:
         flag, _, value = word.partition("=")

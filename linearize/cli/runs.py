@@ -1,29 +1,31 @@
-"""The commands that run a whole training from a YAML file and flags."""
+"""The commands that run stages: `run`, its short forms, and the GLUE benchmark."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from linearize.cli.flags import with_settings
-from linearize.config.encoder import EncoderRunConfig
-from linearize.config.pretraining import PretrainConfig
-from linearize.config.settings import RunConfig, RunSettings
+from linearize.cli.loading import Directory
 from linearize.config.values import field_types
-from linearize.config.yaml_io import Settings, left_behind, read_values, resolve
+from linearize.config.yaml_io import left_behind, resolve
+from linearize.errors import UserError
 from linearize.evaluation.glue.settings import GlueRunConfig
 from linearize.failures import command, is_main_process
-from linearize.runs.gain_cell import GainCellRunConfig
-from linearize.runs.landmark import LandmarkRunConfig
+from linearize.runs.settings import RunConfig, resolve_run, run_values
 
 Config = Annotated[
     str | None, typer.Option("--config", help="YAML file, or the name of a shipped preset, that the flags lay over.")
 ]
+Data = Annotated[
+    list[str] | None, typer.Option("--data", help="Text to train on: path(s) or a Hub id; short for --data.dataset.")
+]
+Output = Annotated[str, typer.Argument(help="Directory to write.")]
+DryRun = Annotated[bool, typer.Option("--dry_run", help="Check everything and print the plan, then end.")]
 TRAINING = (
-    "calibration_sequences",
     "seed",
     "dtype",
     "device",
@@ -34,122 +36,191 @@ TRAINING = (
     "report_to",
     "op_backend",
 )
-KINDS: dict[str, type[RunSettings]] = {
-    "run": RunConfig,
-    "pretrain": PretrainConfig,
-    "gain-cell": GainCellRunConfig,
-    "landmark": LandmarkRunConfig,
-    "encoder": EncoderRunConfig,
-    "glue": GlueRunConfig,
+SHORT = {
+    "transfer": {"transfer": {"kind": "transfer"}},
+    "finetune": {"finetune": {"kind": "train", "weights": "lora"}},
 }
-"""Settings of each of the commands."""
-RUN_SETTINGS = (
-    "model_name_or_path",
-    "revision",
-    "output_dir",
-    *TRAINING,
-    "attention",
-    "softmax_layers",
-    "state_budget",
-    "select",
-    "mixer_types",
-    "mixers",
-    "sliding_window",
-    "data",
-    "transfer",
-    "finetune",
-    "evaluation",
-    "push_to_hub",
-)
+"""Command -> the stages of the run that it is short for."""
 
 
-def resolved(config: str | None, overrides: dict[str, Any], settings: type[Settings]) -> Settings:
-    """Settings of a config and flags; says which of the config's settings of data another dataset leaves behind."""
-    left = [] if config is None else left_behind(read_values(config, settings), overrides, settings)
+def config_of(words: Sequence[str], default: str | None) -> str | None:
+    """The config that the words after `run` name: a preset or file, or the run that is to go on."""
+    named = words[0] if words and not words[0].startswith("-") else value_of("--config", words)
+    if named is not None:
+        return named
+    resumes = any(word.partition("=")[0] in ("--resume_from_checkpoint", "--resume-from-checkpoint") for word in words)
+    output = value_of("--output_dir", words) or value_of("--output-dir", words)
+    stored = Path(output, "config.yaml") if output else None
+    return str(stored) if resumes and stored is not None and stored.is_file() else default
+
+
+def value_of(flag: str, words: Sequence[str]) -> str | None:
+    """What is given for a flag, as its next word or behind `=`."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        name, equals, value = word.partition("=")
+        if name == flag:
+            return value if equals else following
+    return None
+
+
+def values_asked_for(words: Sequence[str], default: str | None) -> dict[str, Any]:
+    """The settings that the config of a command has, unchecked; those of no config where it cannot be read, which the
+    command itself says.
+
+    Args:
+        words: With the command.
+        default: What a recipe takes where no config is named.
+    """
+    name = words[0] if words else ""
+    if name in SHORT:
+        return {"stages": SHORT[name]}
+    if name == "run":
+        try:
+            return run_values(config_of(words[1:], default))
+        except (UserError, OSError):
+            pass
+    return run_values(None)
+
+
+def said(config: str | None, values: Mapping[str, Any], overrides: Mapping[str, Any], settings: type) -> None:
+    """Say which of the config's settings of data another dataset leaves behind."""
+    left = left_behind(values, overrides, settings)
     if left and is_main_process():
         names = ", ".join(f"data.{name}" for name in left)
         print(f"{config} has {names} for its own dataset: left out, as --data.dataset names another.", flush=True)
-    return resolve(config, overrides, settings=settings)
 
 
-def run_settings(
-    config: str | None, overrides: dict[str, Any], default_config: str | None, settings: type[Settings]
-) -> Settings:
-    """The settings of a run; one that resumes needs to name its directory alone."""
-    resume, output = overrides.get("resume_from_checkpoint"), overrides.get("output_dir")
-    if config is None and resume and output and (Path(output) / "config.yaml").is_file():
-        config = str(Path(output) / "config.yaml")
-        overrides = {"overwrite": False, **overrides}
-    return resolved(config or default_config, overrides, settings)
+def with_data(overrides: dict[str, Any], data: list[str] | None) -> dict[str, Any]:
+    """The overrides with what `--data` gives."""
+    if not data:
+        return overrides
+    if "data.dataset" in overrides:
+        raise UserError("--data and --data.dataset both name the text: give one of them.")
+    return {**overrides, "data.dataset": data[0] if len(data) == 1 else data}
 
 
 def trained(settings: Any, train: Callable[[Any], Any]) -> None:
     """Train as the settings say, then print where all of it lies and what to do with it."""
-    from linearize.runs.directory import RunDirectory
+    from linearize.runs.directory import StagesDirectory
 
     train(settings)
     if is_main_process():
-        print(RunDirectory(settings).ending(), flush=True)
+        print(StagesDirectory(settings).ending(), flush=True)
+
+
+def run_or_plan(settings: RunConfig, dry_run: bool) -> None:
+    """Run, or print what would be done."""
+    from linearize.runs import engine
+
+    if dry_run:
+        engine.plan(settings).show()
+    else:
+        trained(settings, engine.run)
 
 
 @command
-@with_settings(*RUN_SETTINGS)
+@with_settings(*(name for name in field_types(RunConfig) if name != "stages"), stages=True)
 def run(
     context: typer.Context,
     preset: Annotated[
         str | None,
-        typer.Argument(metavar="[CONFIG]", help="YAML file or the name of a shipped preset; the same as --config."),
+        typer.Argument(metavar="[PRESET]", help="A shipped preset (`linearize presets`), or a YAML file."),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="What to start from; short for --model_name_or_path.")
     ] = None,
     *,
     config: Config = None,
-    dry_run: Annotated[bool, typer.Option("--dry_run", help="Check everything and print the plan, then end.")] = False,
+    data: Data = None,
+    dry_run: DryRun = False,
     overrides: dict[str, Any],
 ) -> None:
-    """Convert, transfer, finetune, evaluate and save, as a YAML file and flags say (flags win)."""
-    import linearize
-    from linearize.runs.pipeline import plan
+    """Convert, train, measure and save, in the stages that a preset or a YAML file has; flags win.
 
-    settings = run_settings(preset or config, overrides, context.obj, RunConfig)
-    if dry_run:
-        plan(settings).show()
-    else:
-        trained(settings, linearize.run)
+    \b
+    linearize run smollm2_135m --data text.jsonl --output_dir out
+    linearize run my.yaml --finetune.learning_rate 3e-4 --dry_run
+    linearize run --output_dir out --resume_from_checkpoint
+    """
+    words = [word for word in (preset,) if word]
+    named = config if config is not None and preset is None else config_of(words, None)
+    stored = _stored(overrides) if named is None else None
+    if stored is not None:
+        overrides = {"overwrite": False, **overrides}
+    chosen = named or stored or context.obj
+    if model is not None:
+        overrides = {**overrides, "model_name_or_path": model}
+    overrides = with_data(overrides, data)
+    said(chosen, run_values(chosen), overrides, RunConfig)
+    run_or_plan(resolve_run(chosen, overrides), dry_run)
 
 
-@command
-@with_settings(*field_types(PretrainConfig), settings=PretrainConfig)
-def pretrain(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
-    """Train a GPT-2, Llama or BERT from scratch on text, softmax or any mechanism, as a YAML file and flags say."""
-    import linearize
-
-    trained(run_settings(config, overrides, context.obj, PretrainConfig), linearize.pretrain)
-
-
-@command
-@with_settings(*field_types(GainCellRunConfig), settings=GainCellRunConfig)
-def gain_cell(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
-    """Train a model onto analog gain cells: linear cell, adaptation, nonlinear cell."""
-    import linearize
-
-    trained(run_settings(config, overrides, context.obj, GainCellRunConfig), linearize.run_gain_cell)
+def _stored(overrides: Mapping[str, Any]) -> str | None:
+    """The settings of the run that is to go on, where its directory alone is named."""
+    resume, output = overrides.get("resume_from_checkpoint"), overrides.get("output_dir")
+    path = Path(output, "config.yaml") if resume and output else None
+    return str(path) if path is not None and path.is_file() else None
 
 
 @command
-@with_settings(*field_types(LandmarkRunConfig), settings=LandmarkRunConfig)
-def landmark(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
-    """Train a model onto landmark attention, all weights, at a short context."""
-    import linearize
-
-    trained(run_settings(config, overrides, context.obj, LandmarkRunConfig), linearize.run_landmark)
+@with_settings("data", *TRAINING, stages=True)
+def transfer(
+    directory: Directory,
+    output: Output,
+    *,
+    data: Data = None,
+    config: Config = None,
+    dry_run: DryRun = False,
+    overrides: dict[str, Any],
+) -> None:
+    """Attention transfer alone: train the mechanism to give each layer's softmax output."""
+    _one_stage("transfer", directory, output, data, config, overrides, dry_run)
 
 
 @command
-@with_settings(*field_types(EncoderRunConfig), settings=EncoderRunConfig)
-def encoder(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
-    """Convert a BERT and train it: attention transfer, then its sentence embeddings or masked language modelling."""
-    import linearize
+@with_settings("data", *TRAINING, stages=True)
+def finetune(
+    directory: Directory,
+    output: Output,
+    *,
+    data: Data = None,
+    config: Config = None,
+    dry_run: DryRun = False,
+    overrides: dict[str, Any],
+) -> None:
+    """LoRA alone (and the mechanism along); saves merged weights and the adapter."""
+    _one_stage("finetune", directory, output, data, config, overrides, dry_run)
 
-    trained(run_settings(config, overrides, context.obj, EncoderRunConfig), linearize.run_encoder)
+
+def _one_stage(
+    name: str,
+    directory: str,
+    output: str,
+    data: list[str] | None,
+    config: str | None,
+    overrides: dict[str, Any],
+    dry_run: bool,
+) -> None:
+    """One stage on a converted model, as a run of it alone."""
+    from linearize.config.record import find_converted
+    from linearize.conversion.students import load_config
+
+    source = str(find_converted(directory))
+    values = run_values(config)
+    kind = next(iter(SHORT[name].values()))
+    fitting = [stage for stage in values["stages"].values() if kind.items() <= dict(stage or {}).items()]
+    if config is not None and not fitting:
+        raise UserError(f"{config} has no stage that `linearize {name}` runs: leave --config out.")
+    # One stage must not change the type of the weights that the stage before saved.
+    stored = str(load_config(source).dtype).removeprefix("torch.")
+    if config is None and stored in ("bfloat16", "float16", "float32"):
+        overrides = {"dtype": stored, **overrides}
+    values = {**values, "stages": {name: dict(fitting[0] if config is not None else kind)}}
+    fixed = {"model_name_or_path": source, "output_dir": output, "evaluation": None, "yardstick": None}
+    for conversion in ("attention", "softmax_layers", "state_budget", "mixer_types", "mixers", "architecture"):
+        values.pop(conversion, None)
+    overrides = with_data({**overrides, **fixed}, data)
+    run_or_plan(resolve_run(values, overrides), dry_run)
 
 
 @command
@@ -158,20 +229,10 @@ def glue(context: typer.Context, *, config: Config = None, overrides: dict[str, 
     """Finetune encoders, stock or converted, on the tasks of GLUE, and print a table of them side by side."""
     import linearize
 
-    linearize.run_glue(run_settings(config, overrides, context.obj, GlueRunConfig))
+    stored = _stored(overrides) if config is None else None
+    if stored is not None:
+        overrides = {"overwrite": False, **overrides}
+    linearize.run_glue(resolve(config or stored or context.obj, overrides, settings=GlueRunConfig))
 
 
-COMMANDS = {
-    "run": run,
-    "pretrain": pretrain,
-    "gain-cell": gain_cell,
-    "landmark": landmark,
-    "encoder": encoder,
-    "glue": glue,
-}
-
-
-def add_run_commands(app: typer.Typer) -> None:
-    """Make them commands of `app`."""
-    for name, function in COMMANDS.items():
-        app.command(name)(function)
+COMMANDS = {"run": run, "transfer": transfer, "finetune": finetune, "glue": glue}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from linearize.cli.flags import with_settings
-from linearize.cli.runs import Config, resolved
-from linearize.config.settings import RunConfig
-from linearize.config.yaml_io import read_values
+from linearize.cli.runs import Config, Data, said, with_data
 from linearize.errors import UserError
 from linearize.failures import command, stage
 
@@ -28,9 +27,7 @@ def select(
         typer.Argument(help="The teacher: a Hub id, a directory or a .gguf file; or an untrained conversion of it."),
     ],
     *,
-    data: Annotated[
-        list[str] | None, typer.Option("--data", help="Text to measure on: path(s) or a Hub id; as --data.dataset.")
-    ] = None,
+    data: Data = None,
     config: Config = None,
     overrides: dict[str, Any],
 ) -> None:
@@ -40,24 +37,25 @@ def select(
     """
     from linearize.conversion.students import load_model_tokenizer
     from linearize.data.sequences import prepare_data
-    from linearize.runs.plan import check_attention, complete_attention, read_teacher
+    from linearize.runs.attention import check_attention, complete, read_model
+    from linearize.runs.settings import RunConfig, resolve_run, run_values
     from linearize.stages.select import select as choose
     from linearize.stages.select_plan import plan_selection, selects
 
-    named = {} if config is None else read_values(config)
-    if data:
-        overrides["data.dataset"] = data[0] if len(data) == 1 else data
+    named, overrides = {**run_values(config), "stages": {}, "yardstick": None}, with_data(overrides, data)
     if "data.dataset" not in overrides and not (named.get("data") or {}).get("dataset"):
         raise UserError("There is no text to measure on: give --data FILE, or a config that names data.dataset.")
     attention = named.get("attention") or any(name.startswith("attention") for name in overrides)
     teacher, revision, own = _teacher_of(model, overrides.get("revision"))
     if own is not None and not attention:
         overrides["attention"] = own
-    fixed = {"model_name_or_path": teacher, "revision": revision, "transfer": None, "finetune": None}
-    settings = complete_attention(resolved(config, {**overrides, **fixed, "evaluation": None}, RunConfig))
+    fixed = {"model_name_or_path": teacher, "revision": revision, "evaluation": None}
+    said(config, named, overrides, RunConfig)
+    settings = complete(resolve_run(named, {**overrides, **fixed}))
+    settings = dataclasses.replace(settings, dtype=settings.weights_dtype)
     if not selects(settings):
         raise UserError("There is nothing to select: give --state_budget, or a number or share of --softmax_layers.")
-    stock = read_teacher(settings)
+    stock = read_model(settings)
     _refuse_encoder(teacher, stock)
     check_attention(settings, stock)
     plan = plan_selection(settings, stock)
@@ -69,7 +67,10 @@ def select(
         chosen = choose(plan, rows, lambda attention: _load(settings, attention), earlier)
     chosen.show()
     print(f"Saved {', '.join(map(str, chosen.save(settings.output_dir)))}")
-    print(f"Next: linearize run {Path(settings.output_dir) / 'selection.yaml'} --data.dataset TEXT --output_dir OUT")
+    print(
+        f"Next: linearize run {Path(settings.output_dir) / 'selection.yaml'} --data TEXT --output_dir OUT "
+        "--transfer.tokens 1M --finetune.tokens 10M"
+    )
 
 
 def _teacher_of(model: str, revision: str | None) -> tuple[str, str | None, dict[str, Any] | None]:

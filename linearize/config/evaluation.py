@@ -1,4 +1,4 @@
-"""What is measured at the end of a run."""
+"""What is measured on held-out text after each stage and at the end of a run."""
 
 from __future__ import annotations
 
@@ -8,40 +8,22 @@ from linearize.config.values import convert_fields, require
 
 
 @dataclass
-class LengthConfig:
-    """What is scored by length at the end of a run."""
+class EvaluationConfig:
+    """What is measured on held-out text after each stage and at the end of a run."""
 
     length_tokens: int | None = None
     """Tokens of each text to score at 1, 4 and 8 times the trained length; none: 65,536, on a CPU 8,192; 0: not
     measured."""
     foreign_texts: str | list[str] | None = None
     """Path(s) of text of other domains, each scored at these lengths too."""
-
-    def __post_init__(self) -> None:
-        convert_fields(self, "evaluation")
-        require(
-            self.length_tokens is None or self.length_tokens >= 0,
-            f"evaluation.length_tokens is {self.length_tokens}, but it must be none or at least 0.",
-        )
-        require(
-            self.foreign_texts is None or self.length_tokens != 0,
-            "evaluation.foreign_texts are scored by length alone: leave evaluation.length_tokens 0 out.",
-        )
-
-
-@dataclass
-class EvaluationConfig(LengthConfig):
-    """What is measured at the end of a run."""
-
     texts: str | list[str] | None = None
-    """Path(s) of text to take the perplexity on; none: the validation documents."""
+    """Path(s) of text to measure on; none: the validation documents."""
     max_tokens: int = 65_536
     """Tokens of text to score."""
     sequence_length: int | None = None
     """Tokens of one scored sequence; none: that of the training data."""
-    yardstick: bool = False
-    """Train the teacher by the same stage 2, which takes as long again, and compare the student by length with that;
-    else with the untouched teacher."""
+    pairs: int = 1000
+    """Of an encoder, whose sentence embeddings are compared with the teacher's: pairs of adjacent sentences, at most."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of the lm-eval harness, e.g. piqa,arc_easy."""
     include_path: str | None = None
@@ -54,14 +36,16 @@ class EvaluationConfig(LengthConfig):
     """Sequences (or requests of the harness) scored together."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        for key in ("max_tokens", "batch_size"):
+        convert_fields(self, "evaluation")
+        for key in ("max_tokens", "batch_size", "pairs"):
             require(getattr(self, key) >= 1, f"evaluation.{key} is {getattr(self, key)}, but it must be at least 1.")
+        for key, least in (("length_tokens", 0), ("sequence_length", 2), ("limit", 1)):
+            value = getattr(self, key)
+            require(
+                value is None or value >= least,
+                f"evaluation.{key} is {value}, but it must be none or at least {least}.",
+            )
         require(
-            self.sequence_length is None or self.sequence_length >= 2,
-            f"evaluation.sequence_length is {self.sequence_length}, but it must be none or at least 2.",
-        )
-        require(
-            self.limit is None or self.limit >= 1,
-            f"evaluation.limit is {self.limit}, but it must be none or at least 1.",
+            self.foreign_texts is None or self.length_tokens != 0,
+            "evaluation.foreign_texts are scored by length alone: leave evaluation.length_tokens 0 out.",
         )

@@ -14,15 +14,6 @@ from linearize.errors import UserError
 
 PRESETS = Path(__file__).parents[1] / "configs"
 """The YAML files of `recipes/configs`, which the wheel carries under this name."""
-COMMANDS = {
-    ".": "run",
-    "bert": "encoder",
-    "gain_cell": "gain-cell",
-    "glue": "glue",
-    "landmark": "landmark",
-    "pretrain": "pretrain",
-}
-"""Folder of presets -> the command that runs them."""
 
 
 @dataclass(frozen=True)
@@ -37,18 +28,17 @@ class Preset:
         return self.path.stem
 
     @property
-    def folder(self) -> str:
-        """Under `PRESETS`."""
-        return str(self.path.parent.relative_to(PRESETS))
-
-    @property
     def command(self) -> str:
         """The command that runs it."""
-        return COMMANDS[self.folder]
+        return "glue" if "models" in self.values() else "run"
 
     def text(self) -> str:
         """The file."""
         return self.path.read_text(encoding="utf-8")
+
+    def values(self) -> Mapping[str, Any]:
+        """The settings, unchecked."""
+        return yaml.safe_load(self.text())
 
     def remark(self, name: str) -> str:
         """What the comment at the top has behind `# Hardware: ` or `# Measured: `, without the full stop."""
@@ -57,25 +47,24 @@ class Preset:
 
     def model(self) -> str:
         """The models that it starts from, or the shape that it gives random weights."""
-        values = yaml.safe_load(self.text())
+        values = self.values()
         if "models" in values:
             return ", ".join(values["models"])
-        return values.get("model_name_or_path") or f"{values['model']['type']} from random weights"
+        return values.get("model_name_or_path") or f"{values['architecture']['type']} from random weights"
 
     def mechanism(self) -> str:
         """The attention that it trains; softmax where it says none."""
-        attention: Mapping[str, Any] = yaml.safe_load(self.text()).get("attention") or {}
+        attention: Mapping[str, Any] = self.values().get("attention") or {}
         return attention.get("type", "softmax")
 
 
 def all_presets() -> list[Preset]:
     """All of them, those of a command together."""
-    found = [Preset(path) for folder in COMMANDS for path in sorted((PRESETS / folder).glob("*.yaml"))]
-    return sorted(found, key=lambda preset: list(COMMANDS).index(preset.folder))
+    return sorted((Preset(path) for path in PRESETS.glob("*.yaml")), key=lambda preset: (preset.command, preset.name))
 
 
 def find_preset(name: str) -> Preset | None:
-    """The preset of that name, whatever its folder."""
+    """The preset of that name."""
     return next((preset for preset in all_presets() if preset.name == name), None)
 
 

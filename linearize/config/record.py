@@ -20,8 +20,8 @@ RECORD_FILE = "linearize.json"
 CARD_FILE = "README.md"
 FINAL = "final"
 """The repository in a run directory."""
-OF_THE_MECHANISM = ("transfer", "scalers")
-"""Stages that train nothing else."""
+OF_THE_MECHANISM = ("transfer", "scalers", "mechanism", "nothing")
+"""Stages of old records that train nothing else, and what a stage trains that leaves the other weights alone."""
 FILES = "files"
 """Part of a pushed record: the files that the push left, which the next one may delete."""
 OF_THESE_WEIGHTS = ("evaluation", "tasks", "embeddings", "validation", "glue", FILES)
@@ -86,6 +86,7 @@ def make_record(
     revision: str | None = None,
     recipe: Mapping[str, Any] | None = None,
     tokens: Mapping[str, int] | None = None,
+    trained: Mapping[str, str] | None = None,
     seconds: Mapping[str, float] | None = None,
     peak_memory_bytes: Mapping[str, int | None] | None = None,
     evaluation: Mapping[str, Any] | None = None,
@@ -105,6 +106,7 @@ def make_record(
         revision: Commit of the teacher's repository, where there is one.
         recipe: The settings of the run.
         tokens: Training tokens by stage.
+        trained: What each stage trained: nothing, mechanism, lora or all.
         seconds: Seconds by stage.
         peak_memory_bytes: Peak accelerator memory by stage, bytes.
         evaluation: `evaluation.Report.to_dict()`.
@@ -131,6 +133,7 @@ def make_record(
         **start,
         "recipe": published_settings(recipe) if recipe is not None else before.get("recipe") or {},
         "tokens": _by_stage(before.get("tokens"), tokens, sum),
+        "trained": {**(before.get("trained") or {}), **(trained or {})},
         "seconds": _by_stage(before.get("seconds"), seconds, lambda values: round(sum(values), 1)),
         "peak_memory_bytes": _by_stage(before.get("peak_memory_bytes"), peak_memory_bytes, _largest),
         "evaluation": dict(evaluation) if evaluation else None,
@@ -201,7 +204,9 @@ def base_is_teacher(record: Mapping[str, Any]) -> bool:
     but the mechanism has trained since."""
     if not record or record.get("unrecorded") or (record.get("recipe") or {}).get("imported"):
         return False
-    return not any(count for stage, count in (record.get("tokens") or {}).items() if stage not in OF_THE_MECHANISM)
+    trained = record.get("trained") or {}
+    counts = (record.get("tokens") or {}).items()
+    return not any(count for stage, count in counts if trained.get(stage, stage) not in OF_THE_MECHANISM)
 
 
 def find_converted(directory: str | os.PathLike[str]) -> Path:

@@ -1,19 +1,17 @@
-"""All settings of a run: what YAML, flags and Python callers set, with units and where the defaults come from.
+"""Settings of the data and of the stages that convert a model, with units and where the defaults come from.
 
-The sections are plain dataclasses. `yaml_io.py` reads and writes them as YAML, and the flags are made from
-them. Measured defaults come from this project's own runs on SmolLM2-135M (see docs/results.md); published ones from
+They are plain dataclasses; `runs/settings.py` has the whole run, whose YAML and flags are made from them. Measured defaults come from this project's own runs on SmolLM2-135M (see docs/results.md); published ones from
 LoLCATs (Zhang et al. 2024, https://arxiv.org/abs/2410.10254; its configs are quoted in
 recipes/configs/llama3_8b_lolcats.yaml).
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
-from linearize.config.evaluation import EvaluationConfig
-from linearize.config.selection import LayerChoice, SelectConfig
 from linearize.config.values import convert_fields, require
 
 Schedule = Literal["linear", "constant", "cosine"]
@@ -36,6 +34,8 @@ class StageSettings:
     """What the training stages share: fields that each declares with its own default, and turning token counts into
     steps."""
 
+    section = "stage"
+    """Name of the settings in messages; in a run the stage's own (`runs.settings`)."""
     tokens: int
     max_steps: int | None
     batch_size: int
@@ -62,7 +62,8 @@ class StageSettings:
         steps = self.max_steps if self.max_steps is not None else max(1, math.ceil(self.tokens / tokens_per_step))
         return StepPlan(accumulation, tokens_per_step, steps)
 
-    def _check_stage(self, name: str) -> None:
+    def _check_stage(self) -> None:
+        name = self.section
         for key in ("tokens", "batch_size", "tokens_per_step", "logging_steps", "save_steps", "save_total_limit"):
             require(getattr(self, key) >= 1, f"{name}.{key} is {getattr(self, key)}, but it must be at least 1.")
         require(
@@ -71,6 +72,15 @@ class StageSettings:
         )
         for key in ("learning_rate", "warmup_steps", "weight_decay", "max_grad_norm"):
             require(getattr(self, key) >= 0, f"{name}.{key} is {getattr(self, key)}, but it must not be negative.")
+
+
+def changed(settings: Any, **changes: Any) -> Any:
+    """The same settings of a stage, by the same name in messages, with other values in some fields."""
+    other = copy.copy(settings)
+    for name, value in changes.items():
+        setattr(other, name, value)
+    other.__post_init__()
+    return other
 
 
 @dataclass
@@ -99,6 +109,11 @@ class DataConfig:
     """Documents carved off for validation when `validation` is none."""
     sequence_length: int = 1024
     """Tokens in one packed training sequence (1024 in LoLCATs)."""
+    sentences_per_row: int = 3
+    """Of an encoder, whose rows are whole sentences: consecutive ones in a row at most, one to so many."""
+    mask_probability: float = 0.15
+    """Share of the tokens that an encoder must find where its objective is masked (0.15 in BERT): of these 80% show as
+    the mask token, 10% as a random one and 10% as they are."""
     packing: Literal["stream", "bfd"] = "stream"
     """How documents become sequences: one stream of tokens, cut (as published), or whole documents fitted into padded
     sequences by best-fit decreasing, so that only those longer than a sequence are cut."""
@@ -119,6 +134,14 @@ class DataConfig:
             self.sequence_length >= 2, f"data.sequence_length is {self.sequence_length}, but it must be at least 2."
         )
         require(
+            self.sentences_per_row >= 1,
+            f"data.sentences_per_row is {self.sentences_per_row}, but it must be at least 1.",
+        )
+        require(
+            0 < self.mask_probability < 1,
+            f"data.mask_probability is {self.mask_probability}, but it must be above 0 and below 1.",
+        )
+        require(
             self.validation_documents >= 0,
             f"data.validation_documents is {self.validation_documents}, but it must not be negative.",
         )
@@ -131,6 +154,8 @@ class DataConfig:
 @dataclass
 class TransferConfig(StageSettings):
     """Stage 1, attention transfer: only the mechanism's own parameters train, to give each layer's softmax output."""
+
+    section = "transfer"
 
     tokens: int = 20_000_000
     """Training tokens (20 M in LoLCATs: 2 epochs of alpaca-cleaned)."""
@@ -175,18 +200,24 @@ class TransferConfig(StageSettings):
     """Checkpoints kept."""
     eval_steps: int | None = None
     """Steps between measurements on the validation text; none: only at the end of the run."""
+    kind: Literal["transfer"] = "transfer"
+    """Kind of the stage."""
 
     def __post_init__(self) -> None:
-        convert_fields(self, "transfer")
-        self._check_stage("transfer")
-        require(self.loss_scale > 0, f"transfer.loss_scale is {self.loss_scale}, but it must be positive.")
+        convert_fields(self, self.section)
+        self._check_stage()
+        require(self.loss_scale > 0, f"{self.section}.loss_scale is {self.loss_scale}, but it must be positive.")
         for key in ("window_learning_rate", "gate_learning_rate"):
-            require(getattr(self, key) >= 0, f"transfer.{key} is {getattr(self, key)}, but it must not be negative.")
+            require(
+                getattr(self, key) >= 0, f"{self.section}.{key} is {getattr(self, key)}, but it must not be negative."
+            )
         for share in self.window_dropout_schedule:
-            require(0 <= share <= 1, f"transfer.window_dropout holds {share}, but probabilities are between 0 and 1.")
+            require(
+                0 <= share <= 1, f"{self.section}.window_dropout holds {share}, but probabilities are between 0 and 1."
+            )
         require(
             self.eval_steps is None or self.eval_steps >= 1,
-            f"transfer.eval_steps is {self.eval_steps}, but it must be none or at least 1.",
+            f"{self.section}.eval_steps is {self.eval_steps}, but it must be none or at least 1.",
         )
 
     @property
@@ -199,6 +230,8 @@ class TransferConfig(StageSettings):
 @dataclass
 class FinetuneConfig(StageSettings):
     """Stage 2: LoRA on the projections (and the feature maps along) with the language-modelling loss."""
+
+    section = "finetune"
 
     tokens: int = 20_000_000
     """Training tokens (20 M in LoLCATs)."""
@@ -256,48 +289,56 @@ class FinetuneConfig(StageSettings):
     """Steps between checkpoints."""
     save_total_limit: int = 2
     """Checkpoints kept."""
+    kind: Literal["train"] = "train"
+    """Kind of the stage."""
+    weights: Literal["lora"] = "lora"
+    """What trains: adapters of low rank."""
 
     def __post_init__(self) -> None:
-        convert_fields(self, "finetune")
-        self._check_stage("finetune")
+        convert_fields(self, self.section)
+        self._check_stage()
         for key in ("lora_rank", "logits_chunk"):
-            require(getattr(self, key) >= 1, f"finetune.{key} is {getattr(self, key)}, but it must be at least 1.")
+            require(
+                getattr(self, key) >= 1, f"{self.section}.{key} is {getattr(self, key)}, but it must be at least 1."
+            )
         for key in ("mixer_learning_rate", "ce_weight", "kl_weight"):
-            require(getattr(self, key) >= 0, f"finetune.{key} is {getattr(self, key)}, but it must not be negative.")
+            require(
+                getattr(self, key) >= 0, f"{self.section}.{key} is {getattr(self, key)}, but it must not be negative."
+            )
         require(
             self.ce_weight + self.kl_weight > 0,
-            "finetune.ce_weight and finetune.kl_weight are both 0: set one of them.",
+            f"{self.section}.ce_weight and {self.section}.kl_weight are both 0: set one of them.",
         )
         self._check_lengths()
-        require(self.temperature > 0, f"finetune.temperature is {self.temperature}, but it must be positive.")
-        require(self.lora_alpha > 0, f"finetune.lora_alpha is {self.lora_alpha}, but it must be positive.")
+        require(self.temperature > 0, f"{self.section}.temperature is {self.temperature}, but it must be positive.")
+        require(self.lora_alpha > 0, f"{self.section}.lora_alpha is {self.lora_alpha}, but it must be positive.")
         require(
             0 <= self.lora_dropout < 1,
-            f"finetune.lora_dropout is {self.lora_dropout}, but it must be at least 0 and below 1.",
+            f"{self.section}.lora_dropout is {self.lora_dropout}, but it must be at least 0 and below 1.",
         )
         require(
             self.lora_targets is None or bool(self.lora_targets),
-            "finetune.lora_targets is empty: name the layers to adapt, e.g. q_proj,v_proj.",
+            f"{self.section}.lora_targets is empty: name the layers to adapt, e.g. q_proj,v_proj.",
         )
 
     def _check_lengths(self) -> None:
         lengths, shares = self.lengths(2), self.length_shares
         require(
             bool(lengths) and min(lengths) >= 2 and len(set(lengths)) == len(lengths),
-            f"finetune.sequence_length is {self.sequence_length}, but it must be lengths of at least 2, each once.",
+            f"{self.section}.sequence_length is {self.sequence_length}, but it must be lengths of at least 2, each once.",
         )
         require(
             shares is None or (len(shares) == len(lengths) and min(shares) > 0),
-            f"finetune.length_shares is {shares}, but it must be a positive share for each of the {len(lengths)} "
-            "lengths in finetune.sequence_length.",
+            f"{self.section}.length_shares is {shares}, but it must be a positive share for each of the {len(lengths)} "
+            f"lengths in {self.section}.sequence_length.",
         )
         require(
             0 <= self.state_passing <= 1,
-            f"finetune.state_passing is {self.state_passing}, but shares are between 0 and 1.",
+            f"{self.section}.state_passing is {self.state_passing}, but shares are between 0 and 1.",
         )
         require(
             not (self.state_passing and self.gradient_checkpointing),
-            "finetune.state_passing and finetune.gradient_checkpointing are both set, but recomputed layers are given "
+            f"{self.section}.state_passing and {self.section}.gradient_checkpointing are both set, but recomputed layers are given "
             "no state: set one of them to 0 or false.",
         )
 
@@ -312,7 +353,8 @@ class DistillationConfig:
     """A frozen teacher beside the labels, while all weights train."""
 
     teacher: str | None = None
-    """Hub id or local directory of the teacher, of the student's tokenizer, layers and width."""
+    """The teacher, of the student's tokenizer, layers and width: yardstick, an earlier stage's name, base (the model that
+    the run starts from), or a Hub id or local directory; none: the labels alone."""
     labels_weight: float = 1.0
     """Weight of the cross-entropy with the labels."""
     logits_weight: float = 1.0
@@ -322,20 +364,47 @@ class DistillationConfig:
     logits_chunk: int = 4096
     """Tokens whose logits are computed at once."""
 
+    section = "distillation"
+
     def __post_init__(self) -> None:
-        convert_fields(self, "distillation")
+        convert_fields(self, self.section)
+        self._check_weights()
+
+    def _check_weights(self) -> None:
         weights = {key: getattr(self, key) for key in ("labels_weight", "logits_weight", "hidden_weight")}
         for key, value in weights.items():
-            require(value >= 0, f"distillation.{key} is {value}, but it must not be negative.")
-        require(any(weights.values()), "All weights of distillation are 0: nothing would train.")
+            require(value >= 0, f"{self.section}.{key} is {value}, but it must not be negative.")
+        require(any(weights.values()), f"All weights of the losses of {self.section} are 0: nothing would train.")
         require(
-            self.logits_chunk >= 1, f"distillation.logits_chunk is {self.logits_chunk}, but it must be at least 1."
+            self.logits_chunk >= 1, f"{self.section}.logits_chunk is {self.logits_chunk}, but it must be at least 1."
         )
+
+
+@dataclass
+class CalibrationConfig:
+    """The mechanism's own numbers, fitted before anything trains."""
+
+    section = "calibrate"
+
+    sequences: int = 8
+    """Training sequences to look at, the first ones."""
+    batch_size: int = 1
+    """Sequences per forward pass."""
+    kind: Literal["calibrate"] = "calibrate"
+    """Kind of the stage."""
+
+    def __post_init__(self) -> None:
+        convert_fields(self, self.section)
+        for name in ("sequences", "batch_size"):
+            value = getattr(self, name)
+            require(value >= 1, f"{self.section}.{name} is {value}, but it must be at least 1.")
 
 
 @dataclass
 class AdaptationConfig:
     """Adaptation of the scalers from one gain cell to another, by statistics."""
+
+    section = "adaptation"
 
     iterations: int = 100
     """Most steps; each is one pass over the blocks."""
@@ -346,33 +415,35 @@ class AdaptationConfig:
     patience: int = 12
     """Stop after this many steps in a row without a new best."""
     batch_size: int = 1
-    """Blocks per forward pass."""
+    """Sequences per forward pass."""
+    sequences: int = 32
+    """Training sequences that the statistics are taken over."""
+    attention: dict[str, Any] = field(default_factory=lambda: {"cell_kind": "nonlinear"})
+    """Settings of the mechanism that change."""
+    kind: Literal["adapt"] = "adapt"
+    """Kind of the stage."""
 
     def __post_init__(self) -> None:
-        convert_fields(self, "adaptation")
-        for name in ("iterations", "patience", "batch_size"):
+        convert_fields(self, self.section)
+        for name in ("iterations", "patience", "batch_size", "sequences"):
             require(
-                getattr(self, name) >= 1, f"adaptation.{name} is {getattr(self, name)}, but it must be at least 1."
+                getattr(self, name) >= 1, f"{self.section}.{name} is {getattr(self, name)}, but it must be at least 1."
             )
-        require(0 < self.damping <= 1, f"adaptation.damping is {self.damping}, but it must be above 0 and at most 1.")
-        require(self.tolerance > 0, f"adaptation.tolerance is {self.tolerance}, but it must be above 0.")
+        require(
+            0 < self.damping <= 1, f"{self.section}.damping is {self.damping}, but it must be above 0 and at most 1."
+        )
+        require(self.tolerance > 0, f"{self.section}.tolerance is {self.tolerance}, but it must be above 0.")
 
 
 class RunSettings:
-    """What the settings of every kind of run share: fields that each declares, and where its presets are."""
+    """What the settings of a run and of the GLUE benchmark share: fields that each declares."""
 
-    preset_folder: ClassVar[str] = "."
-    """Folder of the shipped presets, under `recipes/configs`."""
     output_dir: str
     overwrite: bool
     resume_from_checkpoint: bool
     seed: int
 
-    def _check_calibration(self, sequences: int) -> None:
-        require(sequences >= 0, f"calibration_sequences is {sequences}, but it must not be negative.")
-
-    def _check_run(self) -> None:
-        self._check_output()
+    def _check_seed(self) -> None:
         require(self.seed >= 0, f"seed is {self.seed}, but it must not be negative.")
 
     def _check_output(self) -> None:
@@ -380,86 +451,4 @@ class RunSettings:
         require(
             not (self.overwrite and self.resume_from_checkpoint),
             "overwrite and resume_from_checkpoint are both set: choose one of them.",
-        )
-
-
-@dataclass
-class RunConfig(LayerChoice, RunSettings):
-    """One whole run: convert, transfer, finetune, evaluate, save."""
-
-    model_name_or_path: str = "meta-llama/Meta-Llama-3-8B"
-    """The teacher: a Hub id, a local directory, or a .gguf file."""
-    revision: str | None = None
-    """Branch, tag or commit of the teacher's repository."""
-    output_dir: str = "out"
-    """The run directory: config.yaml, logs, plots, checkpoints, adapter and final."""
-    overwrite: bool = False
-    """Replace a run that `output_dir` already holds."""
-    resume_from_checkpoint: bool = False
-    """Continue the run in `output_dir` from its newest checkpoint, in the stage where it stopped."""
-    seed: int = 0
-    """Seed of the initialisation, the order of the data and the dropout."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Type of the teacher's weights and of the computation; the mechanism's parameters are float32 always."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """The process's GPU, else the CPU; or one of them (CUDA_VISIBLE_DEVICES chooses among several)."""
-    load_in_4bit: bool = False
-    """Hold the frozen weights in 4 bits while training (bitsandbytes NF4); the result is merged into the full
-    weights."""
-    load_in_8bit: bool = False
-    """The same in 8 bits."""
-    attention: dict[str, Any] = field(default_factory=lambda: {"type": "linear"})
-    """The new attention: `type` and the settings of that mechanism (window, sinks, feature_map, ...)."""
-    softmax_layers: int | list[int] | str = field(default_factory=list)
-    """Layers that keep softmax attention: a list of indices such as [4] or 0,5, from 0, negative ones from the end; or
-    a number of them or a share such as 10%, which are then chosen by measuring (section select)."""
-    state_budget: int | str | None = None
-    """Bytes that the states of one sequence may hold beside softmax layers, such as 7MB, or 240KB/layer on average:
-    windows are then placed by measuring (section select), in place of attention.window."""
-    select: SelectConfig = field(default_factory=SelectConfig)
-    """How layers and windows are measured, where state_budget or a number of softmax_layers asks for it."""
-    mixer_types: list[str] | None = None
-    """The attention of each layer by name: softmax, or an entry of `mixers`; none: `attention` and
-    `softmax_layers`."""
-    mixers: dict[str, Any] | None = None
-    """Settings of each name in `mixer_types`, as `attention` has them."""
-    sliding_window: Literal["keep", "lift"] = "keep"
-    """A teacher's sliding window (Mistral-7B-v0.1): keep it in softmax layers and in the teacher that stage 1 learns
-    from, or lift it there, so that they see all tokens; converted layers never have it."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """Training and validation text."""
-    calibration_sequences: int = 8
-    """Training sequences that a mechanism with a calibration (cosine, landmark) is fitted to before it trains; 0: not
-    fitted."""
-    transfer: TransferConfig | None = field(default_factory=TransferConfig)
-    """Stage 1; none: skipped."""
-    finetune: FinetuneConfig | None = field(default_factory=FinetuneConfig)
-    """Stage 2; none: skipped."""
-    evaluation: EvaluationConfig | None = field(default_factory=EvaluationConfig)
-    """The measurements; none: skipped."""
-    report_to: list[str] = field(default_factory=lambda: ["none"])
-    """Trackers: trackio, wandb, tensorboard, all or none. All stages are one run of the project linearize."""
-    op_backend: Literal["auto", "reference", "chunked", "triton"] = "auto"
-    """Implementation of the new attention; auto: the fastest that runs here."""
-    push_to_hub: str | None = None
-    """Hub repository that the result is pushed to, e.g. me/Llama-3-8B-linear; none: not pushed."""
-
-    def __post_init__(self) -> None:
-        convert_fields(self, "")
-        self.attention.setdefault("type", "linear")
-        self._check_layers()
-        require(bool(self.model_name_or_path), "model_name_or_path is empty: name the teacher.")
-        self._check_run()
-        self._check_calibration(self.calibration_sequences)
-        require(
-            not (self.load_in_4bit and self.load_in_8bit),
-            "load_in_4bit and load_in_8bit are both set: choose one of them.",
-        )
-        require(
-            self.finetune is not None or self.evaluation is None or not self.evaluation.yardstick,
-            "evaluation.yardstick trains the teacher as stage 2 trains the student: set finetune, or leave it out.",
-        )
-        require(
-            self.push_to_hub is None or self.push_to_hub.count("/") <= 1,
-            f"push_to_hub is {self.push_to_hub!r}, but a repository is named NAME or OWNER/NAME.",
         )

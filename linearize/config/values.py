@@ -73,6 +73,16 @@ def convert_value(annotation: Any, value: Any, name: str) -> Any:
     raise UserError(f"{name} is {value!r}, but it must be {describe(annotation)}{sizes}.")
 
 
+def choices(annotation: Any) -> tuple[Any, ...]:
+    """The values that a field of a few literals takes; none of another field."""
+    return tuple(
+        choice
+        for option in options(annotation)
+        if typing.get_origin(option) is Literal
+        for choice in typing.get_args(option)
+    )
+
+
 def describe(annotation: Any) -> str:
     """How a person would name the type: ``an integer``, ``one of text, chat``, ``a list of strings or none``."""
     parts = []

@@ -6,12 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypeVar, overload
+from typing import Any, TypeVar
 
 import yaml
 
-from linearize.config.presets import PRESETS, find_preset, unknown_preset
-from linearize.config.settings import RunConfig, RunSettings
+from linearize.config.presets import find_preset, unknown_preset
+from linearize.config.settings import RunSettings
 from linearize.config.values import NOTHING, build, field_types, section_type
 from linearize.errors import UserError
 from linearize.paths import user_path
@@ -22,12 +22,7 @@ OF_ITS_DATASET = ("dataset_config", "split", "revision", "validation")
 """Settings of section data that mean something for one dataset alone."""
 
 
-def preset_names(settings: type[RunSettings] = RunConfig) -> list[str]:
-    """Names of the shipped presets for these settings, which stand for their paths."""
-    return sorted(path.stem for path in (PRESETS / settings.preset_folder).glob("*.yaml"))
-
-
-def find_config(path_or_preset: str | PathLike[str], settings: type[RunSettings] = RunConfig) -> Path:
+def find_config(path_or_preset: str | PathLike[str]) -> Path:
     """The YAML file that a path or the bare name of a shipped preset stands for."""
     path = Path(user_path(path_or_preset))
     if path.is_file():
@@ -35,16 +30,12 @@ def find_config(path_or_preset: str | PathLike[str], settings: type[RunSettings]
     preset = find_preset(str(path_or_preset))
     if preset is None:
         raise unknown_preset(str(path_or_preset), "YAML file or preset")
-    if preset.folder != settings.preset_folder:
-        raise UserError(
-            f"{preset.name} is a preset of another command: linearize {preset.command} --config {preset.name}."
-        )
     return preset.path
 
 
-def read_values(path_or_preset: str | PathLike[str], settings: type[RunSettings] = RunConfig) -> dict[str, Any]:
+def read_values(path_or_preset: str | PathLike[str]) -> dict[str, Any]:
     """The settings that a preset or a YAML file gives, unchecked."""
-    return read_mapping(find_config(path_or_preset, settings))
+    return read_mapping(find_config(path_or_preset))
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -80,9 +71,7 @@ def merge(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
     return merged
 
 
-def left_behind(
-    values: Mapping[str, Any], overrides: Mapping[str, Any], settings: type[RunSettings] = RunConfig
-) -> list[str]:
+def left_behind(values: Mapping[str, Any], overrides: Mapping[str, Any], settings: type) -> list[str]:
     """Settings of section data that a config has for its own dataset, where the overrides name another one.
 
     What is a default, what the overrides give too, and validation text in a file of its own stay.
@@ -113,24 +102,12 @@ def _is_file(validation: str) -> bool:
     return "/" in validation or bool(Path(validation.removesuffix(".gz")).suffix)
 
 
-@overload
-def resolve(
-    config: RunConfig | Mapping[str, Any] | str | PathLike[str] | None, overrides: Mapping[str, Any] | None = None
-) -> RunConfig: ...
-
-
-@overload
 def resolve(
     config: Settings | Mapping[str, Any] | str | PathLike[str] | None,
     overrides: Mapping[str, Any] | None = None,
     *,
     settings: type[Settings],
-) -> Settings: ...
-
-
-def resolve(
-    config: Any, overrides: Mapping[str, Any] | None = None, *, settings: type[RunSettings] = RunConfig
-) -> Any:
+) -> Settings:
     """Settings from a path, a preset's name, a mapping or settings, with `overrides` (dotted names) laid over them.
 
     Another dataset does not take over what the config says of its own one (`left_behind`).
@@ -143,7 +120,7 @@ def resolve(
     if isinstance(config, RunSettings):
         config = to_values(config)
     values: Mapping[str, Any] = (
-        {} if config is None else config if isinstance(config, Mapping) else read_values(config, settings)
+        {} if config is None else config if isinstance(config, Mapping) else read_values(config)
     )
     dropped = left_behind(values, overrides or {}, settings)
     if dropped:
@@ -164,7 +141,7 @@ def write_config(config: RunSettings, path: str | PathLike[str]) -> None:
     write_file(path, text.encode("utf-8"))
 
 
-def flat_names(settings: type = RunConfig) -> dict[str, Any]:
+def flat_names(settings: type) -> dict[str, Any]:
     """Dotted name -> annotation of every plain field, sections' fields included."""
     names: dict[str, Any] = {}
     for name, annotation in field_types(settings).items():
@@ -175,13 +152,28 @@ def flat_names(settings: type = RunConfig) -> dict[str, Any]:
     return names
 
 
+def _stage_differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
+    """The same of the settings of stages, each named by its stage alone; `stages` where their order differs."""
+    common = [name for name in first if name in second]
+    found = [] if common == [name for name in second if name in first] else ["stages"]
+    for name in {**first, **second}:
+        if name in common:
+            values, others = first[name], second[name]
+            found += [f"{name}.{key}" for key in {**values, **others} if values.get(key) != others.get(key)]
+        else:
+            found.append(name)
+    return found
+
+
 def differences(old: RunSettings, new: RunSettings) -> list[str]:
     """Dotted names of the settings whose values differ."""
     first, second = to_values(old), to_values(new)
     found = []
     for name, value in first.items():
         other = second[name]
-        if isinstance(value, dict) and isinstance(other, dict):
+        if name == "stages":
+            found += _stage_differences(value, other)
+        elif isinstance(value, dict) and isinstance(other, dict):
             found += [f"{name}.{key}" for key in {**value, **other} if value.get(key) != other.get(key)]
         elif value != other:
             found.append(name)

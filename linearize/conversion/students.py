@@ -166,20 +166,22 @@ def load_student(
     return model.eval()
 
 
-def load_model(path: str | Path, *, dtype: str | torch.dtype = torch.float32) -> PreTrainedModel:
+def load_model(
+    path: str | Path, *, dtype: str | torch.dtype = torch.float32, revision: str | None = None
+) -> PreTrainedModel:
     """Load a causal language model: a converted repository by `load_student`, else a stock checkpoint.
 
     Raises:
         UserError: it cannot be read, or is an encoder.
     """
     source = user_path(path)
-    config = load_config(source)
+    config = load_config(source, revision=revision)
     refuse_encoder(source, config)
     if config.model_type.startswith(PREFIX):
-        return load_student(source, dtype=dtype)
+        return load_student(source, dtype=dtype, revision=revision)
     with quiet_transformers(), explained(source):
         load: Any = AutoModelForCausalLM.from_pretrained
-        model = load(source, dtype=dtype)
+        model = load(source, dtype=dtype, revision=revision)
     mend_generation_config(model, source)
     return model.eval()
 
@@ -212,7 +214,7 @@ def refuse_encoder(source: str, config: PreTrainedConfig) -> None:
     """
     if is_encoder(config):
         raise UserError(
-            f"{source} is an encoder, which predicts no next token: train it with `linearize encoder`, and measure "
+            f"{source} is an encoder, which predicts no next token: train it with `linearize run minilm_linear`, and measure "
             "its embeddings with `linearize evaluate DIRECTORY --text FILE`"
         )
     backbone = BACKBONES.get(config.model_type.removeprefix(PREFIX))

@@ -26,7 +26,7 @@ from linearize.data.vocabulary import vocabulary_size
 from linearize.errors import UserError
 
 if TYPE_CHECKING:
-    from linearize.config.encoder import EncoderDataConfig
+    from linearize.config.settings import DataConfig
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def split_sentences(text: str) -> list[str]:
     return [piece for piece in pieces if len(piece.split()) >= LEAST_WORDS and re.search("[A-Za-z]", piece)]
 
 
-def prepare_rows(config: EncoderDataConfig, tokenizer: Any) -> tuple[TextRows, TextRows]:
+def prepare_rows(config: DataConfig, tokenizer: Any) -> tuple[TextRows, TextRows]:
     """The training and the validation rows, from the cache where it has them.
 
     Raises:
@@ -90,7 +90,7 @@ def prepare_rows(config: EncoderDataConfig, tokenizer: Any) -> tuple[TextRows, T
     return main_process_first(lambda: _prepare(config, tokenizer))
 
 
-def held_out_documents(config: EncoderDataConfig) -> list[str]:
+def held_out_documents(config: DataConfig) -> list[str]:
     """Texts of the validation documents: `data.validation`, or those that are carved off the training data.
 
     Raises:
@@ -120,7 +120,7 @@ def _texts(source: Source, text_field: str) -> Iterator[tuple[int, str]]:
         yield number, string_field(record, text_field, where)
 
 
-def _carved(source: Source, config: EncoderDataConfig) -> set[int]:
+def _carved(source: Source, config: DataConfig) -> set[int]:
     """Numbers of the documents carved off for validation: at most a tenth of them, drawn with a fixed seed."""
     count = sum(1 for _ in source.records())
     wanted = min(config.validation_documents, count // 10)
@@ -133,7 +133,7 @@ def _carved(source: Source, config: EncoderDataConfig) -> set[int]:
     return set(order[:wanted].tolist())
 
 
-def _prepare(config: EncoderDataConfig, tokenizer: Any) -> tuple[TextRows, TextRows]:
+def _prepare(config: DataConfig, tokenizer: Any) -> tuple[TextRows, TextRows]:
     if config.format not in ("auto", "text") or config.completion_only:
         raise UserError("Encoders train on plain text: set data.format to text, and leave data.completion_only out.")
     train, validation = open_data(config)
@@ -170,7 +170,7 @@ def _digest(text: str) -> bytes:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
 
 
-def _write(folder: Path, split: str, texts: Iterator[str], config: EncoderDataConfig, tokenizer: Any) -> int:
+def _write(folder: Path, split: str, texts: Iterator[str], config: DataConfig, tokenizer: Any) -> int:
     """The rows of some documents; how many there are."""
     length, parts, lengths, total = config.sequence_length, [], [], 0
     dtype = data_packing.id_dtype(vocabulary_size(tokenizer))

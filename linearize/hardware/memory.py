@@ -24,14 +24,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from linearize.config.settings import RunConfig
 from linearize.hardware.memory_cosine import CosineMechanism, Stage
 from linearize.hardware.shape import GELU, Shape, linear_layers
 from linearize.modeling import BACKBONES
 from linearize.modeling.attention_linear import DEFAULT_GATE, DEFAULT_MAP_INPUT
 from linearize.modeling.op_hybrid_linear_chunked import CHUNK
+
+if TYPE_CHECKING:
+    from linearize.config.settings import FinetuneConfig, TransferConfig
+    from linearize.runs.settings import RunConfig
 
 BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 FUSED_BYTES = {"bfloat16": 2, "float16": 4, "float32": 4}
@@ -327,20 +330,20 @@ def why_not_fused(teacher: Any, config: RunConfig) -> str | None:
             return str(error)
 
 
-def forecast_transfer(teacher: Any, config: RunConfig, *, fused: bool = False) -> Forecast:
+def forecast_transfer(teacher: Any, config: RunConfig, settings: TransferConfig, *, fused: bool = False) -> Forecast:
     """Peak of stage 1: one layer's graph of one arm at a time, inside a forward without gradient.
 
     Args:
         teacher: Its config.
         config: Of the run.
+        settings: Of the stage.
         fused: Whether the fused kernels will run (`runs_fused`), which hold less than the chunked path.
     """
-    assert config.transfer is not None
     shape = Shape.of(teacher)
     mechanism = mechanism_of(shape, config)
-    tokens = config.transfer.batch_size * config.data.sequence_length
+    tokens = settings.batch_size * config.data.sequence_length
     if fused and isinstance(mechanism, Mechanism):
-        activations = _fused_transfer(shape, mechanism, config, tokens)
+        activations = _fused_transfer(shape, mechanism, config, settings.loss, tokens)
     else:
         hidden = FACTORS.teacher_hidden * BYTES[config.dtype] * shape.hidden
         activations = tokens * (mechanism.activations(shape, "transfer") + hidden)
@@ -357,33 +360,29 @@ def forecast_transfer(teacher: Any, config: RunConfig, *, fused: bool = False) -
     )
 
 
-def _fused_transfer(shape: Shape, mechanism: Mechanism, config: RunConfig, tokens: int) -> float:
+def _fused_transfer(shape: Shape, mechanism: Mechanism, config: RunConfig, loss_kind: str, tokens: int) -> float:
     """Bytes of stage 1's fullest moment: the end of the mixed arm's backward, its loss, or the teacher's MLP."""
-    assert config.transfer is not None
     fused, size = FusedBytes.of(shape, mechanism, config.dtype, tokens), BYTES[config.dtype]
     forward = fused.inputs + fused.kept + fused.output  # the last is the teacher's output
     loss = forward + (
-        4 * FACTORS.cosine_loss * shape.heads * shape.head_dim if config.transfer.loss == "cosine" else 0
+        4 * FACTORS.cosine_loss * shape.heads * shape.head_dim if loss_kind == "cosine" else 0
     )
     backward = forward + fused.output + fused.backward + fused.maps / tokens  # the second output is its gradient
     mlp = size * FACTORS.teacher_intermediate * shape.intermediate
     return tokens * (max(loss, backward, mlp) + size * FACTORS.fused_teacher_hidden * shape.hidden)
 
 
-def adapter_parameters(shape: Shape, config: RunConfig) -> int:
+def adapter_parameters(shape: Shape, settings: FinetuneConfig) -> int:
     """LoRA parameters on the targets that the forecast knows."""
-    assert config.finetune is not None
-    layers, targets = linear_layers(shape), config.finetune.lora_targets or shape.lora_targets
-    return shape.layers * config.finetune.lora_rank * sum(a + b for name in targets for a, b in layers.get(name, []))
+    layers, targets = linear_layers(shape), settings.lora_targets or shape.lora_targets
+    return shape.layers * settings.lora_rank * sum(a + b for name in targets for a, b in layers.get(name, []))
 
 
-def forecast_finetune(teacher: Any, config: RunConfig, *, fused: bool = False) -> Forecast:
+def forecast_finetune(teacher: Any, config: RunConfig, settings: FinetuneConfig, *, fused: bool = False) -> Forecast:
     """Peak of stage 2: all layers' activations, or one layer's and every layer's input with gradient checkpointing.
 
     With `fused` (as in `forecast_transfer`) the mechanism's part is counted from the kernels, not fitted.
     """
-    assert config.finetune is not None
-    settings = config.finetune
     shape = Shape.of(teacher)
     mechanism = mechanism_of(shape, config)
     tokens = settings.batch_size * max(settings.lengths(config.data.sequence_length))
@@ -407,7 +406,7 @@ def forecast_finetune(teacher: Any, config: RunConfig, *, fused: bool = False) -
     return Forecast(
         weights=weight_bytes(shape, config),
         mixers=mixers * 4 * mechanism.parameters,
-        adapters=ADAM_STATES * 4 * adapter_parameters(shape, config),
+        adapters=ADAM_STATES * 4 * adapter_parameters(shape, settings),
         activations=int(activations),
         logits=int(logits),
         workspace=FACTORS.workspace,

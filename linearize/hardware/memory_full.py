@@ -10,15 +10,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from linearize.errors import UserError
 from linearize.hardware.memory import ADAM_STATES, format_bytes
-
-if TYPE_CHECKING:
-    from linearize.config.pretraining import PretrainConfig
 
 CHECK = "LINEARIZE_MEMORY_CHECK"
 """Environment variable; `off` leaves the check out."""
@@ -123,30 +120,10 @@ def _advice(config: Any, needed: FullTraining, free: int) -> str:
 
     ways = []
     if needed.teacher and needed.total - needed.teacher <= free:
-        ways.append("set distillation to none")
+        ways.append("leave the teacher out")
     if not is_encoder(config):
         half = format_bytes(BFLOAT16 * needed.parameters)
-        ways.append(f"train adapters with `linearize run` (LoRA on {half} of weights, a quarter with load_in_4bit)")
+        ways.append(f"train adapters (weights: lora, on {half} of weights, a quarter with load_in_4bit)")
     most = int(free / (needed.total / needed.parameters))
     ways.append(f"take a model of at most {most:,} weights")
     return ", or ".join(ways)
-
-
-def check_pretraining(settings: PretrainConfig, state: Any) -> None:
-    """`check_full_training` of a pretraining's settings.
-
-    Raises:
-        UserError: It cannot fit, or a config cannot be read.
-    """
-    from linearize.conversion.pretraining_model import random_configs
-    from linearize.conversion.students import load_config
-
-    source, distillation = settings.model_name_or_path, settings.distillation
-    if source is not None:
-        name, config = source, load_config(source)
-    else:
-        stock, student = random_configs(settings)
-        name, config = f"this {settings.model.type}", student or stock
-    taught = distillation is not None and distillation.teacher is not None
-    teacher = load_config(distillation.teacher) if taught else None  # type: ignore[union-attr, arg-type]
-    check_full_training(name, config, state, teacher=teacher, trains_all=settings.training.train == "all")

@@ -80,6 +80,18 @@ def save_final(
     return Path(directory)
 
 
+def save_stock(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, directory: str | os.PathLike[str]
+) -> None:
+    """Write a model that is not converted, with its tokenizer; a directory that exists is replaced as a whole."""
+    from linearize.files import atomic_directory
+
+    with atomic_directory(Path(directory)) as target:
+        model.save_pretrained(target)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(target)
+
+
 @contextlib.contextmanager
 def readable_hub_errors(repository: str, action: str) -> Iterator[None]:
     """Turn the Hub's failures into one sentence.

@@ -1,14 +1,17 @@
 """The directory of a run: what lies in it, whether it may be used, and whether a resumed run is the run that it holds.
 
-config.yaml                          every setting, resolved
-selection.{json,yaml,png}            where windows and softmax layers are chosen by measuring
-logs/{transfer,finetune}.jsonl       losses; evaluation.json: what has been measured so far; inputs.json: digests
+config.yaml                  every setting, resolved
+selection.{json,yaml,png}    where windows and softmax layers are chosen by measuring
+logs/STAGE.jsonl             losses, STAGE_validation.jsonl; evaluation.json: what has been measured so far;
+                             inputs.json: digests of what the run is made of
 plots/*.png
-checkpoints/{transfer,finetune}/step-N
-transferred/                         the converted repository after stage 1, where stage 2 follows
-yardstick/                           the same stage 2 on the teacher, where evaluation.yardstick asks for it
-adapter/                             LoRA and the trained mechanisms, in peft's format
-final/                               the converted repository
+checkpoints/STAGE/step-N
+STAGE/                       the repository after a stage that another one follows
+yardstick/                   the teacher, trained on as many tokens: a repository, or an adapter where the stages train one
+converted/                   the untrained student, where an adapter belongs on it
+adapter/                     LoRA and the trained mechanisms, in peft's format
+final/                       the repository after the last stage
+report.json, report.md       figures of all stages, of the models between them and of the yardstick
 """
 
 from __future__ import annotations
@@ -23,16 +26,16 @@ from typing import Any, ClassVar
 from linearize.config.record import FINAL, read_record
 from linearize.config.selection import FILES
 from linearize.config.settings import RunSettings
-from linearize.config.yaml_io import differences, resolve, write_config
+from linearize.config.yaml_io import differences, read_mapping, resolve, write_config
 from linearize.errors import UserError
+from linearize.runs.settings import resolve_run, trains_language
 from linearize.stages.identity import STEPS, StageState, changed_settings, require_same_inputs
 
 CONFIG = "config.yaml"
-REPORT = "report.json"
-"""The figures of a run of several models; those of `linearize run` are in `RunDirectory.measurements`."""
+REPORT, TABLES = "report.json", "report.md"
 INPUTS = Path("logs", "inputs.json")
-TRANSFERRED, YARDSTICK = "transferred", "yardstick"
-CONTENTS = (CONFIG, *FILES, "logs", "plots", "checkpoints", TRANSFERRED, YARDSTICK, "adapter", FINAL)
+YARDSTICK, CONVERTED = "yardstick", "converted"
+CONTENTS = (CONFIG, *FILES, "logs", "plots", "checkpoints", YARDSTICK, CONVERTED, "adapter", FINAL, REPORT, TABLES)
 FREE_TO_CHANGE = (
     "output_dir",
     "overwrite",
@@ -47,19 +50,16 @@ FREE_TO_CHANGE = (
 
 
 class RunDirectory:
-    """The directory of one run."""
+    """The directory of one run of any kind.
 
-    contents: ClassVar[tuple[str, ...]] = CONTENTS
-    """What a run writes there, and all that replacing it deletes."""
+    Args:
+        config: Its settings.
+    """
+
     free_to_change: ClassVar[tuple[str, ...]] = FREE_TO_CHANGE
     """Settings that a resumed run may always change."""
     fixed: ClassVar[tuple[str, ...]] = ()
     """Settings that it may never change, though others of their name may."""
-    sections: ClassVar[Mapping[str, str]] = {
-        "transfer": "checkpoints/transfer",
-        "finetune": "checkpoints/finetune",
-    }
-    """The stages in their order: section of the settings -> its checkpoints, or a file that it leaves."""
 
     def __init__(self, config: RunSettings) -> None:
         self.config: Any = config
@@ -67,48 +67,17 @@ class RunDirectory:
         self.final = self.path / FINAL
 
     @property
-    def transferred(self) -> Path:
-        """The converted repository after stage 1, where stage 2 follows."""
-        return self.path / TRANSFERRED
+    def contents(self) -> tuple[str, ...]:
+        """What a run writes there, and all that replacing it deletes."""
+        return CONTENTS
 
-    @property
-    def yardstick(self) -> Path:
-        """The teacher's stage 2: its logs, checkpoints and adapter."""
-        return self.path / YARDSTICK
+    def places(self) -> Mapping[str, str]:
+        """The stages in their order: section of the settings -> its checkpoints, or a file that it leaves."""
+        return {}
 
-    @property
-    def measurements(self) -> Path:
-        """What has been measured so far, for a resumed run to go on with."""
-        return self.path / "logs" / "evaluation.json"
-
-    def ending(self) -> str:
-        """Where all that a finished run left lies, and the next commands."""
-        places = {
-            "repository": [self.final],
-            "report": [self.path / REPORT, self.measurements],
-            "plots": [self.path / "plots"],
-        }
-        found = {what: next((path for path in paths if path.exists()), None) for what, paths in places.items()}
-        lines = [f"{what:12s}{path}" for what, path in found.items() if path is not None]
-        return "\n".join([*lines, *(f"{'next':12s}{command}" for command in self._next_commands())])
-
-    def _next_commands(self) -> list[str]:
-        from linearize.conversion.students import load_config
-        from linearize.modeling import is_encoder
-
-        final, config = shlex.quote(str(self.final)), load_config(str(self.final))
-        evaluate, on_text = f"linearize evaluate {final} --text FILE", "--data.dataset FILE --output_dir DIR"
-        if not hasattr(config, "mixer_types"):
-            if is_encoder(config):
-                glue = f"linearize glue --models {final} --output_dir DIR"
-                return [evaluate, glue, f"linearize encoder --model_name_or_path {final} {on_text}"]
-            return [f"linearize chat {final}", evaluate, f"linearize run --model_name_or_path {final} {on_text}"]
-        push = f"linearize push {final} OWNER/NAME"
-        if is_encoder(config):
-            teacher = getattr(self.config, "model_name_or_path", None)
-            named = f" --teacher {shlex.quote(teacher)}" if teacher else ""
-            return [f"linearize info {final}", evaluate + named, push]
-        return [f"linearize chat {final}", evaluate, push]
+    def stored(self) -> RunSettings:
+        """Settings of the run that lies there."""
+        return resolve(self.path / CONFIG, settings=type(self.config))
 
     def holds_run(self) -> bool:
         """Whether any part of a run lies there."""
@@ -137,7 +106,7 @@ class RunDirectory:
         if not (self.path / CONFIG).is_file():
             return
         states = self.stage_states()
-        changed = changed_settings(self._stored(), self.config, states, self.free_to_change, self.fixed)
+        changed = changed_settings(self.stored(), self.config, states, self.free_to_change, self.fixed)
         if changed:
             raise UserError(
                 f"{self.path} holds a run with other settings ({', '.join(changed)}): resume it with its own, "
@@ -146,9 +115,9 @@ class RunDirectory:
 
     def stage_states(self) -> dict[str, StageState]:
         """How far each stage of the run that lies there is."""
-        begun = [self._has_begun(place) for place in self.sections.values()]
+        begun = [self._has_begun(place) for place in self.places().values()]
         states = {}
-        for number, section in enumerate(self.sections):
+        for number, section in enumerate(self.places()):
             if any(begun[number + 1 :]):
                 states[section] = StageState.CLOSED
             else:
@@ -159,28 +128,6 @@ class RunDirectory:
         from linearize.training.checkpointing import step_directories
 
         return (self.path / place).is_file() or bool(step_directories(self.path / place))
-
-    def _stored(self) -> RunSettings:
-        return resolve(self.path / CONFIG, settings=type(self.config))
-
-    def is_complete(self) -> bool:
-        """Whether the run that lies there has ended, and nothing more is asked for."""
-        return self.has_ended() and not self._asks_for_more()
-
-    def _asks_for_more(self) -> bool:
-        """Whether the settings have another stage, or other steps, than the run that lies there."""
-        if not (self.path / CONFIG).is_file():
-            return False
-        names = differences(self._stored(), self.config)
-        return any(name in self.sections or name.rpartition(".")[2] in STEPS for name in names)
-
-    def has_ended(self) -> bool:
-        """Whether the run that lies there has ended: the repository is saved and, if asked for, measured."""
-        if not self.final.is_dir():
-            return False
-        record = read_record(self.final)
-        wanted = self.config.evaluation
-        return wanted is None or bool(record.get("evaluation")) and (not wanted.tasks or bool(record.get("tasks")))
 
     def prepare(self, inputs: Mapping[str, str] | None = None) -> None:
         """Make the directory, without the run that it held if that is to be replaced, and write the settings.
@@ -212,3 +159,103 @@ class RunDirectory:
         write_config(self.config, self.path / CONFIG)
         if inputs is not None:
             write_file(noted, (json.dumps(inputs, indent=1) + "\n").encode())
+
+
+class StagesDirectory(RunDirectory):
+    """The directory of a run of stages."""
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """With the repositories of its stages, and of those of the run that lies there."""
+        stages = dict.fromkeys([*self.config.stages, *self._stages_there()])
+        return (*CONTENTS, *stages)
+
+    def _stages_there(self) -> list[str]:
+        path = self.path / CONFIG
+        if not path.is_file():
+            return []
+        stages = read_mapping(path).get("stages")
+        return [name for name in stages if isinstance(name, str)] if isinstance(stages, Mapping) else []
+
+    def of_stage(self, name: str) -> Path:
+        """The repository after a stage."""
+        return self.path / name
+
+    @property
+    def yardstick(self) -> Path:
+        """The trained teacher."""
+        return self.path / YARDSTICK
+
+    @property
+    def measurements(self) -> Path:
+        """What has been measured so far, for a resumed run to go on with."""
+        return self.path / "logs" / "evaluation.json"
+
+    def places(self) -> Mapping[str, str]:
+        """Checkpoints of the stages that train, and the repositories that the others leave."""
+        places = {
+            name: f"checkpoints/{name}" if hasattr(stage, "tokens") else f"{name}/config.json"
+            for name, stage in self.config.stages.items()
+        }
+        gone = [name for name in self._stages_there() if name not in places]
+        return places | {name: f"checkpoints/{name}" for name in gone}
+
+    def stored(self) -> RunSettings:
+        """Settings of the run that lies there."""
+        return resolve_run(self.path / CONFIG)
+
+    def stage_states(self) -> dict[str, StageState]:
+        """How far each stage of the run that lies there is. Once the yardstick has begun, which trains as long as all
+        stages, their lengths are settled."""
+        states = super().stage_states()
+        if self._has_begun(f"checkpoints/{YARDSTICK}"):
+            trained = [name for name, stage in self.config.stages.items() if trains_language(stage)]
+            states |= {name: StageState.SETTLED for name in trained if states[name] is not StageState.CLOSED}
+        return states
+
+    def is_complete(self) -> bool:
+        """Whether the run that lies there has ended, and nothing more is asked for."""
+        return self.has_ended() and not self.asks_for_more()
+
+    def asks_for_more(self) -> bool:
+        """Whether the settings have another stage, or other steps, than the run that lies there."""
+        if not (self.path / CONFIG).is_file():
+            return False
+        names = differences(self.stored(), self.config)
+        return any(name in self.config.stages or name.rpartition(".")[2] in STEPS for name in names)
+
+    def has_ended(self) -> bool:
+        """Whether the run that lies there has ended: the repository is saved and, if asked for, measured."""
+        if not self.final.is_dir() or not (self.path / REPORT).is_file():
+            return False
+        wanted = self.config.evaluation
+        return wanted is None or not wanted.tasks or bool(read_record(self.final).get("tasks"))
+
+    def ending(self) -> str:
+        """Where all that a finished run left lies, and the next commands."""
+        places = {
+            "repository": [self.final],
+            "report": [self.path / REPORT],
+            "plots": [self.path / "plots"],
+        }
+        found = {what: next((path for path in paths if path.exists()), None) for what, paths in places.items()}
+        lines = [f"{what:12s}{path}" for what, path in found.items() if path is not None]
+        return "\n".join([*lines, *(f"{'next':12s}{command}" for command in self._next_commands())])
+
+    def _next_commands(self) -> list[str]:
+        from linearize.conversion.students import load_config
+        from linearize.modeling import is_encoder
+
+        final, config = shlex.quote(str(self.final)), load_config(str(self.final))
+        evaluate, on_text = f"linearize evaluate {final} --text FILE", "--data FILE --output_dir DIR"
+        if not hasattr(config, "mixer_types"):
+            if is_encoder(config):
+                glue = f"linearize glue --models {final} --output_dir DIR"
+                return [evaluate, glue, f"linearize run minilm_linear {final} {on_text}"]
+            return [f"linearize chat {final}", evaluate, f"linearize run PRESET {final} {on_text}"]
+        push = f"linearize push {final} OWNER/NAME"
+        if is_encoder(config):
+            teacher = getattr(self.config, "model_name_or_path", None)
+            named = f" --teacher {shlex.quote(teacher)}" if teacher else ""
+            return [f"linearize info {final}", evaluate + named, push]
+        return [f"linearize chat {final}", evaluate, push]

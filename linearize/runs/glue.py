@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from linearize.config.yaml_io import resolve, to_values
 from linearize.errors import UserError
@@ -39,14 +39,17 @@ REPORT, TABLE = "report.json", "report.md"
 class GlueDirectory(RunDirectory):
     """The directory of a run on GLUE."""
 
-    contents = (CONFIG, "results", "logs", "checkpoints", "models", REPORT, TABLE)
-    sections: ClassVar[Mapping[str, str]] = {}
     fixed = ("training.batch_size", "training.precision")  # the batch of a step; all results of a table are made alike
     free_to_change = (
         *FREE_TO_CHANGE,
         *("models", "names", "revisions", "tasks", "seeds", "metrics", "save_models"),
         "training.learning_rates",
     )
+
+    @property
+    def contents(self) -> tuple[str, ...]:
+        """What the benchmark writes."""
+        return CONFIG, "results", "logs", "checkpoints", "models", REPORT, TABLE
 
 
 @dataclass

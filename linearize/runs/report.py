@@ -15,7 +15,7 @@ from torch.utils.data import Subset
 from linearize.config.evaluation import EvaluationConfig
 from linearize.conversion.quantization import is_quantized
 from linearize.evaluation import by_length
-from linearize.evaluation.arms import has_branches
+from linearize.evaluation.arms import has_branches, is_student
 from linearize.evaluation.report import (
     LINEAR_ARM,
     OWN_WEIGHTS,
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     from linearize.evaluation import TaskReport
 
 CONVERTED = "student after conversion"
-CALIBRATED = "student after calibration"
-TRANSFERRED = "student after attention transfer"
+MODEL = "model"
+"""A stock one that was trained."""
 QUANTIZED = (
     "All rows above the student's were measured on the quantised base, the student and its arms on full weights."
 )
@@ -98,14 +98,17 @@ class RunReport:
 
         write_file(self.path, self.report.to_json().encode("utf-8"))
 
-    def before_training(self, model: Any, *, base_is_teacher: bool) -> None:
-        """Measure the references on the student before anything trains.
+    def before_training(self, model: Any, *, base_is_teacher: bool, yardstick: bool) -> None:
+        """Measure the references on the student before anything trains; a stock model has none.
 
         Args:
             model: The untrained student, whose base weights are the teacher's.
             base_is_teacher: False for a model that was finetuned before: its own weights are then the reference, and
                 there is no control.
+            yardstick: Whether the student is compared by length with a teacher that was trained.
         """
+        if not is_student(model):
+            return
         self.report.reach = window_reach(model)
         self.report.reference = TEACHER if base_is_teacher else OWN_WEIGHTS
         if self.config.controls:
@@ -116,22 +119,26 @@ class RunReport:
                 self.report.control = control_name(model)
                 self.measure(self.report.control, model, "softmax")
             self.measure(CONVERTED, model, "mixed")
-            if not self.config.yardstick:
+            if not yardstick:
                 self.measure_lengths(by_length.measure_controls, model, name=self.report.reference)
 
-    def after_calibration(self, model: Any) -> None:
-        """Measure the student before anything trains."""
-        if self.config.controls:
-            self.measure(CALIBRATED, model, "mixed")
+    def after_stage(self, name: str, model: Any) -> None:
+        """Measure the student between the stages.
 
-    def after_transfer(self, model: Any) -> None:
-        """Measure the student between the stages."""
+        Args:
+            name: What the stage is called.
+        """
         if self.config.controls:
-            self.measure(TRANSFERRED, model, "mixed")
+            self.measure(after(name), model, _arm(model, "mixed"))
 
-    def after_yardstick(self, model: Any) -> None:
-        """Measure the softmax teacher with adapters of its own."""
-        name = f"{self.report.reference} + the same LoRA steps"
+    def after_yardstick(self, model: Any, how: str) -> None:
+        """Measure the softmax teacher after training of its own.
+
+        Args:
+            model: A student whose teacher's arm it is.
+            how: It was trained.
+        """
+        name = f"{self.report.reference}{how}"
         self.measure(name, model, "teacher")
         self.measure_lengths(by_length.measure_controls, model, name=name)
 
@@ -142,7 +149,9 @@ class RunReport:
         report = self.report
         if is_quantized(model):
             report.notes = [ALL_QUANTIZED if note == QUANTIZED else note for note in report.notes]
-        self.measure(STUDENT, model, "mixed")
+        self.measure(STUDENT if is_student(model) else MODEL, model, _arm(model, "mixed"))
+        if not is_student(model):
+            return report
         if self.config.controls and has_branches(model):
             self.measure(SOFTMAX_ARM, model, "softmax")
             self.measure(LINEAR_ARM, model, "linear")
@@ -154,6 +163,16 @@ class RunReport:
         self.measure_lengths(by_length.measure_student, model, arms=self.config.controls)
         self.keep()
         return report
+
+
+def after(stage: str) -> str:
+    """The row of the student after a stage."""
+    return f"student after {stage}"
+
+
+def _arm(model: Any, arm: str) -> str | None:
+    """The arm of a student; a stock model has none."""
+    return arm if is_student(model) else None
 
 
 def run_tasks_of(settings: EvaluationConfig, model: Any, tokenizer: Any, directory: Path) -> TaskReport:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,45 @@ def load_statistics(folder: str | os.PathLike[str]) -> Statistics:
 
 
 # --- before any training
+
+
+def calibrate_gain_cells(model: Any, layers: dict[int, Any], rows: Sequence[Any], batch_size: int) -> None:
+    """`start_from_moments` of gain cells; each process looks at its share of the rows."""
+    from accelerate import PartialState
+
+    start_from_moments(model, share_of(rows, len(rows), PartialState()), batch_size)
+
+
+def share_of(rows: Any, count: int, state: Any) -> list[Any]:
+    """This process's part of the first `count` rows.
+
+    Raises:
+        UserError: there is not one for each process.
+    """
+    count = min(count, len(rows))
+    if count < state.num_processes:
+        raise UserError(
+            f"Gain cells are fitted to {count} sequences, and each of {state.num_processes} processes needs one: raise "
+            "sequences, or give more text."
+        )
+    return [rows[i] for i in range(state.process_index, count, state.num_processes)]
+
+
+def with_settings(student: Any, changes: Mapping[str, Any]) -> Any:
+    """A gain-cell student of the same weights, whose mechanism has other settings.
+
+    Args:
+        changes: of every mechanism, such as `{"cell_kind": "nonlinear"}`.
+    """
+    config = type(student.config).from_dict(student.config.to_dict())
+    for settings in config.mixers.values():
+        settings.update(changes)
+    config.prepare_mixers()
+    other = type(student)(config).to(student.device)
+    other.load_state_dict(student.state_dict())
+    other.generation_config = student.generation_config
+    other.name_or_path = student.name_or_path
+    return other.eval()
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def transposes(model: nn.Module) -> bool:
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
-def check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
+def check_targets(model: PreTrainedModel, targets: Sequence[str], section: str = "finetune") -> None:
     """Refuses names of layers that the model does not have.
 
     Raises:
@@ -90,7 +90,7 @@ def check_targets(model: PreTrainedModel, targets: Sequence[str]) -> None:
     unknown = [target for target in targets if target not in known]
     if unknown:
         raise UserError(
-            f"finetune.lora_targets: {type(model).__name__} has no linear layer named {', '.join(unknown)}; "
+            f"{section}.lora_targets: {type(model).__name__} has no linear layer named {', '.join(unknown)}; "
             f"there are {', '.join(known)}."
         )
 
@@ -129,7 +129,7 @@ def add_adapters(
         UserError: A target layer that the model does not have.
     """
     targets = config.lora_targets or default_targets(model)
-    check_targets(model, targets)
+    check_targets(model, targets, config.section)
     freeze_base(model)
     has_mixers = any(name.split(".")[-1] == MIXER for name, _ in model.named_modules())
     alpha = config.lora_alpha

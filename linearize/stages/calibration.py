@@ -1,6 +1,6 @@
 """Fit a mechanism's own numbers to softmax attention before anything trains: a few sequences, each layer for itself.
 
-What is fitted, and how, is `calibration_cosine.py` and `calibration_landmark.py`.
+What is fitted, and how, is `calibration_cosine.py`, `calibration_landmark.py` and, for gain cells, `adaptation.py`.
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from linearize.errors import UserError
 from linearize.evaluation.arms import unwrap
 from linearize.stages.calibration_report import CalibrationReport
 
-LOG = "calibration.json"
-
 
 def calibrates(config: Any) -> bool:
     """Whether a converted model's config, or settings of one mechanism, name one that can be calibrated."""
@@ -28,7 +26,7 @@ def calibrates(config: Any) -> bool:
 
 
 @torch.no_grad()
-def calibrate(model: Any, rows: Any, sequences: int, batch_size: int = 1) -> CalibrationReport:
+def calibrate(model: Any, rows: Any, sequences: int, batch_size: int = 1) -> CalibrationReport | None:
     """Fit the layers of a converted model whose mechanism has a calibration, in place; the same on every process.
 
     Args:
@@ -38,28 +36,31 @@ def calibrate(model: Any, rows: Any, sequences: int, batch_size: int = 1) -> Cal
         sequences: to look at, the first ones.
         batch_size: sequences at once.
 
+    Returns:
+        What was fitted; None of gain cells, whose scalers are set from the teacher's moments.
+
     Raises:
         UserError: no layer can be calibrated, there is no sequence, or the model's outputs are not finite.
     """
+    from linearize.stages.adaptation import calibrate_gain_cells
     from linearize.stages.calibration_cosine import calibrate_cosine
     from linearize.stages.calibration_landmark import calibrate_landmark
 
     count = min(sequences, len(rows))
     if count < 1:
-        raise UserError(
-            "The calibration has no sequence to look at: give more text, or set calibration_sequences to 0."
-        )
-    kind, layers = _layers(model, fits := {"cosine": calibrate_cosine, "landmark": calibrate_landmark})
+        raise UserError("The calibration has no sequence to look at: give more text, or leave the stage out.")
+    fits = {"cosine": calibrate_cosine, "landmark": calibrate_landmark, "gain_cell": calibrate_gain_cells}
+    kind, layers = _layers(model, fits)
     return fits[kind](model, layers, [rows[i] for i in range(count)], batch_size)
 
 
-def save_calibration(report: CalibrationReport, folder: str | os.PathLike[str]) -> None:
-    """Write it as `logs/calibration.json` of a run directory."""
+def save_calibration(report: CalibrationReport, folder: str | os.PathLike[str], name: str) -> None:
+    """Write it as `logs/NAME.json` of a run directory."""
     from pathlib import Path
 
     from linearize.files import write_file
 
-    path = Path(folder, "logs", LOG)
+    path = Path(folder, "logs", f"{name}.json")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, (json.dumps(report.to_dict(), indent=1) + "\n").encode())
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,12 +21,10 @@ import torch
 from accelerate import PartialState
 from torch import Tensor, nn
 
-from linearize.config.encoder import EmbeddingDistillationConfig, EncoderStageConfig, MaskedConfig
-from linearize.data.masking import IGNORE_INDEX, Masking
+from linearize.config.embeddings import EmbeddingConfig
 from linearize.data.rows import TextRows, collate
 from linearize.errors import UserError
 from linearize.evaluation.embeddings import sentence_embeddings
-from linearize.evaluation.masked import masked_loss
 from linearize.stages.distillation import hidden_distance
 from linearize.stages.identity import base_identity, data_identity, require_same_run
 from linearize.stages.transfer import training_only
@@ -60,7 +57,7 @@ def distill_embeddings(
     student: Any,
     teacher: Any,
     train: TextRows,
-    config: EmbeddingDistillationConfig,
+    config: EmbeddingConfig,
     *,
     output_dir: str | os.PathLike[str],
     **options: Any,
@@ -89,52 +86,18 @@ def distill_embeddings(
             raise UserError(f"The {what} of the teacher is {theirs}, but {ours} of the student: name its own teacher.")
     base = student.base_model
     kind = partial(EmbeddingTrainer, teacher.base_model.eval().requires_grad_(False))
-    parameters = [p for name, p in _trained(student, base, config) if not name.startswith("pooler.")]
+    parameters = [p for name, p in base.named_parameters() if not name.startswith("pooler.")]
+    if config.weights == "attention":
+        parameters = attention_parameters(student)
     return _run(kind, student, base, parameters, train, config, Path(output_dir), **options)
 
 
-def train_masked(
-    student: Any,
-    tokenizer: Any,
-    train: TextRows,
-    config: MaskedConfig,
-    *,
-    output_dir: str | os.PathLike[str],
-    **options: Any,
-) -> EncoderStageResult:
-    """Train an encoder with a masked-language-modelling head, in place, to find hidden tokens.
-
-    Args and errors: as in `distill_embeddings`; `checkpoints/mlm` and `logs/mlm.jsonl`.
-    """
-    check_masked_head(student)
-    kind = partial(MaskedTrainer, Masking.of(tokenizer, config.mask_probability))
-    parameters = [p for _, p in _trained(student, student, config)]
-    return _run(kind, student, student, parameters, train, config, Path(output_dir), **options)
-
-
-def check_masked_head(student: Any) -> None:
-    """Refuse a model without a head that finds hidden tokens.
-
-    Raises:
-        UserError: it has none.
-    """
-    if student.get_output_embeddings() is None:
-        raise UserError(
-            f"{type(student).__name__} has no masked-language-modelling head: set mlm to none, or convert a "
-            "checkpoint whose architectures in config.json are BertForMaskedLM."
-        )
-
-
-def _trained(student: Any, model: nn.Module, config: EncoderStageConfig) -> list[tuple[str, nn.Parameter]]:
-    """Name and parameter of all that trains."""
-    if config.train == "all":
-        return list(model.named_parameters())
+def attention_parameters(student: Any) -> list[nn.Parameter]:
+    """Projections and mechanism of the converted layers' attention."""
     block = attrgetter(student.attention_path.partition(".")[0])
     layers = {attention.layer_idx for attention in student.mixer_attentions()}
-    if not layers:
-        raise UserError(f"{config.section}.train is attention, but no layer is converted: set it to all.")
     attentions = [block(layer) for i, layer in enumerate(student.decoder_layers()) if i in layers]
-    return [pair for attention in attentions for pair in attention.named_parameters()]
+    return [parameter for attention in attentions for parameter in attention.parameters()]
 
 
 def _run(
@@ -143,7 +106,7 @@ def _run(
     model: Any,
     parameters: list[nn.Parameter],
     train: TextRows,
-    config: EncoderStageConfig,
+    config: EmbeddingConfig,
     output: Path,
     *,
     seed: int = 0,
@@ -172,7 +135,7 @@ def _run(
         "tokens_per_step": plan.tokens_per_step,
         "num_rows": len(train),
         "seed": seed,
-        "train": config.train,
+        "train": config.weights,
         "data": data_identity(train),
         "base": base_identity(student),
     }
@@ -222,7 +185,11 @@ def without_dropout(model: nn.Module) -> Iterator[None]:
 class EncoderTrainer(StageTrainer):
     """Trains an encoder on rows of text."""
 
-    config: EncoderStageConfig
+    config: EmbeddingConfig
+
+    def advice(self) -> str:
+        """What to change when a loss is not finite."""
+        return f"{super().advice()} or {self.config.section}.mixer_learning_rate"
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The mechanism's parameters at their learning rate without weight decay, the others at theirs, decayed where
@@ -247,10 +214,9 @@ class EmbeddingTrainer(EncoderTrainer):
     """
 
     STAGE = "embedding distillation"
-    ADVICE = "lower distillation.learning_rate or distillation.mixer_learning_rate"
     LOSS_NAMES = ("loss", "embedding", "similarity", "hidden")
 
-    config: EmbeddingDistillationConfig
+    config: EmbeddingConfig
 
     def __init__(self, teacher: Any, *arguments: Any, **others: Any) -> None:
         self.teacher = teacher
@@ -305,46 +271,3 @@ class EmbeddingTrainer(EncoderTrainer):
         scales = (config.embedding_weight, config.similarity_weight, config.hidden_weight)
         total = torch.stack([scale * part for scale, part in zip(scales, parts, strict=True)]).sum()
         return total, *parts
-
-
-class HiddenTokens(StageTrainer):
-    """The loss on hidden tokens, for a trainer of any encoder.
-
-    Args:
-        masking: What to hide.
-        arguments, others: As in `StageTrainer`.
-    """
-
-    def __init__(self, masking: Masking, *arguments: Any, **others: Any) -> None:
-        self.masking = masking
-        super().__init__(*arguments, **others)
-
-    def prepare_batches(self, batches: list[Any]) -> list[Any]:
-        """Hides tokens: other ones in each row of each step, the same again after a resume, in micro-batches of any
-        size and on any number of processes."""
-        world, rank = self.args.world_size, self.args.process_index
-        hidden = []
-        for i, batch in enumerate(batches):
-            size = len(batch["input_ids"])
-            first = (i * world + rank) * size
-            rows = [f"masks {self.args.seed} {self.state.global_step} {first + j}" for j in range(size)]
-            hidden.append(self.masking.hide(batch, [random.Random(row).getrandbits(63) for row in rows]))
-        return hidden
-
-    def counted(self, batch: Any) -> Tensor:
-        """Its hidden tokens."""
-        return (batch["labels"] != IGNORE_INDEX).sum()
-
-    def losses(self, model: nn.Module, inputs: dict[str, Any], denominator: Any) -> tuple[Tensor, ...]:
-        """The cross-entropy of the hidden tokens."""
-        given = {name: tensor for name, tensor in inputs.items() if name != "labels"}
-        return (masked_loss(model(**given).logits, inputs["labels"]) / denominator,)
-
-
-class MaskedTrainer(HiddenTokens, EncoderTrainer):
-    """Trains a converted encoder to find hidden tokens."""
-
-    STAGE = "masked language modelling"
-    ADVICE = "lower mlm.learning_rate or mlm.mixer_learning_rate"
-
-    config: MaskedConfig

@@ -98,14 +98,16 @@ def training_rows(train: TokenBlocks, config: FinetuneConfig) -> TokenBlocks | J
         return train
     if not train.contiguous and (longest > row_length or config.state_passing):
         raise UserError(
-            "finetune.sequence_length and finetune.state_passing need rows that follow each other in the text, and "
+            f"{config.section}.sequence_length and state_passing need rows that follow each other in the text, and "
             "of this data rows without an answer are left out: set data.completion_only to false, or leave both out."
         )
     if train.lengths is not None or train.positions is not None:
-        refuse_packing()
+        refuse_packing(config.section)
     rows = JoinedRows(train, longest, config.state_passing > 0)
     if len(rows) == 0:
-        raise UserError(f"the training data has no whole sequence of {longest} tokens: lower finetune.sequence_length")
+        raise UserError(
+            f"the training data has no whole sequence of {longest} tokens: lower {config.section}.sequence_length"
+        )
     return rows
 
 
@@ -119,12 +121,12 @@ def check_rows(config: FinetuneConfig, row_length: int) -> int:
     longest = max(lengths)
     if longest % row_length:
         raise UserError(
-            f"finetune.sequence_length is {longest}, but rows of data.sequence_length = {row_length} tokens are "
+            f"{config.section}.sequence_length is {longest}, but rows of data.sequence_length = {row_length} tokens are "
             f"joined: give a multiple of it, such as {-(-longest // row_length) * row_length}."
         )
     if odd := [length for length in lengths if longest % length]:
         raise UserError(
-            f"finetune.sequence_length holds {odd[0]}, which does not divide the longest, {longest}, into whole "
+            f"{config.section}.sequence_length holds {odd[0]}, which does not divide the longest, {longest}, into whole "
             "pieces: choose lengths that do."
         )
     return longest
@@ -135,15 +137,15 @@ def changes_rows(config: FinetuneConfig, row_length: int) -> bool:
     return config.lengths(row_length) != [row_length] or config.state_passing > 0
 
 
-def refuse_packing() -> None:
+def refuse_packing(section: str) -> None:
     """Raise the sentence about data whose rows do not go on from one to the next."""
     raise UserError(
-        "finetune.sequence_length and finetune.state_passing need rows that follow each other in the text: set "
+        f"{section}.sequence_length and state_passing need rows that follow each other in the text: set "
         "data.packing to stream and data.isolate_documents to false, or leave both out."
     )
 
 
-def check_state_passing(mechanisms: Sequence[str], context: int | None, longest: int) -> None:
+def check_state_passing(config: FinetuneConfig, mechanisms: Sequence[str], context: int | None, longest: int) -> None:
     """Refuse a start from a state where there is none of constant size, or no position for what follows it.
 
     Args:
@@ -158,14 +160,14 @@ def check_state_passing(mechanisms: Sequence[str], context: int | None, longest:
     for name in mechanisms:
         if name in ATTENTIONS and not ATTENTIONS[name].constant_state:
             raise UserError(
-                f"finetune.state_passing needs a state of constant size, and {name} attention keeps every block: set "
-                "it to 0, or give longer sequences by finetune.sequence_length."
+                f"{config.section}.state_passing needs a state of constant size, and {name} attention keeps every block: set "
+                f"it to 0, or give longer sequences by {config.section}.sequence_length."
             )
     if context is not None and 2 * longest > context:
         raise UserError(
-            f"finetune.state_passing trains on positions up to {2 * longest}, twice the longest sequence, but the "
-            f"teacher's context is {context} tokens: lower finetune.sequence_length or data.sequence_length, or set "
-            "finetune.state_passing to 0."
+            f"{config.section}.state_passing trains on positions up to {2 * longest}, twice the longest sequence, but the "
+            f"teacher's context is {context} tokens: lower {config.section}.sequence_length or data.sequence_length, or set "
+            f"{config.section}.state_passing to 0."
         )
 
 

@@ -49,10 +49,12 @@ __all__ = ["FinetuneResult", "finetune", "merge", "merge_into_unquantized", "sav
 
 logger = logging.getLogger(__name__)
 
-CHECKPOINTS = Path("checkpoints", "finetune")
-LOG = Path("logs", "finetune.jsonl")
-SMALLER = ("lower finetune.logits_chunk", "set finetune.gradient_checkpointing", "set load_in_4bit")
-"""What takes less memory, beside smaller micro-batches."""
+YARDSTICK, ADAPTER = "yardstick", "adapter"
+
+
+def smaller(section: str) -> tuple[str, ...]:
+    """What takes less memory, beside smaller micro-batches."""
+    return f"lower {section}.logits_chunk", f"set {section}.gradient_checkpointing", "set load_in_4bit"
 
 
 @dataclass
@@ -95,8 +97,8 @@ def finetune(
 ) -> FinetuneResult:
     """Trains adapters (and the mechanism) of a converted model, in place.
 
-    Writes `checkpoints/finetune/step-N`, `logs/finetune.jsonl`, `plots/finetune_loss.png` and `adapter` under the
-    output directory. Ctrl-C ends the step, saves a checkpoint and raises `KeyboardInterrupt`.
+    Writes `checkpoints/NAME/step-N`, `logs/NAME.jsonl`, `plots/NAME_loss.png` and `adapter` (`yardstick` of the
+    teacher's arm) under the output directory, by the name of the stage (`config.section`). Ctrl-C ends the step, saves a checkpoint and raises `KeyboardInterrupt`.
 
     Args:
         model: A converted model; half precision and 4- or 8-bit bases keep their dtype, what trains is float32.
@@ -126,14 +128,16 @@ def finetune(
     rows = training_rows(train, config)
     if config.state_passing:
         kinds = [settings["type"] for settings in model.config.mixers.values()]
-        check_state_passing(kinds, context_tokens(model.config), max(config.lengths(train.sequence_length)))
+        check_state_passing(config, kinds, context_tokens(model.config), max(config.lengths(train.sequence_length)))
     output = Path(user_path(output_dir))
+    name = config.section
+    checkpoints, log_path = output / "checkpoints" / name, output / "logs" / f"{name}.jsonl"
     # Mixed precision stays off: the base computes in the dtype that it was loaded in, what trains in float32.
     arguments, plan = stage_arguments(
         config,
-        "finetune",
+        config.section,
         rows.sequence_length,
-        output / CHECKPOINTS,
+        checkpoints,
         seed,
         report_to,
         device,
@@ -153,22 +157,23 @@ def finetune(
         "data": data_identity(train),
         "base": base_identity(model),
     }
-    checkpoint = checkpoint_to_resume(output / CHECKPOINTS, resume)
+    checkpoint = checkpoint_to_resume(checkpoints, resume)
     if checkpoint is not None:
         require_same_run(checkpoint, run, plan.steps)
     set_seed(seed)
     belongs: dict[str, Any] = {"base_model": base_model, "revision": revision}
     adapted = add_adapters(model, config, train_mixers=config.train_mixers and arm != "teacher", **belongs)
+    adapter = output / (YARDSTICK if arm == "teacher" else ADAPTER)
     is_main = arguments.process_index == 0
     after_step = checkpoint.step if checkpoint else None
-    log = TrainingLog(output / LOG, after_step, report_to, asdict(config)) if is_main else None
+    log = TrainingLog(log_path, after_step, report_to, asdict(config)) if is_main else None
     memory = PeakMemory(arguments.device)
     start = time.perf_counter()
     losses = _train(adapted, rows, config, arguments, run, checkpoint, log)
     seconds = time.perf_counter() - start
     if is_main:
-        plot_losses(read_log(output / LOG), output / "plots" / "finetune_loss.png", with_kl=bool(config.kl_weight))
-        save_adapter(adapted, output / "adapter", tokenizer=tokenizer)
+        plot_losses(read_log(log_path), output / "plots" / f"{name}_loss.png", with_kl=bool(config.kl_weight))
+        save_adapter(adapted, adapter, tokenizer=tokenizer)
     PartialState().wait_for_everyone()
     return FinetuneResult(
         model=adapted,
@@ -177,8 +182,8 @@ def finetune(
         tokens=plan.steps * plan.tokens_per_step,
         seconds=seconds,
         peak_memory_bytes=memory.bytes(),
-        log_path=output / LOG,
-        adapter_path=output / "adapter",
+        log_path=log_path,
+        adapter_path=adapter,
     )
 
 
@@ -205,7 +210,8 @@ def _train(
             run=run,
             window=window,
         )
-        memory_errors = readable_memory_errors("finetuning", "finetune", config, train.sequence_length, *SMALLER)
+        others = smaller(config.section)
+        memory_errors = readable_memory_errors("finetuning", config.section, config, train.sequence_length, *others)
         with memory_errors, base.use_arm(run["arm"]), gradient_checkpointing(base, config.gradient_checkpointing):
             return trainer.run_stage(checkpoint)
 

@@ -128,7 +128,6 @@ class FinetuningTrainer(StageTrainer):
     """
 
     STAGE = "finetuning"
-    ADVICE = "lower finetune.learning_rate or finetune.mixer_learning_rate"
     LOSS_NAMES = ("loss", "cross_entropy", "kl")
 
     config: FinetuneConfig
@@ -143,6 +142,10 @@ class FinetuningTrainer(StageTrainer):
         self.step_lengths = StepLengths(
             config.lengths(rows.sequence_length), config.length_shares, config.state_passing
         )
+
+    def advice(self) -> str:
+        """What to change when a loss is not finite."""
+        return f"{super().advice()} or {self.config.section}.mixer_learning_rate"
 
     def prepare_batches(self, batches: list[Any]) -> list[Any]:
         """The rows in pieces of the step's length, and the text before them in the steps that start from its state."""

@@ -165,9 +165,12 @@ class GlueTrainer(EncoderTrainer):
     """
 
     STAGE = "finetuning"
-    ADVICE = "resume with a lower one in training.learning_rates"
 
     config: Any
+
+    def advice(self) -> str:
+        """What to change when a loss is not finite."""
+        return "resume with a lower one in training.learning_rates"
 
     def __init__(self, task: Task, *arguments: Any, **others: Any) -> None:
         self.task = task

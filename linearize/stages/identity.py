@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 ROWS_AT_ONCE = 1024
 COLUMNS = ("input_ids", "labels", "lengths")
 """What `TokenBlocks` and `TextRows` hold."""
+BASE = "identity_of_the_base"
+"""Attribute of a model that says what its run began with."""
 DIGESTS = {
     "data": "other training data",
     "validation": "other validation data",
@@ -62,8 +64,11 @@ def base_identity(model: Any) -> str:
     """What tells the weights that a model was loaded from from others, whatever type or bits it has in memory.
 
     Of a Hub repository its commit; of a directory or a file a digest of its contents; of a model that was made in
-    memory a digest of its tensors, those of the mechanism left out. Every process calls it.
+    memory a digest of its tensors, those of the mechanism left out. Of a run's model what the run began with
+    (`mark_base`). Every process calls it.
     """
+    if known := vars(model).get(BASE):
+        return known
     from linearize.config.record import loaded_commit
 
     source = getattr(model, "name_or_path", "")
@@ -71,6 +76,12 @@ def base_identity(model: Any) -> str:
         return source_identity(source)
     commit = getattr(model.config, "_commit_hash", None) or (loaded_commit(source) if source else None)
     return _tensors_identity(model) if commit is None else f"commit {commit}"
+
+
+def mark_base(model: Any, identity: str) -> None:
+    """Make a model one that began with other weights: a stage's, whose repository a resumed run loads in place of the
+    stages before it."""
+    vars(model)[BASE] = identity
 
 
 def source_identity(source: str, revision: str | None = None) -> str:
@@ -178,7 +189,7 @@ RATES = (
     "max_grad_norm",
 )
 """What is lowered after a loss that is not finite."""
-FIXED_SECTIONS = ("attention", "mixers", "model", "data")
+FIXED_SECTIONS = ("attention", "mixers", "architecture", "tokenizer", "data")
 """Where a setting of one of these names means something else."""
 
 

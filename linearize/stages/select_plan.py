@@ -12,7 +12,7 @@ from linearize.config.sizes import parse_budget
 from linearize.errors import UserError
 
 if TYPE_CHECKING:
-    from linearize.config.settings import RunConfig
+    from linearize.runs.settings import RunConfig
 
 KEPT = "kept_tokens"
 """The setting of mechanisms that keep tokens beside their window."""

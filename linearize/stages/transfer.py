@@ -14,7 +14,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
-from linearize.config.settings import TransferConfig
+from linearize.config.settings import TransferConfig, changed
 from linearize.errors import UserError
 from linearize.paths import user_path
 from linearize.stages.identity import base_identity, data_identity, require_same_run
@@ -108,7 +108,7 @@ def with_branch(config: TransferConfig, mixers: Collection[Mapping[str, Any]]) -
         return config
     linear = [mechanism(mixer["type"]).config(**mixer) for mixer in mixers if mixer["type"] == "linear"]
     both = len(linear) == len(mixers) and any(settings.window + settings.sinks for settings in linear)
-    return replace(config, branch="both" if both else "mixed")
+    return changed(config, branch="both" if both else "mixed")
 
 
 def check_branch(config: TransferConfig, arms: Sequence[str]) -> None:
@@ -123,13 +123,13 @@ def check_branch(config: TransferConfig, arms: Sequence[str]) -> None:
     assert config.branch is not None, "see with_branch"
     if absent := [arm for arm in branch_weights(config.branch) if arm not in arms]:
         raise UserError(
-            f"transfer.branch is {config.branch!r}, which trains the {absent[0]} arm, and this attention has none: "
-            "set transfer.branch to mixed."
+            f"{config.section}.branch is {config.branch!r}, which trains the {absent[0]} arm, and this attention has none: "
+            f"set {config.section}.branch to mixed."
         )
     if any(config.window_dropout_schedule) and "linear" not in arms:
         raise UserError(
-            f"transfer.window_dropout is {config.window_dropout}, and this attention has no window that it could "
-            "hide: set transfer.window_dropout to 0."
+            f"{config.section}.window_dropout is {config.window_dropout}, and this attention has no window that it could "
+            f"hide: set {config.section}.window_dropout to 0."
         )
 
 
@@ -148,7 +148,8 @@ def transfer_attention(
 ) -> TransferResult:
     """Trains the mechanism of every converted layer, in place; nothing else of the model changes.
 
-    Writes `logs/transfer.jsonl`, `plots/transfer_loss.png` and `checkpoints/transfer/step-N` under `output_dir`.
+    Writes `logs/NAME.jsonl`, `plots/NAME_loss.png` and `checkpoints/NAME/step-N` under `output_dir`, by the
+    name of the stage (`config.section`).
     Ctrl-C ends the step at hand, leaves a checkpoint and raises `KeyboardInterrupt`.
 
     Args:
@@ -175,7 +176,7 @@ def transfer_attention(
     config = with_branch(config, model.config.mixers.values())
     check_branch(config, model.arms())
     run = _Transfer(model, train, config, Path(user_path(output_dir)), seed, report_to, validation, on_log, device)
-    with readable_memory_errors(STAGE, "transfer", config, run.sequence_length, "set load_in_4bit"):
+    with readable_memory_errors(STAGE, config.section, config, run.sequence_length, "set load_in_4bit"):
         return run.train(checkpoint_to_resume(run.checkpoint_dir, resume))
 
 
@@ -235,21 +236,21 @@ class _Transfer:
         assert config.branch is not None, "see with_branch"
         self.branch: str = config.branch
         self.output_dir = output_dir
-        self.checkpoint_dir = output_dir / "checkpoints" / "transfer"
-        self.log_path = output_dir / "logs" / "transfer.jsonl"
+        self.checkpoint_dir = output_dir / "checkpoints" / config.section
+        self.log_path = output_dir / "logs" / f"{config.section}.jsonl"
         self.report_to = tracker_names(report_to)
         self.accelerator = make_accelerator(device)
         self.device = place_model(model, self.accelerator.device)
         self.sequence_length = len(train[0]["input_ids"]) if len(train) else 0
         self.world, self.rank = self.accelerator.num_processes, self.accelerator.process_index
         batch_size = config.batch_size
-        self.plan = exact_plan(config, max(self.sequence_length, 1), self.world, "transfer")
+        self.plan = exact_plan(config, max(self.sequence_length, 1), self.world, config.section)
         self.batches = Batches(train, batch_size, self.plan.accumulation, seed, self.rank, self.world)
         self.losses = LayerLosses(model, config.loss, config.loss_scale)
         groups = mixer_parameters(model)
         self.parameters = {name: p for group in groups.values() for name, p in group.items()}
         rates = {name: getattr(config, RATES[name]) for name in groups}
-        named = " and ".join(f"transfer.{setting}" for setting in sorted({RATES[name] for name in groups}))
+        named = " and ".join(f"{config.section}.{setting}" for setting in sorted({RATES[name] for name in groups}))
         self.advice = f"lower {named}, or load the base in another dtype"
         self.learning_rates = [rates[name] for name in groups]
         self.optimizer = torch.optim.AdamW(
@@ -473,7 +474,9 @@ class _Transfer:
                 state={"run": self.run_identity, "steps": self.plan.steps, "since_log": self.since_log},
                 limit=self.config.save_total_limit,
             )
-            plot_transfer(self.records, self.losses.layers, self.output_dir / "plots" / "transfer_loss.png")
+            plot_transfer(
+                self.records, self.losses.layers, self.output_dir / "plots" / f"{self.config.section}_loss.png"
+            )
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         require_same_run(checkpoint, self.run_identity, self.plan.steps)

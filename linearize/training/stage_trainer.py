@@ -143,8 +143,6 @@ class StageTrainer(Trainer):
 
     STAGE: ClassVar[str]
     """Name of the stage in messages."""
-    ADVICE: ClassVar[str]
-    """What to change when a loss is not finite."""
     LOSS_NAMES: ClassVar[tuple[str, ...]] = ("loss",)
     """Of what `losses` gives, in its order."""
 
@@ -181,6 +179,10 @@ class StageTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         # The Trainer switches the cache off for good: that would be saved with the model and slow down its generation.
         self.plain_model().config.use_cache = use_cache
+
+    def advice(self) -> str:
+        """What to change when a loss is not finite."""
+        return f"lower {self.config.section}.learning_rate"
 
     def losses(self, model: nn.Module, inputs: dict[str, Any], denominator: Any) -> Sequence[Tensor]:
         """The losses of a micro-batch.
@@ -338,7 +340,7 @@ class StageTrainer(Trainer):
         if not torch.isfinite(torch.tensor(list(found.values()))).all():
             origin = find_non_finite(self.trained, self.plain_model(), input_ids)
             named = {f"{name} (first seen in {origin})" if origin else name: value for name, value in found.items()}
-            check_finite(self.STAGE, step, named, f"{self.ADVICE}, or look at the data of that step")
+            check_finite(self.STAGE, step, named, f"{self.advice()}, or look at the data of that step")
         self.stopped = stop_of(stop, terminated)
         self._rate = self._get_learning_rate()
         self.step_losses.append(losses[0])

@@ -1,0 +1,127 @@
+"""The end of a run: the repository, the figures, the plots, the push; the main process, while the others wait."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.failures import stage
+from linearize.files import write_file
+from linearize.runs.directory import REPORT, TABLES
+
+if TYPE_CHECKING:
+    from linearize.runs.engine import RunOfStages
+
+
+def save(run: RunOfStages, model: Any, place: Path, files: Mapping[str, bytes] | None = None) -> None:
+    """Leave the repository of a model, converted with its record and card, or stock."""
+    from linearize.evaluation.arms import is_student
+    from linearize.hub.repository import save_final, save_stock
+    from linearize.hub.sentence_files import sentence_transformer_files
+
+    if not is_student(model):
+        save_stock(model, run.tokenizer, place)
+        return
+    more, source = dict(files or {}), run.config.model_name_or_path
+    if run.plan.start.encoder and source is not None:
+        more |= sentence_transformer_files(source, revision=run.config.revision)
+    save_final(model, run.tokenizer, place, run.record or run.unrecorded(), more)
+
+
+def finish(run: RunOfStages, model: Any, measures: Any) -> None:
+    """Save, measure, report and push."""
+    directory = run.directory
+    run.record = run.record or run.unrecorded()
+    base = run.repository or run.config.model_name_or_path
+    last = run.plan.stages[-1].name if run.plan.stages else None
+    outcome = run.result.stages.get(last) if last else None
+    with stage("saving the model"):
+        model = run.models.whole(model, base)
+        if run.repository != directory.final:  # else a run goes on at its evaluation
+            save(run, model, directory.final, outcome.files if outcome else None)
+    for done in run.result.stages.values():
+        done.model = None
+    if measures is not None:
+        _evaluate(run, model, measures)
+    with stage("saving the report"):
+        write_report(run, measures)
+    run.result.record = run.record
+    run.push()
+    run.say(f"Saved {directory.final}")
+    lengths = getattr(measures.report, "by_length", None) if measures is not None else None
+    if lengths is not None:
+        lengths.warn()
+
+
+def _evaluate(run: RunOfStages, model: Any, measures: Any) -> None:
+    """Measure the saved model, and add the figures to its record and card."""
+    from linearize.evaluation.arms import is_student
+    from linearize.hub.repository import write_record
+    from linearize.runs.report import run_tasks_of
+
+    settings, directory = run.config.evaluation, run.directory
+    assert settings is not None and run.record is not None
+    lower = (
+        f"lower evaluation.batch_size (now {settings.batch_size}) or evaluation.length_tokens; the model is saved in "
+        f"{directory.final}"
+    )
+    with stage("evaluation", lower):
+        model = run.models.measured(model)
+        report = run.result.report = measures.finish(model)
+        report.show()
+        part = "embeddings" if run.plan.start.encoder else "evaluation"
+        run.record[part] = report.to_dict()
+        if hasattr(report, "draw"):
+            report.draw(directory.path / "plots")
+        if is_student(model):
+            write_record(directory.final, run.record, model.config)
+        if settings.tasks:
+            run.result.tasks = run_tasks_of(settings, model, run.tokenizer, directory.path)
+            run.record["tasks"] = run.result.tasks.to_dict()
+            write_record(directory.final, run.record, model.config)
+
+
+def write_report(run: RunOfStages, measures: Any) -> None:
+    """`report.json` and `report.md`: what the stages did and what was measured, and the curves of all of them."""
+    from linearize.config.record import library_versions
+    from linearize.runs.curves import plot_curves
+
+    path = run.directory.path
+    kept = _earlier_stages(path / REPORT, run)
+    content: dict[str, Any] = {"stages": {**kept, **run.figures}, "versions": library_versions()}
+    if measures is not None:
+        name = "embeddings" if run.plan.start.encoder else "evaluation"
+        content[name] = measures.report.to_dict()
+    write_file(path / REPORT, (json.dumps(content, indent=1) + "\n").encode())
+    text = [_stages_table(content["stages"])]
+    if measures is not None:
+        text.append(measures.report.markdown())
+    write_file(path / TABLES, "\n".join(text).encode())
+    plot_curves(content["stages"], path)
+
+
+def _earlier_stages(path: Path, run: RunOfStages) -> dict[str, Any]:
+    """Figures of the stages that an earlier call ran, from the report that is there or the record."""
+    known: dict[str, Any] = {}
+    if path.is_file() and run.config.resume_from_checkpoint:
+        known = json.loads(path.read_text(encoding="utf-8")).get("stages") or {}
+    record = run.record or {}
+    for current in run.plan.stages:
+        tokens = (record.get("tokens") or {}).get(current.name)
+        if tokens is not None and current.name not in known:
+            seconds = (record.get("seconds") or {}).get(current.name)
+            known[current.name] = {"kind": current.values.kind, "trained": current.what, "tokens": tokens}
+            known[current.name] |= {} if seconds is None else {"seconds": seconds}
+    return known
+
+
+def _stages_table(stages: Mapping[str, Any]) -> str:
+    """What each stage did, as a table of Markdown."""
+    lines = ["### Stages", "", "| stage | trains | steps | tokens | seconds |", "| --- | --- | ---: | ---: | ---: |"]
+    for name, done in stages.items():
+        steps, seconds = done.get("steps"), done.get("seconds")
+        cells = [name, done["trained"], f"{steps:,}" if steps else "", f"{done['tokens']:,}" if done["tokens"] else ""]
+        lines.append("| " + " | ".join([*cells, f"{seconds:,.0f}" if seconds else ""]) + " |")
+    return "\n".join(lines) + "\n"

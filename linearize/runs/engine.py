@@ -1,0 +1,471 @@
+"""A run: what it starts from, its stages in order, and what is measured between them.
+
+    result = linearize.run("llama3_8b_linear", data={"dataset": "text.jsonl"}, output_dir="out")
+    result = linearize.run({"model_name_or_path": "my/llama", "stages": {...}, "output_dir": "out"})
+
+Each process of a launcher calls it; the main one alone prints and writes. What lies in the run directory:
+`linearize/runs/directory.py`. A stage that is not the last leaves its repository, from which a resumed run goes on;
+inside a stage its checkpoints do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from linearize.failures import stage
+from linearize.processes import from_main_process
+from linearize.runs.attention import complete
+from linearize.runs.directory import CONVERTED, YARDSTICK, StagesDirectory
+from linearize.runs.settings import RunConfig, resolve_run
+from linearize.stages.kinds import make_stage
+from linearize.stages.kinds.base import Context, Outcome, Stage
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+    from linearize.evaluation import TaskReport
+    from linearize.runs.plan import RunPlan
+
+
+@dataclass
+class RunResult:
+    """What a run leaves. On the other processes of a launcher the measurements are None."""
+
+    output_dir: Path
+    final: Path
+    """The repository after the last stage."""
+    record: dict[str, Any] = field(default_factory=dict)
+    """The contents of its `linearize.json`; empty of a stock model."""
+    stages: dict[str, Outcome] = field(default_factory=dict)
+    """What each stage of this call did; without the models."""
+    report: Any = None
+    """Figures: `evaluation.Report`, or of an encoder `evaluation.embeddings.EmbeddingReport`."""
+    tasks: TaskReport | None = None
+
+
+def run(
+    config: RunConfig | Mapping[str, Any] | str | PathLike[str], overrides: Mapping[str, Any] | None = None
+) -> RunResult:
+    """Run all stages of a run.
+
+    Args:
+        config: Settings, a mapping of them, a YAML file, or the name of a shipped preset.
+        overrides: Other values of some settings, by their dotted names, such as `{"data.dataset": "text.jsonl"}`.
+
+    Raises:
+        UserError: Input that the user can mend; nothing half-written is left, checkpoints stay.
+        KeyboardInterrupt: After Ctrl-C in a training stage, with a checkpoint left.
+    """
+    return RunOfStages(complete(resolve_run(config, overrides))).run()
+
+
+def plan(
+    config: RunConfig | Mapping[str, Any] | str | PathLike[str], overrides: Mapping[str, Any] | None = None
+) -> RunPlan:
+    """Check a run and work out its steps and memory; nothing is loaded or written."""
+    from linearize.runs.plan import make_plan
+
+    settings = complete(resolve_run(config, overrides))
+    StagesDirectory(settings).check()
+    return make_plan(settings)
+
+
+class RunOfStages:
+    """One call of `run`, step by step."""
+
+    def __init__(self, config: RunConfig) -> None:
+        from accelerate import PartialState
+
+        self.asked, self.config = config, config
+        self.directory = StagesDirectory(config)
+        self.state: PartialState = PartialState(cpu=config.device == "cpu")
+        self.result = RunResult(self.directory.path, self.directory.final)
+        self.record: dict[str, Any] | None = None
+        self.repository: Path | str | None = None
+        """Where the model as it is now lies, if anywhere."""
+        self.figures: dict[str, dict[str, Any]] = {}
+
+    def run(self) -> RunResult:
+        """The steps of a run, in order."""
+        from linearize.runs.plan import make_plan
+
+        config, directory = self.config, self.directory
+        directory.check()
+        from_main_process(self._check_push)
+        if config.resume_from_checkpoint and directory.is_complete():
+            return self._complete()
+        self.plan = make_plan(config, self.state.num_processes)
+        self.config = self.plan.config
+        if self.state.is_main_process:
+            self.plan.show()
+        self._check_memory()
+        self._prepare_data()
+        self._select()
+        self._prepare_directory()
+        measures = self._measures()
+        done = self._stages_done()
+        self._train_whole_yardstick(measures)
+        model = self._load(done)
+        if measures is not None:
+            self._measure(lambda: self._measure_start(measures, model, done))
+        if done < len(self.plan.stages):
+            self._train_lora_yardstick(model, measures)
+        for place, current in enumerate(self.plan.stages):
+            if place >= done:
+                model = self._run_stage(current, model, measures)
+        if self.state.is_main_process:
+            from linearize.runs.ending import finish
+
+            finish(self, model, measures)
+        self.state.wait_for_everyone()
+        return self.result
+
+    # --- before the stages
+
+    def _complete(self) -> RunResult:
+        from linearize.config.record import read_record
+
+        self.say(f"The run in {self.directory.path} is complete: {self.directory.final}")
+        if self.state.is_main_process:
+            self.push()
+        self.result.record = read_record(self.directory.final)
+        return self.result
+
+    def _check_push(self) -> None:
+        """Ask the Hub who we are before hours of training, not after them."""
+        if self.config.push_to_hub is not None:
+            from linearize.hub.repository import check_token
+
+            check_token(self.config.push_to_hub)
+
+    def _check_memory(self) -> None:
+        """Refuse training of all weights that cannot fit, before the first stage."""
+        from linearize.conversion.quantization import refuse_quantized
+        from linearize.conversion.students import load_config
+        from linearize.hardware.memory_full import check_full_training
+
+        start, config = self.plan.start, self.config
+        name = config.model_name_or_path or f"this {config.architecture.type}"  # type: ignore[union-attr]
+        for current in self.plan.stages:
+            if current.what not in ("all", "mechanism") or current.values.kind != "train":
+                continue
+            taught = "base" if current.values.objective == "embeddings" else current.values.teacher
+            teacher = None
+            if taught is not None:
+                own = taught in ("base", YARDSTICK) or taught in config.stages
+                teacher = start.model if own else load_config(taught)
+                if not own:
+                    refuse_quantized(taught, teacher)
+            check_full_training(name, start.student, self.state, teacher=teacher, trains_all=current.what == "all")
+
+    def _prepare_data(self) -> None:
+        """Tokenizer and text."""
+        from linearize.runs.texts import prepare_texts
+
+        self.texts = prepare_texts(self.plan, self.state)
+        self.tokenizer = self.texts.tokenizer
+        from linearize.runs.models import RunModels
+
+        self.models = RunModels(self.plan, self.directory, self.state.device, self.tokenizer)
+        if self.texts.train is not None:
+            what = "rows" if self.plan.start.encoder else "sequences"
+            self.say(f"{len(self.texts.train):,} training {what}, {len(self.texts.validation):,} for validation")
+
+    def _select(self) -> None:
+        """Choose windows and softmax layers by measuring, where the settings leave them to it."""
+        if self.plan.selection is None:
+            return
+        from linearize.stages.select import select
+
+        earlier = self.directory.path if self.config.resume_from_checkpoint else None
+
+        def load(attention: dict[str, Any]) -> Any:
+            return self.models.first(layers={"attention": attention})
+
+        with stage("the selection", "lower select.sequence_length or select.batch_size, or set load_in_4bit"):
+            self.models.selection = select(self.plan.selection, self.texts.train, load, earlier)
+        self.say(self.models.selection.sentence())
+
+    def _prepare_directory(self) -> None:
+        """Make the directory, if it may be this run's."""
+        from linearize.stages.identity import data_identity, source_identity
+
+        config, train, inputs = self.config, self.texts.train, {}
+        self.base = "random weights"
+        if config.model_name_or_path is not None:
+            self.base = inputs["base"] = source_identity(config.model_name_or_path, config.revision)
+        if train is not None:
+            inputs["data"] = data_identity(train)
+            if self.plan.start.encoder:
+                inputs["validation"] = data_identity(self.texts.validation)
+        keeps = train is not None or config.evaluation is not None
+        from_main_process(lambda: self.directory.prepare(inputs if keeps else None))
+        if self.models.selection is not None and self.state.is_main_process:
+            self.models.selection.save(self.directory.path)
+
+    def _measures(self) -> Any:
+        """What measures the models; None on the other processes or when there is nothing to measure."""
+        from linearize.runs.texts import make_measures
+
+        if self.config.evaluation is None or not self.state.is_main_process:
+            return None
+        measures = make_measures(self.plan, self.texts, self.directory)
+        if measures is not None and self.models.selection is not None:
+            if (note := self.models.selection.sentence()) not in measures.report.notes:
+                measures.report.notes.append(note)
+        return measures
+
+    def _stages_done(self) -> int:
+        """How many stages, from the first on, a resumed run need not run again: the last of them left its
+        repository."""
+        if not self.config.resume_from_checkpoint:
+            return 0
+
+        def find() -> int:
+            names = [current.name for current in self.plan.stages]
+            if self.directory.final.is_dir() and not self.directory.asks_for_more():
+                return len(names)
+            left = [self.directory.of_stage(name) / "config.json" for name in names]
+            there = [place for place, path in enumerate(left) if path.is_file()]
+            return there[-1] + 1 if there else 0
+
+        return from_main_process(find)
+
+    def _load(self, done: int) -> Any:
+        """The model as the stages that are done left it."""
+        from linearize.config.record import read_record
+        from linearize.stages.identity import mark_base
+
+        config = self.config
+        if self.plan.start.converted:
+            self.record = read_record(str(config.model_name_or_path), revision=config.revision)
+            self.repository = config.model_name_or_path
+        with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
+            if not done:
+                model = self.models.first()
+            else:
+                last = done == len(self.plan.stages) and self.directory.final.is_dir()
+                self.repository = place = (
+                    self.directory.final if last else self.directory.of_stage(self.plan.stages[done - 1].name)
+                )
+                self.record = read_record(place) or None
+                model = self.models.after(place)
+        mark_base(model, self.base)
+        return model
+
+    def _measure_start(self, measures: Any, model: Any, done: int) -> None:
+        """The references; of a run that goes on behind its first stage they are there, but for an encoder's teacher."""
+        from linearize.config.record import base_is_teacher
+
+        if not done:
+            known = self.record is None or base_is_teacher(self.record)
+            measures.before_training(model, base_is_teacher=known, yardstick=self.config.yardstick is not None)
+            if (self.directory.yardstick / "config.json").is_file():
+                measures.after_yardstick(self.models.of_yardstick(), " + training on the same tokens")
+        elif self.plan.start.encoder:
+            measures.before_training(self.models.placed(self.models.teacher("base")))
+
+    # --- the yardstick
+
+    def _yardstick(self) -> Stage | None:
+        """The stage that trains the teacher, if the run has one."""
+        settings = self.config.yardstick_settings() if self.config.yardstick is not None else None
+        return None if settings is None else make_stage(YARDSTICK, settings)
+
+    def _train_whole_yardstick(self, measures: Any) -> None:
+        """All weights of the softmax teacher, trained before the student takes its place in memory."""
+        current = self._yardstick()
+        if current is None or current.trained == "lora":
+            return
+        from linearize.errors import UserError
+        from linearize.stages.identity import mark_base
+
+        if self.plan.start.converted:
+            raise UserError(
+                f"yardstick trains the teacher, and {self.config.model_name_or_path} is converted: leave it out, or "
+                "start from the teacher."
+            )
+        place = self.directory.yardstick
+        if not (place / "config.json").is_file():
+            teacher = self.models.placed(self.models.teacher("base"))
+            mark_base(teacher, self.base)
+            outcome = self._work(current, teacher, self._context(measures))
+            self._note(current, outcome)
+            if self.state.is_main_process:
+                from linearize.hub.repository import save_stock
+
+                with stage("saving the model"):
+                    save_stock(outcome.model, self.tokenizer, place)
+            self.state.wait_for_everyone()
+            outcome.model = None
+
+    def _train_lora_yardstick(self, model: Any, measures: Any) -> None:
+        """The same adapters on the softmax teacher's arm, measured and taken off again."""
+        current = self._yardstick()
+        if current is None or current.trained != "lora":
+            return
+        context = self._context(measures)
+        context.arm = "teacher"
+        outcome = self._work(current, model, context)
+        self._note(current, outcome)
+        if measures is not None:
+            self._measure(lambda: measures.after_yardstick(outcome.model, " + the same LoRA steps"))
+        outcome.model.unload()
+
+    # --- the stages
+
+    def _context(self, measures: Any) -> Context:
+        def measure(name: str, model: Any) -> None:
+            if measures is not None:
+                measures.after_stage(name, model)
+
+        return Context(
+            config=self.config,
+            path=self.directory.path,
+            state=self.state,
+            tokenizer=self.tokenizer,
+            train=self.texts.train,
+            validation=self.texts.validation,
+            encoder=self.plan.start.encoder,
+            load_teacher=self.models.teacher,
+            save=self._base_of_adapter,
+            measure=measure,
+        )
+
+    def _work(self, current: Stage, model: Any, context: Context) -> Outcome:
+        title = current.name if current.label == current.name else f"{current.name} ({current.label})"
+        with stage(title, current.advice(self.config.data.sequence_length)):
+            return current.run(model, context)
+
+    def _run_stage(self, current: Stage, model: Any, measures: Any) -> Any:
+        """One stage: its work, its figures, its repository; the model after it."""
+        from linearize.stages.identity import mark_base
+
+        outcome = self._work(current, model, self._context(measures))
+        self._note(current, outcome)
+        last = current is self.plan.stages[-1]
+        model = outcome.model
+        if last:
+            return model
+        base = self.repository or self.config.model_name_or_path
+        self.repository = None
+        adapted, quantized = hasattr(model, "peft_config"), self.models.quantizes
+        if current.keeps:
+            place = self.directory.of_stage(current.name)
+            if adapted and not quantized:
+                model = self.models.whole(model, base)
+            if self.state.is_main_process:
+                self._save(self.models.whole(model, base), place, outcome.files)
+            self.state.wait_for_everyone()
+            self.repository = place
+            if adapted and quantized:
+                model = self.models.after(place)
+        mark_base(model, self.base)
+        if measures is not None:
+            self._measure(lambda: measures.after_stage(current.label, model))
+        return model
+
+    def _note(self, current: Stage, outcome: Outcome) -> None:
+        """Say what a stage did, and keep it for record and report."""
+        from linearize.runs.report import stage_line
+
+        planned = self.plan.of(current.name)
+        if outcome.steps:
+            self.say(stage_line(current.label, outcome, planned.forecast if planned else None))
+        self.figures[current.name] = {
+            "kind": current.values.kind,
+            "trained": current.what,
+            "steps": outcome.steps,
+            "tokens": outcome.tokens,
+            "seconds": round(outcome.seconds, 1),
+            "peak_memory_bytes": outcome.peak_memory_bytes,
+            **outcome.figures,
+        }
+        self.result.stages[current.name] = outcome
+        if current.name != YARDSTICK:
+            self.record = self._record(current, outcome)
+
+    def _record(self, current: Stage, outcome: Outcome) -> dict[str, Any]:
+        """The record of the model after a stage."""
+        from linearize.config.record import loaded_commit, make_record
+
+        source, name, more = self.config.model_name_or_path, current.name, dict(outcome.record)
+        record = make_record(
+            source,
+            earlier=self.record,
+            revision=None if source is None else loaded_commit(source, self.config.revision),
+            recipe=self._recipe(),
+            tokens={name: outcome.tokens} if outcome.tokens else None,
+            trained={name: current.what},
+            seconds={name: outcome.seconds} if outcome.steps else None,
+            peak_memory_bytes={name: outcome.peak_memory_bytes} if outcome.steps else None,
+            selection=self.models.selection.summary() if self.models.selection else None,
+            calibration=more.pop("calibration", None),
+        )
+        return record | more
+
+    def _recipe(self) -> dict[str, Any]:
+        """The settings of this run; of a model converted before, its attention and the stages that it went through."""
+        from linearize.config.selection import OF_THE_CONVERSION
+        from linearize.config.yaml_io import to_values
+
+        recipe, earlier = to_values(self.asked), (self.record or {}).get("recipe") or {}
+        if self.plan.start.converted:
+            for name in OF_THE_CONVERSION:
+                recipe[name] = earlier.get(name)
+            recipe["stages"] = {**(earlier.get("stages") or {}), **recipe["stages"]}
+            if "imported" in earlier:
+                recipe["imported"] = earlier["imported"]
+        return recipe
+
+    def unrecorded(self) -> dict[str, Any]:
+        """The record of a run without stages."""
+        from linearize.config.record import loaded_commit, make_record
+
+        source = self.config.model_name_or_path
+        selection = self.models.selection.summary() if self.models.selection else None
+        revision = None if source is None else loaded_commit(source, self.config.revision)
+        return make_record(source, earlier=self.record, revision=revision, recipe=self._recipe(), selection=selection)
+
+    def _base_of_adapter(self, model: Any) -> tuple[str, str | None]:
+        """The repository that adapters on a model belong on, which is saved for them unless it is there."""
+        if self.repository is None:
+            place = self.directory.path / CONVERTED
+            if not (place / "config.json").is_file():
+                whole = self.models.whole(model, str(self.config.model_name_or_path))
+                if self.state.is_main_process:
+                    self._save(whole, place)
+                self.state.wait_for_everyone()
+            self.repository = place
+        own = self.repository == self.config.model_name_or_path
+        return str(self.repository), self.config.revision if own else None
+
+    def _save(self, model: Any, place: Path, files: Mapping[str, bytes] | None = None) -> None:
+        """Leave a repository of the stages so far: the main process."""
+        from linearize.runs.ending import save
+
+        with stage("saving the model"):
+            save(self, model, place, files)
+
+    # --- what the main process does
+
+    def push(self) -> None:
+        """Upload the repository, if asked to; a push that failed is made good by resuming."""
+        if self.config.push_to_hub is not None:
+            from linearize.hub.repository import push
+
+            self.say(f"Pushed to {push(self.directory.final, self.config.push_to_hub)}")
+
+    def say(self, text: str) -> None:
+        """Print on the main process."""
+        if self.state.is_main_process:
+            print(text, flush=True)
+
+    def _measure(self, work: Callable[[], None]) -> None:
+        """Measure on the main process; the others go on and wait for it in the next stage."""
+        with stage("evaluation", "lower evaluation.batch_size or evaluation.length_tokens"):
+            work()
