@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from linearize.failures import stage
 from linearize.files import write_file
-from linearize.runs.directory import REPORT, TABLES
+from linearize.runs.directory import REPORT, TABLES, YARDSTICK
 
 if TYPE_CHECKING:
     from linearize.runs.engine import RunOfStages
@@ -90,7 +90,12 @@ def write_report(run: RunOfStages, measures: Any) -> None:
 
     path = run.directory.path
     kept = _earlier_stages(path / REPORT, run)
-    content: dict[str, Any] = {"stages": {**kept, **run.figures}, "versions": library_versions()}
+    done = {**kept, **run.figures}
+    order = [YARDSTICK, *(current.name for current in run.plan.stages)]
+    content: dict[str, Any] = {
+        "stages": {name: done[name] for name in order if name in done},
+        "versions": library_versions(),
+    }
     if measures is not None:
         name = "embeddings" if run.plan.start.encoder else "evaluation"
         content[name] = measures.report.to_dict()

@@ -21,6 +21,12 @@ class Adapt(Stage):
         """Gain cells only: the other mechanisms have no scalers."""
         if any(mixer["type"] != "gain_cell" for mixer in start.mechanisms):
             raise UserError(f"Stage {self.name} adapts the scalers of gain_cell attention: leave it out.")
+        before = {mixer["cell_kind"] for mixer in start.mechanisms}
+        if before == {self.values.attention.get("cell_kind")}:
+            raise UserError(
+                f"Stage {self.name} makes cells {self.values.attention['cell_kind']}, which they are: set "
+                "attention.cell_kind to what they are before it."
+            )
 
     def plan(self, start: Start) -> StagePlan:
         """Sequences in place of steps."""
