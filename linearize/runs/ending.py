@@ -34,7 +34,7 @@ def finish(run: RunOfStages, model: Any, measures: Any) -> None:
     """Save, measure, report and push."""
     directory = run.directory
     run.record = run.record or run.unrecorded()
-    base = run.repository or run.config.model_name_or_path
+    base = run.repository or run.config.model_name_or_path or ""
     last = run.plan.stages[-1].name if run.plan.stages else None
     outcome = run.result.stages.get(last) if last else None
     with stage("saving the model"):

@@ -197,7 +197,7 @@ class RunOfStages:
         config, train, inputs = self.config, self.texts.train, {}
         self.base = "random weights"
         if config.model_name_or_path is not None:
-            self.base = inputs["base"] = source_identity(config.model_name_or_path, config.revision)
+            self.base = inputs["base"] = source_identity(config.source, config.revision)
         if train is not None:
             inputs["data"] = data_identity(train)
             if self.plan.start.encoder:
@@ -242,7 +242,7 @@ class RunOfStages:
 
         config = self.config
         if self.plan.start.converted:
-            self.record = read_record(str(config.model_name_or_path), revision=config.revision)
+            self.record = read_record(config.source, revision=config.revision)
             self.repository = config.model_name_or_path
         with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
             if not done:
@@ -351,7 +351,7 @@ class RunOfStages:
         model = outcome.model
         if last:
             return model
-        base = self.repository or self.config.model_name_or_path
+        base = self.repository or self.config.model_name_or_path or ""
         self.repository = None
         adapted, quantized = hasattr(model, "peft_config"), self.models.quantizes
         if current.keeps:
@@ -436,7 +436,7 @@ class RunOfStages:
         if self.repository is None:
             place = self.directory.path / CONVERTED
             if not (place / "config.json").is_file():
-                whole = self.models.whole(model, str(self.config.model_name_or_path))
+                whole = self.models.whole(model, self.config.source)
                 if self.state.is_main_process:
                     self._save(whole, place)
                 self.state.wait_for_everyone()

@@ -102,8 +102,8 @@ class RunPlan:
         elif config.attention is None:
             rows = [["attention", "softmax"]]
         else:
-            shown = [f"{key} {value}" for key, value in config.attention.items() if key not in ("type", "contract")]
-            rows = [["attention", f"{config.attention['type']}, {', '.join(shown) or 'default settings'}"]]
+            shown = [f"{key} {value}" for key, value in config.mechanism.items() if key not in ("type", "contract")]
+            rows = [["attention", f"{config.mechanism['type']}, {', '.join(shown) or 'default settings'}"]]
             if self.selection is not None:
                 rows.append(["selection", self.selection.describe()])
             else:
@@ -170,7 +170,7 @@ def plan_start(config: RunConfig, num_processes: int = 1) -> tuple[Start, Select
         student, converted = changed or model, False
     else:
         model = read_model(config)
-        converted = hasattr(model, "mixer_types") or is_converted(config.model_name_or_path)
+        converted = hasattr(model, "mixer_types") or is_converted(config.source)
         student = model
     encoder = is_encoder(student)
     dtype = config.weights_dtype if config.dtype != "auto" or not encoder else "float32"
@@ -186,7 +186,7 @@ def plan_start(config: RunConfig, num_processes: int = 1) -> tuple[Start, Select
     shape = Shape.of(model)
     mixer = meta_mixer(shape, settings) if mechanisms else None
     known = mixer is not None and not encoder and memory.has_forecast(settings)
-    fused = known and settings.attention["type"] == "linear" and memory.runs_fused(model, settings)
+    fused = known and settings.mechanism["type"] == "linear" and memory.runs_fused(model, settings)
     start = Start(
         config=config,
         model=model,
@@ -224,7 +224,7 @@ def planned_student(config: RunConfig, model: Any, selection: SelectionPlan | No
     """
     from linearize.conversion.students import student_config, teacher_backbone
 
-    kind = teacher_backbone(str(config.model_name_or_path), model).config
+    kind = teacher_backbone(config.source, model).config
     settings = config if selection is None else selection.forecast_settings()
     layers = (settings.attention, settings.mixer_types, settings.mixers, settings.kept_layers)
     return student_config(model, kind, *layers, settings.sliding_window)
@@ -235,8 +235,8 @@ def meta_mixer(shape: Shape, config: RunConfig) -> Any:
     from linearize.modeling import BACKBONES
     from linearize.modeling.registry import mechanism, resolve_settings
 
-    entry = mechanism(config.attention["type"])
-    settings = entry.config(**config.attention)
+    entry = mechanism(config.mechanism["type"])
+    settings = entry.config(**config.mechanism)
     resolve_settings(settings, shape.head_dim, BACKBONES[shape.architecture].config)
     width = {"layer_width": shape.hidden} if "layer_input" in entry.reads(settings) else {}
     with torch.device("meta"):
@@ -262,5 +262,5 @@ def _of_one_mechanism(config: RunConfig, teacher: Any, selection: SelectionPlan 
     if layered.mixer_types is None:
         return config
     softmax = [index for index, name in enumerate(layered.mixer_types) if name not in layered.mixers]
-    widest = max(layered.mixers.values(), key=lambda mixer: mixer.get("window", 0), default=config.attention)
+    widest = max(layered.mixers.values(), key=lambda mixer: mixer.get("window", 0), default=config.attention or {})
     return dataclasses.replace(config, mixer_types=None, mixers=None, attention=dict(widest), softmax_layers=softmax)

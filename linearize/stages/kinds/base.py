@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from linearize.config.settings import StepPlan
@@ -80,11 +80,11 @@ class Context:
     encoder: bool
     load_teacher: Callable[[str], Any]
     """The frozen model that a stage's `teacher` names."""
-    save: Callable[[Any], Path]
-    """Leaves the repository of the stages before, which an adapter belongs on."""
+    save: Callable[[Any], tuple[str, str | None]]
+    """Leaves the repository of the stages before, which an adapter belongs on; its path or Hub id, and revision."""
     measure: Callable[[str, Any], None]
     """Adds a model to the report under a name."""
-    arm: str = "mixed"
+    arm: Literal["mixed", "teacher"] = "mixed"
     """What trains: the student, or, of the yardstick, its teacher's arm."""
 
     def options(self) -> dict[str, Any]:
@@ -128,7 +128,7 @@ class Stage:
         values: Its settings.
     """
 
-    settings: ClassVar[type]
+    settings: ClassVar[Any]
     """Dataclass of its settings."""
     title: ClassVar[str] = ""
     """What reports call it; empty: by its name."""
