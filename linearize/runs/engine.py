@@ -258,7 +258,7 @@ class RunOfStages:
         return model
 
     def _measure_start(self, measures: Any, model: Any, done: int) -> None:
-        """The references; of a run that goes on behind its first stage they are there, but for an encoder's teacher."""
+        """The references. Of a run that goes on later they are there, but for an encoder's teacher."""
         from linearize.config.record import base_is_teacher
 
         if not done:

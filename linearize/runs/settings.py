@@ -73,8 +73,8 @@ class RunConfig(LayerChoice, RunSettings):
     seed: int = 0
     """Seed of the initialisation, the order of the data, the masks and the dropout."""
     dtype: Dtype = "auto"
-    """Type of the frozen weights and of the computation; what trains is float32 always. auto: float32 of an encoder and
-    where a stage trains all weights or the mechanism by the model's own loss, else bfloat16."""
+    """Type of the frozen weights and of the computation; what trains is float32 always. auto: float32 of an encoder
+    and where a stage trains all weights or the mechanism by the model's own loss, else bfloat16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """The process's GPU, else the CPU; or one of them (CUDA_VISIBLE_DEVICES chooses among several)."""
     load_in_4bit: bool = False

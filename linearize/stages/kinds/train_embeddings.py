@@ -10,7 +10,7 @@ from linearize.stages.kinds.base import Context, Outcome, Stage, StagePlan, Star
 
 
 class TrainEmbeddings(Stage):
-    """All weights, or the converted layers' attention, against the embeddings of the model that the run starts from."""
+    """All weights, or the converted layers' attention, against the embeddings of the run's first model."""
 
     settings = EmbeddingConfig
     trained = "all"
