@@ -113,7 +113,7 @@ def run_or_plan(settings: RunConfig, dry_run: bool) -> None:
     from linearize.runs import engine
 
     if dry_run:
-        engine.plan(settings).show()
+        engine.rehearse(settings).show()
     else:
         trained(settings, engine.run)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from linearize.hardware import memory
 from linearize.hardware.shape import Shape
 from linearize.runs.attention import check_attention, mixers_of, read_model
 from linearize.runs.checks import check_data, check_environment, check_lengths, check_triton_takes
+from linearize.runs.forecast import RunForecast, duration
 from linearize.stages.kinds import make_stage
 from linearize.stages.kinds.base import Stage, StagePlan, Start
 
@@ -29,6 +30,8 @@ BRANCHES = {
     None: "as the mechanism needs",
 }
 """How a plan names what attention transfer trains."""
+PARTS = ("weights", "mixers", "adapters", "activations", "logits", "workspace")
+"""Of `hardware.memory.Forecast`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class RunPlan:
     """What each of them is about to do."""
     selection: SelectionPlan | None = None
     """Where layers and windows are chosen by measuring."""
+    forecast: RunForecast = field(default_factory=RunForecast)
+    """Text, time and disk, as far as they are known."""
 
     def of(self, name: str) -> StagePlan | None:
         """What the stage of that name is about to do, if the run has it."""
@@ -53,7 +58,9 @@ class RunPlan:
         """Print the plan as tables."""
         from linearize.tables import show_tables
 
-        show_tables(self.tables(), (), console)
+        if headline := self.forecast.headline():
+            print(headline, flush=True)
+        show_tables(self.tables(), self.forecast.notes(self.plans), console)
 
     def tables(self) -> list[Any]:
         """The run, and each stage with its tokens, steps, trained parameters and expected memory."""
@@ -66,15 +73,36 @@ class RunPlan:
             *self._layer_rows(),
             ["data", dataset if isinstance(dataset, str) else ", ".join(dataset)],
             ["sequence length", f"{config.data.sequence_length:,} tokens"],
+            *self.forecast.rows(),
             *self._yardstick_rows(),
             ["processes", str(self.start.num_processes)],
             ["output", config.output_dir],
         ]
         tables = [Table("Run", ["", "value"], rows, text=True)]
         if self.plans:
-            header = ["stage", "trains", "tokens", "steps", "tokens a step", "expected memory a process"]
-            tables.append(Table("Stages", header, [_stage_row(plan) for plan in self.plans], text=True))
+            header = ["stage", "trains", "tokens", "epochs", "steps", "tokens a step", "time"]
+            tables.append(Table("Stages", header, [self._stage_row(plan) for plan in self.plans], text=True))
+        memory = [row for plan in self.plans if (row := _memory_row(plan)) is not None]
+        if memory:
+            header = ["stage", *PARTS, "in all"]
+            tables.append(Table("Memory a process, expected", header, memory))
         return tables
+
+    def _stage_row(self, plan: StagePlan) -> list[str]:
+        trained = ", ".join(f"{what} {count:,}" for what, count in plan.trained.items()) or "nothing"
+        if plan.steps is None:
+            return [plan.name, trained, plan.note, "", "", "", ""]
+        steps, epochs = plan.steps, self.forecast.epochs(plan.tokens)
+        seconds = self.forecast.seconds.get(plan.name)
+        return [
+            plan.name,
+            trained,
+            f"{plan.tokens:,}",
+            "" if epochs is None else f"{epochs:.2g}" if epochs < 10 else f"{epochs:,.0f}",
+            f"{steps.steps:,}",
+            f"{steps.tokens_per_step:,} ({steps.accumulation} x {plan.settings.batch_size} sequences a process)",
+            "" if seconds is None else duration(seconds),
+        ]
 
     def _start_row(self) -> list[str]:
         config, layers = self.config, self.start.model.num_hidden_layers
@@ -115,19 +143,12 @@ class RunPlan:
         return rows + [["transfer trains", BRANCHES[branch]] for branch in branches]
 
 
-def _stage_row(plan: StagePlan) -> list[str]:
-    trained = ", ".join(f"{what} {count:,}" for what, count in plan.trained.items()) or "nothing"
-    if plan.steps is None:
-        return [plan.name, trained, "", plan.note, "", ""]
-    steps = plan.steps
-    return [
-        plan.name,
-        trained,
-        f"{plan.tokens:,}",
-        f"{steps.steps:,}",
-        f"{steps.tokens_per_step:,} ({steps.accumulation} x {plan.settings.batch_size} sequences a process)",
-        "no forecast" if plan.forecast is None else memory.format_bytes(plan.forecast.total),
-    ]
+def _memory_row(plan: StagePlan) -> list[str] | None:
+    """What a stage holds, by part; None of a stage without a forecast."""
+    if plan.forecast is None:
+        return None
+    parts = [getattr(plan.forecast, name) for name in PARTS]
+    return [plan.name, *map(memory.format_bytes, parts), memory.format_bytes(plan.forecast.total)]
 
 
 def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:

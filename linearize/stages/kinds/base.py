@@ -171,6 +171,10 @@ class Stage:
         """What to lower where memory ends."""
         return ""
 
+    def trial(self, model: Any, start: Start) -> float | None:
+        """Seconds of one micro-batch on this machine, measured; None of a stage without steps. The weights stay."""
+        return None
+
     def run(self, model: Any, context: Context) -> Outcome:
         """Do it.
 

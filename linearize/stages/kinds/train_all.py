@@ -66,6 +66,14 @@ class TrainAll(Stage):
 
         return smaller(f"{self.name}.batch_size", self.values.batch_size, sequence_length)
 
+    def trial(self, model: Any, start: Start) -> float:
+        """Seconds of one micro-batch."""
+        from linearize.stages.trial import full_seconds
+
+        return full_seconds(
+            model, self.values, start.config.data.sequence_length, hides=self.values.objective == "masked"
+        )
+
     def run(self, model: Any, context: Context) -> Outcome:
         """Train in place."""
         from linearize.stages.full_training import train_all

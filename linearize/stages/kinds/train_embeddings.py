@@ -46,6 +46,12 @@ class TrainEmbeddings(Stage):
 
         return smaller(f"{self.name}.batch_size", self.values.batch_size, sequence_length)
 
+    def trial(self, model: Any, start: Start) -> float:
+        """Seconds of one micro-batch."""
+        from linearize.stages.trial import embedding_seconds
+
+        return embedding_seconds(model, self.values, start.config.data.sequence_length)
+
     def run(self, model: Any, context: Context) -> Outcome:
         """Train in place, beside a frozen copy of the teacher."""
         from linearize.stages.encoder_training import distill_embeddings
