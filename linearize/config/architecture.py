@@ -68,8 +68,8 @@ class ArchitectureConfig:
         for key, what in LLAMA_ONLY.items():
             require(
                 self.type == "llama" or getattr(self, key) is None,
-                f"architecture.{key} is set, but architecture.type {self.type} has no {what}: leave it out, or set type "
-                "to llama.",
+                f"architecture.{key} is set, but architecture.type {self.type} has no {what}: leave it out, or set "
+                "type to llama.",
             )
         require(
             self.head_dim is not None or self.n_embd % self.n_head == 0,

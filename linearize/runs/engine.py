@@ -151,10 +151,10 @@ class RunOfStages:
                 known = estimate_tokens(config.data, tokenizer)
             self.plan.forecast.tokens, self.plan.forecast.exact = known if known is not None else (None, False)
             self.models = RunModels(self.plan, self.directory, self.state.device, tokenizer)
-            if self.plan.selection is None:
-                with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
-                    model = self.models.first()
-                self._forecast(model, 0)
+            layers = None if self.plan.selection is None else self.plan.start.forecast_settings.layers()
+            with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
+                model = self.models.first(layers=layers)
+            self._forecast(model, 0)
         return self.plan
 
     # --- before the stages
@@ -167,7 +167,8 @@ class RunOfStages:
         train = getattr(getattr(self, "texts", None), "train", None)
         if train is not None:
             forecast.tokens, forecast.exact = len(train) * train.sequence_length, True
-        forecast.seconds = time_stages(self.plan, model, self.directory.path, done)
+        teacher = self._yardstick() if done == 0 and not self.directory.yardstick.is_dir() else None
+        forecast.seconds = time_stages(self.plan, model, self.directory.path, done, teacher)
         forecast.disk, forecast.free = disk_bytes(self.plan), free_bytes(self.directory.path)
 
     def _complete(self) -> RunResult:

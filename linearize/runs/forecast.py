@@ -12,6 +12,7 @@ from linearize.hardware.memory import format_bytes
 
 if TYPE_CHECKING:
     from linearize.runs.plan import RunPlan
+    from linearize.stages.kinds.base import Stage
 
 HOUR = 3600
 MANY_EPOCHS = 20
@@ -42,8 +43,8 @@ class RunForecast:
         """The first line of a run."""
         if not self.seconds:
             return ""
-        much = "More than an hour: " if self.total > HOUR else ""
-        return f"{much}about {duration(self.total)} of training on this machine, by one measured micro-batch a stage."
+        much = "More than an hour: about" if self.total > HOUR else "About"
+        return f"{much} {duration(self.total)} of training on this machine, by a measured micro-batch of each stage."
 
     def epochs(self, tokens: int) -> float | None:
         """How often a stage of so many tokens reads the text."""
@@ -71,8 +72,8 @@ class RunForecast:
                 )
         if self.free is not None and self.disk > self.free:
             notes.append(
-                f"The run writes about {format_bytes(self.disk)}, and {format_bytes(self.free)} are free: make room, or "
-                "lower save_total_limit."
+                f"The run writes about {format_bytes(self.disk)}, and {format_bytes(self.free)} are free: make room, "
+                "or lower save_total_limit."
             )
         return notes
 
@@ -91,13 +92,16 @@ def duration(seconds: float) -> str:
     return f"{days} days {hours} h"
 
 
-def time_stages(plan: RunPlan, model: Any, directory: Path, done: int) -> dict[str, float]:
+def time_stages(
+    plan: RunPlan, model: Any, directory: Path, done: int, yardstick: Stage | None = None
+) -> dict[str, float]:
     """Stage -> seconds of what is left of it, from a measured micro-batch.
 
     Args:
         model: As the run starts; its weights stay.
         directory: The run's, whose checkpoints say how far a stage is.
         done: Stages that are over.
+        yardstick: The stage that trains the teacher, if it is still to come.
 
     Raises:
         UserError: Memory ends, with what to lower.
@@ -116,6 +120,12 @@ def time_stages(plan: RunPlan, model: Any, directory: Path, done: int) -> dict[s
         left = steps.steps - (int(there[-1].name.rpartition("-")[2]) if there else 0)
         if seconds is not None:
             found[current.name] = seconds * steps.accumulation * max(left, 0)
+    if yardstick is not None:
+        planned = yardstick.plan(plan.start).steps
+        with stage("a trial of the yardstick"), model.use_arm("teacher"):
+            seconds = yardstick.trial(model, plan.start)
+        if seconds is not None and planned is not None:
+            found[yardstick.name] = seconds * planned.accumulation * planned.steps
     return found
 
 

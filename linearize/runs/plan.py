@@ -82,10 +82,9 @@ class RunPlan:
         if self.plans:
             header = ["stage", "trains", "tokens", "epochs", "steps", "tokens a step", "time"]
             tables.append(Table("Stages", header, [self._stage_row(plan) for plan in self.plans], text=True))
-        memory = [row for plan in self.plans if (row := _memory_row(plan)) is not None]
-        if memory:
-            header = ["stage", *PARTS, "in all"]
-            tables.append(Table("Memory a process, expected", header, memory))
+        held = [row for plan in self.plans if (row := _memory_row(plan)) is not None]
+        if held:
+            tables.append(Table("Memory a process, expected", ["stage", "in all", "of it"], held, text=True))
         return tables
 
     def _stage_row(self, plan: StagePlan) -> list[str]:
@@ -115,7 +114,9 @@ class RunPlan:
         settings = self.config.yardstick_settings()
         if self.config.yardstick is None:
             return []
-        return [["yardstick", f"the teacher, trained on {settings.tokens:,} tokens"]]
+        seconds = self.forecast.seconds.get("yardstick")
+        how_long = "" if seconds is None else f", {duration(seconds)}"
+        return [["yardstick", f"the teacher, trained on {settings.tokens:,} tokens{how_long}"]]
 
     def _layer_rows(self) -> list[list[str]]:
         """What the layers get."""
@@ -144,11 +145,15 @@ class RunPlan:
 
 
 def _memory_row(plan: StagePlan) -> list[str] | None:
-    """What a stage holds, by part; None of a stage without a forecast."""
-    if plan.forecast is None:
-        return None
-    parts = [getattr(plan.forecast, name) for name in PARTS]
-    return [plan.name, *map(memory.format_bytes, parts), memory.format_bytes(plan.forecast.total)]
+    """What a stage holds, by part; None of a stage without steps."""
+    if plan.forecast is not None:
+        parts = {name: getattr(plan.forecast, name) for name in PARTS}
+        total = memory.format_bytes(plan.forecast.total)
+    elif plan.least:
+        parts, total = plan.least, f"{memory.format_bytes(sum(plan.least.values()))} and activations"
+    else:
+        return None if plan.steps is None else [plan.name, "no forecast", ""]
+    return [plan.name, total, ", ".join(f"{name} {memory.format_bytes(count)}" for name, count in parts.items())]
 
 
 def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:

@@ -54,6 +54,8 @@ class StagePlan:
     """What trains -> parameters."""
     forecast: Forecast | None = None
     """Expected memory; None where there is no forecast."""
+    least: dict[str, int] = field(default_factory=dict)
+    """What is held all the time, bytes by part, where activations are not forecast."""
     note: str = ""
     """What there is to say beside."""
 

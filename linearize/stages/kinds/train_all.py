@@ -52,13 +52,16 @@ class TrainAll(Stage):
 
     def plan(self, start: Start) -> StagePlan:
         """Its steps and what trains."""
-        from linearize.hardware.memory_full import parameter_count
+        from linearize.hardware.memory_full import full_training, parameter_count
         from linearize.training.loop import exact_plan
 
         steps = exact_plan(self.values, start.config.data.sequence_length, start.num_processes, self.name)
         everything = self.values.weights == "all"
         trained = {"all weights": parameter_count(start.student)} if everything else {}
-        return StagePlan(self.name, self.values, steps, trained or {self.values.weights: start.mixer_parameters})
+        teacher = start.model if self.values.teacher is not None else None
+        held = full_training(start.student, teacher=teacher, trains_all=everything, processes=start.num_processes)
+        trained = trained or {self.values.weights: start.mixer_parameters}
+        return StagePlan(self.name, self.values, steps, trained, least=held.parts())
 
     def advice(self, sequence_length: int) -> str:
         """Smaller micro-batches."""

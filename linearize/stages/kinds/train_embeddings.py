@@ -33,12 +33,13 @@ class TrainEmbeddings(Stage):
 
     def plan(self, start: Start) -> StagePlan:
         """Its steps."""
-        from linearize.hardware.memory_full import parameter_count
+        from linearize.hardware.memory_full import full_training, parameter_count
         from linearize.training.loop import exact_plan
 
         steps = exact_plan(self.values, start.config.data.sequence_length, start.num_processes, self.name)
         what = "all weights" if self.values.weights == "all" else "attention, of all weights"
-        return StagePlan(self.name, self.values, steps, {what: parameter_count(start.student)})
+        held = full_training(start.student, teacher=start.model, processes=start.num_processes)
+        return StagePlan(self.name, self.values, steps, {what: parameter_count(start.student)}, least=held.parts())
 
     def advice(self, sequence_length: int) -> str:
         """Smaller micro-batches."""
