@@ -56,7 +56,7 @@ def config_of(words: Sequence[str], default: str | None) -> str | None:
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
     """What is given for a flag, as its next word or behind `=`."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         name, equals, value = word.partition("=")
         if name == flag:
             return value if equals else following
@@ -142,8 +142,9 @@ def run(
     linearize run my.yaml --finetune.learning_rate 3e-4 --dry_run
     linearize run --output_dir out --resume_from_checkpoint
     """
-    words = [word for word in (preset,) if word]
-    named = config if config is not None and preset is None else config_of(words, None)
+    if preset is not None and config is not None:
+        raise UserError(f"{preset} and --config {config} are both named: give one of them.")
+    named = preset or config
     stored = _stored(overrides) if named is None else None
     if stored is not None:
         overrides = {"overwrite": False, **overrides}
