@@ -364,9 +364,7 @@ def _fused_transfer(shape: Shape, mechanism: Mechanism, config: RunConfig, loss_
     """Bytes of stage 1's fullest moment: the end of the mixed arm's backward, its loss, or the teacher's MLP."""
     fused, size = FusedBytes.of(shape, mechanism, config.dtype, tokens), BYTES[config.dtype]
     forward = fused.inputs + fused.kept + fused.output  # the last is the teacher's output
-    loss = forward + (
-        4 * FACTORS.cosine_loss * shape.heads * shape.head_dim if loss_kind == "cosine" else 0
-    )
+    loss = forward + (4 * FACTORS.cosine_loss * shape.heads * shape.head_dim if loss_kind == "cosine" else 0)
     backward = forward + fused.output + fused.backward + fused.maps / tokens  # the second output is its gradient
     mlp = size * FACTORS.teacher_intermediate * shape.intermediate
     return tokens * (max(loss, backward, mlp) + size * FACTORS.fused_teacher_hidden * shape.hidden)
