@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -56,7 +57,7 @@ def config_of(words: Sequence[str], default: str | None) -> str | None:
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
     """What is given for a flag, as its next word or behind `=`."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         name, equals, value = word.partition("=")
         if name == flag:
             return value if equals else following

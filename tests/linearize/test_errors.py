@@ -35,7 +35,7 @@ def call(tmp_path, capsys):
 
     def run(*arguments, settings=None):
         if settings is not None:
-            (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+            (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
             arguments = ("run", str(tmp_path / "config.yaml"), *arguments)
         capsys.readouterr()
         code = main([str(argument) for argument in arguments])
