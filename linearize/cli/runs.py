@@ -11,6 +11,7 @@ import typer
 
 from linearize.cli.flags import with_settings
 from linearize.cli.loading import Directory
+from linearize.config.presets import find_preset
 from linearize.config.values import field_types
 from linearize.config.yaml_io import left_behind, resolve
 from linearize.errors import UserError
@@ -230,6 +231,9 @@ def glue(context: typer.Context, *, config: Config = None, overrides: dict[str, 
     """Finetune encoders, stock or converted, on the tasks of GLUE, and print a table of them side by side."""
     import linearize
 
+    preset = None if config is None else find_preset(config)
+    if preset is not None and preset.command != "glue":
+        raise UserError(f"{config} is no preset of the GLUE benchmark: linearize {preset.command} {config}.")
     stored = _stored(overrides) if config is None else None
     if stored is not None:
         overrides = {"overwrite": False, **overrides}
