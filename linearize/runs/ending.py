@@ -33,7 +33,7 @@ def save(run: RunOfStages, model: Any, place: Path, files: Mapping[str, bytes] |
 def keep(run: RunOfStages, model: Any) -> Any:
     """Save the model after the last stage, and give it in full weights."""
     run.record = run.record or run.unrecorded()
-    base = run.repository or run.config.model_name_or_path
+    base = run.repository or run.config.model_name_or_path or ""
     last = run.plan.stages[-1].name if run.plan.stages else None
     outcome = run.result.stages.get(last) if last else None
     with stage("saving the model"):
