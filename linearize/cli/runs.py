@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from linearize.cli.flags import with_settings
 from linearize.cli.loading import Directory
+from linearize.config.presets import find_preset
 from linearize.config.values import field_types
 from linearize.config.yaml_io import left_behind, resolve
 from linearize.errors import UserError
@@ -56,7 +58,7 @@ def config_of(words: Sequence[str], default: str | None) -> str | None:
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
     """What is given for a flag, as its next word or behind `=`."""
-    for word, following in zip(words, [*words[1:], ""], strict=False):
+    for word, following in pairwise([*words, ""]):
         name, equals, value = word.partition("=")
         if name == flag:
             return value if equals else following
@@ -230,6 +232,9 @@ def glue(context: typer.Context, *, config: Config = None, overrides: dict[str, 
     """Finetune encoders on the tasks of GLUE, side by side."""
     import linearize
 
+    preset = None if config is None else find_preset(config)
+    if preset is not None and preset.command != "glue":
+        raise UserError(f"{config} is no preset of the GLUE benchmark: linearize {preset.command} {config}.")
     stored = _stored(overrides) if config is None else None
     if stored is not None:
         overrides = {"overwrite": False, **overrides}
