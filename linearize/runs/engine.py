@@ -463,6 +463,7 @@ class RunOfStages:
 
     def _recipe(self) -> dict[str, Any]:
         """The settings of this run; of a model converted before, its attention and the stages that it went through."""
+        from linearize.config.record import stages_of
         from linearize.config.selection import OF_THE_CONVERSION
         from linearize.config.yaml_io import to_values
 
@@ -470,7 +471,7 @@ class RunOfStages:
         if self.plan.start.converted:
             for name in OF_THE_CONVERSION:
                 recipe[name] = earlier.get(name)
-            recipe["stages"] = {**(earlier.get("stages") or {}), **recipe["stages"]}
+            recipe["stages"] = {**stages_of(earlier), **recipe["stages"]}
             if "imported" in earlier:
                 recipe["imported"] = earlier["imported"]
         return recipe
