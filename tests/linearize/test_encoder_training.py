@@ -46,6 +46,7 @@ from linearize.training.mixed_precision import leave_mixed_precision
 DEMO_TEXT = Path(linearize.__file__).parent / "demo_text"
 MIXERS = {"linear": {"type": "linear", "window": 3, "sinks": 1}}
 STEPS = {"batch_size": 8, "tokens_per_step": 8 * 48, "logging_steps": 1}
+TRAIN_ALL = {"kind": "train", "weights": "all"}
 MASKED = {"objective": "masked", "mixer_learning_rate": 1e-3, "weight_decay": 0.01, "adam_beta2": 0.999, **STEPS}
 """Of hidden words, as the preset of BERT has them."""
 
@@ -371,8 +372,8 @@ def settings(tmp_path, data):
         "data": data,
         "stages": {
             "transfer": {"kind": "transfer", **STEPS, "max_steps": 4},
-            "mlm": {"kind": "train", "weights": "all", **MASKED, **steps},
-            "distillation": {"kind": "train", "weights": "all", "objective": "embeddings", **steps},
+            "mlm": {**TRAIN_ALL, **MASKED, **steps},
+            "distillation": {**TRAIN_ALL, "objective": "embeddings", **steps},
         },
         "evaluation": {"pairs": 20},
     }
@@ -477,18 +478,28 @@ def test_presets_are_valid():
         (["--data.format", "chat"], "plain text"),
         (["--data.mask_probability", "1"], "below 1"),
         (["--distillation.hidden_weight", "-1"], "must not be negative"),
-        ({"distillation": {"objective": "embeddings", "weights": "heads"}}, "weights all or attention"),
+        (
+            {"distillation": {"kind": "train", "objective": "embeddings", "weights": "heads"}},
+            "weights all or attention",
+        ),
         (["--evaluation.pairs", "0"], "at least 1"),
-        ({"mlm": {"objective": "masked", "tokens_per_step": 3072}}, "has no head that finds hidden tokens"),
+        (
+            {"mlm": {**TRAIN_ALL, "objective": "masked", "tokens_per_step": 3072}},
+            "has no head that finds hidden tokens",
+        ),
         (["--distillation.batch_size", "7"], "multiple"),
         ({"transfer": {"kind": "transfer", "tokens_per_step": 100}}, "transfer.tokens_per_step is 100"),
+        (
+            {"transfer": {"kind": "transfer", "weights": "all"}},
+            "is of kind transfer, which has no weights: leave it out",
+        ),
         (["--evaluation.texts", "{train}"], "part of the training data"),
         (["--model_name_or_path", "{llama}"], "is no encoder"),
     ],
 )
 def test_bad_input_is_one_sentence(change, sentence, data, tmp_path, capsys):
     """Flags, or other stages."""
-    stages = {"distillation": {"objective": "embeddings", "tokens_per_step": 3072}}
+    stages = {"distillation": {**TRAIN_ALL, "objective": "embeddings", "tokens_per_step": 3072}}
     flags, stages = (change, stages) if isinstance(change, list) else ([], change)
     places = {"train": data["dataset"], "llama": ""}
     if "{llama}" in flags:
@@ -498,9 +509,7 @@ def test_bad_input_is_one_sentence(change, sentence, data, tmp_path, capsys):
         "output_dir": str(tmp_path / "out"),
         "device": "cpu",
         "data": {**data, "max_tokens": 2000},
-        "stages": {
-            name: {"kind": "train", "weights": "all", "max_steps": 1, **stage} for name, stage in stages.items()
-        },
+        "stages": {name: {"max_steps": 1, **stage} for name, stage in stages.items()},
         "evaluation": {"pairs": 4},
     }
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
