@@ -491,7 +491,7 @@ def test_presets_are_valid():
         ({"transfer": {"kind": "transfer", "tokens_per_step": 100}}, "transfer.tokens_per_step is 100"),
         (
             {"transfer": {"kind": "transfer", "weights": "all"}},
-            "is of kind transfer, which has no weights: leave it out",
+            "kind transfer, which has no weights: leave it out",
         ),
         (["--evaluation.texts", "{train}"], "part of the training data"),
         (["--model_name_or_path", "{llama}"], "is no encoder"),
