@@ -318,7 +318,7 @@ class RunOfStages:
             if (self.directory.yardstick / "config.json").is_file():
                 measures.after_yardstick(self.models.of_yardstick(), " + training on the same tokens")
         elif self.plan.start.encoder:
-            measures.before_training(self.models.placed(self.models.teacher("base")))
+            measures.go_on(self.models.placed(self.models.teacher("base")))
 
     # --- the yardstick
 

@@ -93,7 +93,8 @@ class FullTrainer(StageTrainer):
         self.validation_log = validation_log
         self.measuring_seconds = 0.0
         self._measured: tuple[int, PerplexityResult | MaskedResult] | None = None
-        count = min(len(validation), max(1, config.eval_tokens // validation.sequence_length))
+        length = validation.sequence_length if len(validation) else 1  # of none there is nothing to score
+        count = min(len(validation), max(1, config.eval_tokens // length))
         self.scored: Any = Subset(validation, range(count))
         super().__init__(model, args, config=config, eval_dataset=self.scored, **others)
 

@@ -99,6 +99,11 @@ def train_all(
     """
     if not len(train):
         raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
+    if mask_probability is not None and model.get_output_embeddings() is None:
+        raise UserError(
+            f"{type(model).__name__} has no head that finds hidden tokens: load a checkpoint whose architectures in "
+            "config.json are BertForMaskedLM."
+        )
     if config.eval_steps is not None and not len(validation):
         raise UserError(f"{config.section}.eval_steps is set, but there is no validation text: give data.validation.")
     distiller = None if teacher is None else Distiller(teacher, model, config)
