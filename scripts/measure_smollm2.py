@@ -142,11 +142,10 @@ def measure_memory(args: argparse.Namespace, train: TokenBlocks, validation: Tok
         run = RunConfig(model_name_or_path=args.model, dtype="bfloat16", load_in_4bit=bits == 4, device=args.device)
         run.data.sequence_length = LENGTH
         folder = Path(args.output_dir, f"memory-{bits}-{batch}-{checkpointing}")
-        stages = {
-            "finetune": (finetune, FinetuneConfig(**step, gradient_checkpointing=checkpointing), forecast_finetune)
-        }
+        lora = FinetuneConfig(**step, gradient_checkpointing=checkpointing)
+        stages = {"finetune": (finetune, lora, forecast_finetune)}
         if not checkpointing:
-            stages["transfer"] = (transfer_attention, TransferConfig(**step, branch="both"), forecast_transfer)
+            stages["transfer"] = (transfer_attention, TransferConfig(**step), forecast_transfer)
         for stage, (train_stage, config, forecast) in stages.items():
             model = student(args, **options)
             result = train_stage(model, train, config, output_dir=folder / stage, device=_stay(args))
