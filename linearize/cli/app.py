@@ -8,6 +8,7 @@ code 2, Ctrl-C with 130 (`linearize/failures.py`).
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from linearize.cli.chat import chat
 from linearize.cli.diff import differ
 from linearize.cli.evaluate import evaluate
 from linearize.cli.flags import complete, normalise, underscored, with_settings
+from linearize.cli.help import ALL, Command
 from linearize.cli.importing import importer
 from linearize.cli.info import info
 from linearize.cli.loading import Directory
@@ -36,7 +38,7 @@ from linearize.runs import settings as run_settings
 app = typer.Typer(
     help="Convert softmax transformers to linear attention, and train, measure and publish them.",
     no_args_is_help=True,
-    add_completion=False,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": underscored},
 )
@@ -153,11 +155,18 @@ def _prepare(words: Sequence[str], values: dict[str, Any]) -> None:
         words: With the command.
         values: Settings of the config that they name.
     """
+    speaks = bool({"-h", "--help"} & set(words))
     for declared in app.registered_commands:
+        declared.cls = Command
         if words and words[0] == (declared.name or getattr(declared.callback, "__name__", "")) and declared.callback:
-            complete(declared.callback, run_settings.stage_types(values))
-    if words and words[0][0] != "-" and words[0] not in WITHOUT_MODELS and not {"-h", "--help"} & set(words):
+            complete(declared.callback, run_settings.stage_types(values), values["stages"], short=speaks)
+    if words and words[0][0] != "-" and words[0] not in WITHOUT_MODELS and not speaks:
         import linearize.modeling  # noqa: F401
+
+
+def completed_words() -> list[str]:
+    """The words that a shell asks to complete, without the program's name."""
+    return os.environ.get("COMP_WORDS", os.environ.get("_TYPER_COMPLETE_ARGS", "")).split()[1:]
 
 
 def main(argv: Sequence[str] | None = None, *, default_config: str | None = None) -> int:
@@ -170,8 +179,10 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
     words = expand_words(list(sys.argv[1:] if argv is None else argv))
     if words and not words[0].startswith("-"):
         words[0] = words[0].replace("_", "-")
-    values = values_asked_for(words, default_config)
-    _prepare(words, values)
+    asked = words or completed_words()
+    values = values_asked_for(asked, default_config)
+    _prepare(asked, values)
+    words = ["--help" if word == ALL else word for word in words]
     glue = words[:1] == ["glue"]
     arguments = normalise(words, flat_names(GlueRunConfig) if glue else run_settings.flat_names(values))
     try:

@@ -25,7 +25,10 @@ def chat(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Talk with a converted model; through its chat template if it has one."""
+    """Talk with a converted model.
+
+    Through its chat template if it has one.
+    """
     chat_with_model(
         directory, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, device=device
     )

@@ -86,8 +86,11 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Measure a model: perplexity of its arms on any text, retrieval and perplexity over the context length, and
-    tasks of the lm-eval harness."""
+    """Measure a model: perplexity, context length, tasks.
+
+    Perplexity of its arms on any text, retrieval and perplexity over the context length, and tasks of the lm-eval
+    harness.
+    """
     from linearize.evaluation import plan_contexts
 
     how: dict[str, Any] = {"depths": depths, "seed": seed, "rope_scaling": rope_scaling}

@@ -14,11 +14,12 @@ import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import typer
 
-from linearize.config.values import FALSE, NOTHING, TRUE, field_types, options, section_type
+from linearize.cli.help import clause, is_main
+from linearize.config.values import FALSE, NOTHING, TRUE, choices, field_types, options, section_type
 from linearize.runs.settings import RunConfig
 
 NO = "no_"
@@ -27,7 +28,7 @@ FLAGS = "flags_of_settings"
 OWN = "parameters_of_its_own"
 """Where it keeps those that it declares."""
 OF_THE_KIND = ("kind", "weights", "objective")
-"""Settings of a stage that say what it is: a file has them, not a flag."""
+"""Settings of a stage that say what it is: flags where its class leaves a choice."""
 
 
 @functools.cache
@@ -85,44 +86,55 @@ def _parameter(name: str, annotation: Any, help_text: str, default: str, panel: 
         declaration, kind = f"--{name}/--{prefix}{NO}{key}", bool | None
     else:
         declaration, kind = f"--{name}", list[str] | None if is_list(annotation) else str | None
-    choices = [
-        choice
-        for option in options(annotation)
-        if typing.get_origin(option) is Literal
-        for choice in typing.get_args(option)
-    ]
-    shown = help_text + (f" One of {', '.join(choices)}." if choices and len(choices) <= 6 else "")
+    allowed = choices(annotation)
+    shown = help_text + (f" One of {', '.join(allowed)}." if allowed and len(allowed) <= 6 else "")
+    shown += f" [default: {default}]" if default else ""
     option = typer.Option(
         None,
         declaration,
         help=shown,
         rich_help_panel=panel,
-        show_default=default or False,
+        show_default=False,
         metavar=None if is_flag(annotation) else "VALUE",
     )
     return inspect.Parameter(identifier, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
 
 
-def stage_parameters(stages: Mapping[str, type]) -> list[inspect.Parameter]:
+def stage_parameters(stages: Mapping[str, type], values: Mapping[str, Any]) -> list[inspect.Parameter]:
     """One typer parameter for each setting of each stage, and one that leaves the stage out.
 
     Args:
         stages: Name -> class of its settings.
+        values: Name -> what the config gives of them, which the help shows as defaults.
     """
     parameters = []
     for name, kind in stages.items():
-        help_text = f"Settings of stage {name}; none: leave it out."
+        help_text = f"none leaves stage {name} out."
         parameters.append(_parameter(name, dict[str, Any] | None, help_text, "", name))
         parameters += [
-            _parameter(f"{name}.{key}", inner, field_help(kind)[key], shown_default(kind, key), name)
+            _parameter(f"{name}.{key}", inner, field_help(kind)[key], _stage_default(kind, key, values[name]), name)
             for key, inner in field_types(kind).items()
-            if key not in OF_THE_KIND
+            if key not in OF_THE_KIND or len(choices(inner)) > 1
         ]
     return parameters
 
 
-def setting_parameters(names: Sequence[str], settings: type) -> list[inspect.Parameter]:
-    """One typer parameter for each field of the named sections and top-level settings."""
+def _stage_default(kind: type, key: str, given: Mapping[str, Any]) -> str:
+    """What a setting of a stage is without its flag; a length has no default."""
+    if key in given:
+        value = given[key]
+        return ",".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value)
+    return "" if key == "tokens" else shown_default(kind, key)
+
+
+def setting_parameters(names: Sequence[str], settings: type, mechanisms: bool = True) -> list[inspect.Parameter]:
+    """One typer parameter for each field of the named sections and top-level settings.
+
+    Args:
+        names: Of the settings.
+        settings: The class that has them.
+        mechanisms: With the settings of every mechanism, for which the models are imported.
+    """
     parameters = []
     for name in names:
         annotation = field_types(settings)[name]
@@ -138,7 +150,7 @@ def setting_parameters(names: Sequence[str], settings: type) -> list[inspect.Par
                 _parameter(f"{name}.{key}", inner, field_help(section)[key], shown_default(section, key), name)
                 for key, inner in field_types(section).items()
             ]
-        if name == "attention":
+        if name == "attention" and mechanisms:
             parameters += [
                 _parameter(f"attention.{key}", str, text, "", "attention") for key, text in mechanism_fields().items()
             ]
@@ -176,24 +188,35 @@ def with_settings(
 
         _sign(call, own)
         vars(call)[OWN] = own
-        vars(call)[FLAGS] = lambda kinds: [
-            *setting_parameters(names, settings),
-            *(stage_parameters(kinds) if stages else ()),
+        vars(call)[FLAGS] = lambda kinds, values, mechanisms: [
+            *setting_parameters(names, settings, mechanisms),
+            *(stage_parameters(kinds, values) if stages else ()),
         ]
         return call
 
     return decorate
 
 
-def complete(command: Callable[..., Any], stages: Mapping[str, type]) -> None:
+def complete(
+    command: Callable[..., Any], stages: Mapping[str, type], values: Mapping[str, Any], *, short: bool = False
+) -> None:
     """Give a command's signature the flags that `with_settings` has for it.
 
     Args:
         stages: Those of the run that is asked for: name -> class of its settings.
+        values: Name -> what its config gives of them.
+        short: For a help of one screen: its main flags show, and nothing is imported for the others.
     """
     flags = vars(command).get(FLAGS)
-    if flags is not None:
-        _sign(command, [*vars(command)[OWN], *flags(stages)])
+    if flags is None:
+        return
+    parameters = flags(stages, values, not short)
+    for parameter in parameters:
+        name = parameter.name.replace("__dot__", ".")
+        if short:
+            parameter.default.hidden = not is_main(name, stages)
+            parameter.default.help = clause(parameter.default.help)
+    _sign(command, [*vars(command)[OWN], *parameters])
 
 
 def _sign(function: Callable[..., Any], parameters: list[inspect.Parameter]) -> None:

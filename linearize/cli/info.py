@@ -34,7 +34,10 @@ def info(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
 ) -> None:
-    """Show layers, mechanisms, and the state's bytes against the teacher's KV cache; or what hardware would cost."""
+    """Show layers, mechanisms, and the bytes of the state.
+
+    Against the teacher's KV cache; or what hardware would cost.
+    """
     import json
 
     if hardware is not None:

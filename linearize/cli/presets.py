@@ -19,7 +19,10 @@ INDENT = " " * 4
 def presets(
     name: Annotated[str | None, typer.Argument(help="Print this one, as a file to start from.")] = None,
 ) -> None:
-    """List the presets: model, mechanism, hardware and time, whether measured; or print one."""
+    """List the shipped presets, or print one.
+
+    Model, mechanism, hardware and time, and whether each is measured.
+    """
     if name is None:
         print("\n".join(_listing()))
         return

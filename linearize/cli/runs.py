@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from linearize.cli.flags import with_settings
 from linearize.cli.loading import Directory
+from linearize.config.presets import find_preset
 from linearize.config.values import field_types
 from linearize.config.yaml_io import left_behind, resolve
 from linearize.errors import UserError
@@ -18,10 +20,10 @@ from linearize.failures import command, is_main_process
 from linearize.runs.settings import RunConfig, resolve_run, run_values
 
 Config = Annotated[
-    str | None, typer.Option("--config", help="YAML file, or the name of a shipped preset, that the flags lay over.")
+    str | None, typer.Option("--config", metavar="VALUE", help="YAML file or preset, in place of the first argument.")
 ]
 Data = Annotated[
-    list[str] | None, typer.Option("--data", help="Text to train on: path(s) or a Hub id; short for --data.dataset.")
+    list[str] | None, typer.Option("--data", metavar="VALUE", help="Text to train on: path(s) or a Hub id.")
 ]
 Output = Annotated[str, typer.Argument(help="Directory to write.")]
 DryRun = Annotated[bool, typer.Option("--dry_run", help="Check everything and print the plan, then end.")]
@@ -56,7 +58,7 @@ def config_of(words: Sequence[str], default: str | None) -> str | None:
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
     """What is given for a flag, as its next word or behind `=`."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         name, equals, value = word.partition("=")
         if name == flag:
             return value if equals else following
@@ -113,7 +115,7 @@ def run_or_plan(settings: RunConfig, dry_run: bool) -> None:
     from linearize.runs import engine
 
     if dry_run:
-        engine.plan(settings).show()
+        engine.rehearse(settings).show()
     else:
         trained(settings, engine.run)
 
@@ -124,10 +126,10 @@ def run(
     context: typer.Context,
     preset: Annotated[
         str | None,
-        typer.Argument(metavar="[PRESET]", help="A shipped preset (`linearize presets`), or a YAML file."),
+        typer.Argument(metavar="PRESET", help="A shipped preset (`linearize presets`), or a YAML file."),
     ] = None,
     model: Annotated[
-        str | None, typer.Argument(metavar="[MODEL]", help="What to start from; short for --model_name_or_path.")
+        str | None, typer.Argument(metavar="MODEL", help="What to start from; short for --model_name_or_path.")
     ] = None,
     *,
     config: Config = None,
@@ -135,15 +137,16 @@ def run(
     dry_run: DryRun = False,
     overrides: dict[str, Any],
 ) -> None:
-    """Convert, train, measure and save, in the stages that a preset or a YAML file has; flags win.
+    """Convert, train, measure and save, stage by stage.
 
     \b
     linearize run smollm2_135m --data text.jsonl --output_dir out
     linearize run my.yaml --finetune.learning_rate 3e-4 --dry_run
     linearize run --output_dir out --resume_from_checkpoint
     """
-    words = [word for word in (preset,) if word]
-    named = config if config is not None and preset is None else config_of(words, None)
+    if preset is not None and config is not None:
+        raise UserError(f"{preset} and --config {config} are both named: give one of them.")
+    named = preset or config
     stored = _stored(overrides) if named is None else None
     if stored is not None:
         overrides = {"overwrite": False, **overrides}
@@ -173,7 +176,7 @@ def transfer(
     dry_run: DryRun = False,
     overrides: dict[str, Any],
 ) -> None:
-    """Attention transfer alone: train the mechanism to give each layer's softmax output."""
+    """Train the mechanism alone to give each layer's output."""
     _one_stage("transfer", directory, output, data, config, overrides, dry_run)
 
 
@@ -188,7 +191,7 @@ def finetune(
     dry_run: DryRun = False,
     overrides: dict[str, Any],
 ) -> None:
-    """LoRA alone (and the mechanism along); saves merged weights and the adapter."""
+    """Train a LoRA, and the mechanism along."""
     _one_stage("finetune", directory, output, data, config, overrides, dry_run)
 
 
@@ -226,9 +229,12 @@ def _one_stage(
 @command
 @with_settings(*field_types(GlueRunConfig), settings=GlueRunConfig)
 def glue(context: typer.Context, *, config: Config = None, overrides: dict[str, Any]) -> None:
-    """Finetune encoders, stock or converted, on the tasks of GLUE, and print a table of them side by side."""
+    """Finetune encoders on the tasks of GLUE, side by side."""
     import linearize
 
+    preset = None if config is None else find_preset(config)
+    if preset is not None and preset.command != "glue":
+        raise UserError(f"{config} is no preset of the GLUE benchmark: linearize {preset.command} {config}.")
     stored = _stored(overrides) if config is None else None
     if stored is not None:
         overrides = {"overwrite": False, **overrides}

@@ -31,7 +31,7 @@ def select(
     config: Config = None,
     overrides: dict[str, Any],
 ) -> None:
-    """Choose each layer's window, and the softmax layers, under a budget of state; writes selection.yaml.
+    """Place windows and softmax layers under a budget of state.
 
     linearize select MODEL --state_budget 7MB --softmax_layers 4 --data text.jsonl --output_dir DIR
     """

@@ -26,7 +26,10 @@ def export_vectors(
     device: Device = "auto",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> None:
-    """Write what one head of gain cells stores, reads and converts, as test vectors for circuit simulation."""
+    """Write test vectors of one head of gain cells.
+
+    What it stores, reads and converts, for circuit simulation.
+    """
     export_test_vectors(
         directory,
         output,

@@ -68,7 +68,8 @@ class ArchitectureConfig:
         for key, what in LLAMA_ONLY.items():
             require(
                 self.type == "llama" or getattr(self, key) is None,
-                f"architecture.{key} is set, but architecture.type {self.type} has no {what}: leave it out, or set type to llama.",
+                f"architecture.{key} is set, but architecture.type {self.type} has no {what}: leave it out, or set "
+                "type to llama.",
             )
         require(
             self.head_dim is not None or self.n_embd % self.n_head == 0,
@@ -89,7 +90,8 @@ class ArchitectureConfig:
         )
         require(
             self.n_head % (self.n_kv_head or self.n_head) == 0,
-            f"architecture.n_head is {self.n_head}, but it must be a multiple of architecture.n_kv_head ({self.n_kv_head}).",
+            f"architecture.n_head is {self.n_head}, but it must be a multiple of architecture.n_kv_head "
+            f"({self.n_kv_head}).",
         )
         require(
             self.rope_theta is None or self.rope_theta > 0,
@@ -100,8 +102,8 @@ class ArchitectureConfig:
         if self.type != "gptj":
             require(
                 self.rotary_dim is None,
-                f"architecture.rotary_dim is set, but architecture.type {self.type} has no part of a head to rotate: leave it out, "
-                "or set type to gptj.",
+                f"architecture.rotary_dim is set, but architecture.type {self.type} has no part of a head to rotate: "
+                "leave it out, or set type to gptj.",
             )
             return
         width, rotated = self.n_embd // self.n_head, self.rotated
@@ -149,6 +151,7 @@ class TokenizerConfig:
         convert_fields(self, "tokenizer")
         require(
             self.vocab_size >= 257,
-            f"tokenizer.vocab_size is {self.vocab_size}, but it must be at least 257: all bytes and the end of a text.",
+            f"tokenizer.vocab_size is {self.vocab_size}, but it must be at least 257: all bytes and the end of a "
+            "text.",
         )
         require(self.characters >= 1, f"tokenizer.characters is {self.characters}, but it must be at least 1.")

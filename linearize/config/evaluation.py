@@ -23,7 +23,7 @@ class EvaluationConfig:
     sequence_length: int | None = None
     """Tokens of one scored sequence; none: that of the training data."""
     pairs: int = 1000
-    """Of an encoder, whose sentence embeddings are compared with the teacher's: pairs of adjacent sentences, at most."""
+    """Of an encoder, whose sentence embeddings are compared with its teacher's: pairs of neighbours at most."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of the lm-eval harness, e.g. piqa,arc_easy."""
     include_path: str | None = None

@@ -90,7 +90,7 @@ def softmax_count(value: int | str, layers: int) -> int:
 class LayerChoice:
     """What a run's settings say of its layers, which they declare as these fields."""
 
-    attention: dict[str, Any]
+    attention: dict[str, Any] | None
     softmax_layers: int | list[int] | str
     state_budget: int | str | None
     mixer_types: list[str] | None
@@ -141,6 +141,14 @@ class LayerChoice:
         return {"attention": self.attention, "softmax_layers": self.kept_layers}
 
     @property
+    def mechanism(self) -> dict[str, Any]:
+        """`attention` where there is one."""
+        assert self.attention is not None, "softmax alone"
+        return self.attention
+
+    @property
     def mechanisms(self) -> list[dict[str, Any]]:
         """The settings of every mechanism in use."""
-        return [self.attention] if self.mixers is None else list(self.mixers.values())
+        if self.mixers is not None:
+            return list(self.mixers.values())
+        return [] if self.attention is None else [self.attention]

@@ -1,8 +1,8 @@
 """Settings of the data and of the stages that convert a model, with units and where the defaults come from.
 
-They are plain dataclasses; `runs/settings.py` has the whole run, whose YAML and flags are made from them. Measured defaults come from this project's own runs on SmolLM2-135M (see docs/results.md); published ones from
-LoLCATs (Zhang et al. 2024, https://arxiv.org/abs/2410.10254; its configs are quoted in
-recipes/configs/llama3_8b_lolcats.yaml).
+They are plain dataclasses; `runs/settings.py` has the whole run, whose YAML and flags are made from them. Measured
+defaults come from this project's own runs on SmolLM2-135M (see docs/results.md); published ones from LoLCATs (Zhang et
+al. 2024, https://arxiv.org/abs/2410.10254; its configs are quoted in recipes/configs/llama3_8b_lolcats.yaml).
 """
 
 from __future__ import annotations
@@ -325,12 +325,13 @@ class FinetuneConfig(StageSettings):
         lengths, shares = self.lengths(2), self.length_shares
         require(
             bool(lengths) and min(lengths) >= 2 and len(set(lengths)) == len(lengths),
-            f"{self.section}.sequence_length is {self.sequence_length}, but it must be lengths of at least 2, each once.",
+            f"{self.section}.sequence_length is {self.sequence_length}, but it must be lengths of at least 2, each "
+            "once.",
         )
         require(
             shares is None or (len(shares) == len(lengths) and min(shares) > 0),
-            f"{self.section}.length_shares is {shares}, but it must be a positive share for each of the {len(lengths)} "
-            f"lengths in {self.section}.sequence_length.",
+            f"{self.section}.length_shares is {shares}, but it must be a positive share for each of the "
+            f"{len(lengths)} lengths in {self.section}.sequence_length.",
         )
         require(
             0 <= self.state_passing <= 1,
@@ -338,7 +339,7 @@ class FinetuneConfig(StageSettings):
         )
         require(
             not (self.state_passing and self.gradient_checkpointing),
-            f"{self.section}.state_passing and {self.section}.gradient_checkpointing are both set, but recomputed layers are given "
+            f"{self.section}.state_passing and gradient_checkpointing are both set, but recomputed layers are given "
             "no state: set one of them to 0 or false.",
         )
 
@@ -353,8 +354,8 @@ class DistillationConfig:
     """A frozen teacher beside the labels, while all weights train."""
 
     teacher: str | None = None
-    """The teacher, of the student's tokenizer, layers and width: yardstick, an earlier stage's name, base (the model that
-    the run starts from), or a Hub id or local directory; none: the labels alone."""
+    """The teacher, of the student's tokenizer, layers and width: yardstick, an earlier stage's name, base (the model
+    that the run starts from), or a Hub id or local directory; none: the labels alone."""
     labels_weight: float = 1.0
     """Weight of the cross-entropy with the labels."""
     logits_weight: float = 1.0

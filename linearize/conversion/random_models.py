@@ -48,8 +48,7 @@ def refuse_quantized_model(source: str) -> None:
 
 def stock_config(config: RunConfig, tokenizer: Any = None) -> PreTrainedConfig:
     """The config of a stock model with the settings' shape; without a tokenizer its vocabulary is `vocab_size`."""
-    shape = config.architecture
-    assert shape is not None
+    shape = config.shape
     entries = config.tokenizer.vocab_size if tokenizer is None else vocabulary_size(tokenizer)
     positions = shape.n_positions or config.data.sequence_length
     common: dict[str, Any] = {
@@ -95,11 +94,11 @@ def random_configs(config: RunConfig, tokenizer: Any = None) -> tuple[PreTrained
     stock: Any = stock_config(config, tokenizer)
     if config.attention is None and config.mixers is None:
         return stock, None
-    kind = BACKBONES[config.architecture.type].config
+    kind = BACKBONES[config.shape.type].config
     student: Any = student_config(
         stock, kind, config.attention, config.mixer_types, config.mixers, config.softmax_layers, "keep"
     )
-    length, positions = config.data.sequence_length, config.architecture.n_positions
+    length, positions = config.data.sequence_length, config.shape.n_positions
     if positions is None and student.learned_positions:
         stock.max_position_embeddings = student.max_position_embeddings = student.positions_of(length)
     elif student.longest_text is not None and student.longest_text < length:
@@ -113,12 +112,12 @@ def random_configs(config: RunConfig, tokenizer: Any = None) -> tuple[PreTrained
 def random_model(config: RunConfig, tokenizer: Any) -> Any:
     """A model with random weights: those that the stock class draws, whatever the attention, so that two runs of one
     seed start alike; the mechanism's own parameters start as it says."""
-    stock_class = STOCK[config.architecture.type]
+    stock_class = STOCK[config.shape.type]
     stock, changed = random_configs(config, tokenizer)
     model: Any = stock_class(stock)
     if changed is None:
         return model
-    student = BACKBONES[config.architecture.type].model([stock_class.__name__])(changed)
+    student = BACKBONES[config.shape.type].model([stock_class.__name__])(changed)
     weights = model.state_dict()
     odd = [name for name in student.load_state_dict(weights, strict=False).missing_keys if "mixer." not in name]
     assert not odd, odd

@@ -203,15 +203,15 @@ class Mechanism:
 
 def mechanism_of(shape: Shape, config: RunConfig) -> Mechanism | CosineMechanism:
     """Sizes of a run's mechanism."""
-    kind: Any = CosineMechanism if config.attention.get("type") == "cosine" else Mechanism
-    return kind.of(shape, config.attention, config.kept_layers)
+    kind: Any = CosineMechanism if config.mechanism.get("type") == "cosine" else Mechanism
+    return kind.of(shape, config.mechanism, config.kept_layers)
 
 
 def has_forecast(config: RunConfig) -> bool:
     """Whether the memory of a run's mechanism is known: of cosine attention, that of the chunked path on a CPU."""
     import torch
 
-    kind = config.attention["type"]
+    kind = config.mechanism["type"]
     return kind in FORECAST and (kind == "linear" or config.device == "cpu" or not torch.cuda.is_available())
 
 
@@ -313,7 +313,7 @@ def why_not_fused(teacher: Any, config: RunConfig) -> str | None:
     if kernel is None:
         return reason
     shape = Shape.of(teacher)
-    mechanism = Mechanism.of(shape, config.attention, config.kept_layers)
+    mechanism = Mechanism.of(shape, config.mechanism, config.kept_layers)
     with FakeTensorMode():
         query, key = (
             torch.empty(1, heads, 1, shape.head_dim, dtype=getattr(torch, config.dtype), device="cuda")
@@ -364,9 +364,7 @@ def _fused_transfer(shape: Shape, mechanism: Mechanism, config: RunConfig, loss_
     """Bytes of stage 1's fullest moment: the end of the mixed arm's backward, its loss, or the teacher's MLP."""
     fused, size = FusedBytes.of(shape, mechanism, config.dtype, tokens), BYTES[config.dtype]
     forward = fused.inputs + fused.kept + fused.output  # the last is the teacher's output
-    loss = forward + (
-        4 * FACTORS.cosine_loss * shape.heads * shape.head_dim if loss_kind == "cosine" else 0
-    )
+    loss = forward + (4 * FACTORS.cosine_loss * shape.heads * shape.head_dim if loss_kind == "cosine" else 0)
     backward = forward + fused.output + fused.backward + fused.maps / tokens  # the second output is its gradient
     mlp = size * FACTORS.teacher_intermediate * shape.intermediate
     return tokens * (max(loss, backward, mlp) + size * FACTORS.fused_teacher_hidden * shape.hidden)

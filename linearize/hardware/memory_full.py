@@ -39,6 +39,16 @@ class FullTraining:
         """All of it, bytes."""
         return self.model + self.buckets + self.teacher
 
+    def parts(self) -> dict[str, int]:
+        """Bytes by what holds them, those of nothing left out."""
+        parts = {
+            "weights": FLOAT32 * self.parameters,
+            "gradients and moments": self.model - FLOAT32 * self.parameters,
+            "gradients between processes": self.buckets,
+            "teacher": self.teacher,
+        }
+        return {name: count for name, count in parts.items() if count}
+
 
 def parameter_count(config: Any) -> int:
     """Parameters of a model with its head, tied ones once, from its config; no weight is made."""

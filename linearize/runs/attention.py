@@ -134,12 +134,12 @@ def read_model(config: RunConfig) -> Any:
     from linearize.modeling import BACKBONES
 
     try:
-        teacher = load_config(config.model_name_or_path, revision=config.revision)
+        teacher = load_config(config.source, revision=config.revision)
     except UserError:
         raise
     except ValueError as error:
         known = ", ".join(BACKBONES)
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"{config.model_name_or_path} cannot be converted: {reason} Known are {known}.") from error
-    refuse_quantized(config.model_name_or_path, teacher)
+    refuse_quantized(config.source, teacher)
     return teacher

@@ -7,7 +7,7 @@ logs/STAGE.jsonl             losses, STAGE_validation.jsonl; evaluation.json: wh
 plots/*.png
 checkpoints/STAGE/step-N
 STAGE/                       the repository after a stage that another one follows
-yardstick/                   the teacher, trained on as many tokens: a repository, or an adapter where the stages train one
+yardstick/                   the teacher, trained on as many tokens: a repository, or an adapter where a LoRA trains
 converted/                   the untrained student, where an adapter belongs on it
 adapter/                     LoRA and the trained mechanisms, in peft's format
 final/                       the repository after the last stage

@@ -63,6 +63,14 @@ def run(
     return RunOfStages(complete(resolve_run(config, overrides))).run()
 
 
+def rehearse(
+    config: RunConfig | Mapping[str, Any] | str | PathLike[str], overrides: Mapping[str, Any] | None = None
+) -> RunPlan:
+    """`plan`, with the text and the time: a part of the text is tokenised, the model is loaded, and a micro-batch of
+    each stage is measured; nothing is written."""
+    return RunOfStages(complete(resolve_run(config, overrides))).rehearse()
+
+
 def plan(
     config: RunConfig | Mapping[str, Any] | str | PathLike[str], overrides: Mapping[str, Any] | None = None
 ) -> RunPlan:
@@ -100,8 +108,6 @@ class RunOfStages:
             return self._complete()
         self.plan = make_plan(config, self.state.num_processes)
         self.config = self.plan.config
-        if self.state.is_main_process:
-            self.plan.show()
         self._check_memory()
         self._prepare_data()
         self._select()
@@ -110,6 +116,9 @@ class RunOfStages:
         done = self._stages_done()
         self._train_whole_yardstick(measures)
         model = self._load(done)
+        self._forecast(model, done)
+        if self.state.is_main_process:
+            self.plan.show()
         if measures is not None:
             self._measure(lambda: self._measure_start(measures, model, done))
         if done < len(self.plan.stages):
@@ -118,13 +127,50 @@ class RunOfStages:
             if place >= done:
                 model = self._run_stage(current, model, measures)
         if self.state.is_main_process:
-            from linearize.runs.ending import finish
+            from linearize.runs.ending import finish, keep
 
+            model = keep(self, model)  # a quantised base goes, before the full weights need its place
             finish(self, model, measures)
         self.state.wait_for_everyone()
         return self.result
 
+    def rehearse(self) -> RunPlan:
+        """The plan with what a trial on this machine tells."""
+        from linearize.conversion.students import load_model_tokenizer
+        from linearize.data.estimate import estimate_tokens
+        from linearize.runs.models import RunModels
+        from linearize.runs.plan import make_plan
+
+        self.directory.check()
+        self.plan = make_plan(self.config, self.state.num_processes)
+        self.config = config = self.plan.config
+        self._check_memory()
+        tokenizer = None
+        if config.architecture is None:
+            tokenizer = load_model_tokenizer(config.source, revision=config.revision)
+            with stage("reading the data"):
+                known = estimate_tokens(config.data, tokenizer)
+            self.plan.forecast.tokens, self.plan.forecast.exact = known if known is not None else (None, False)
+            self.models = RunModels(self.plan, self.directory, self.state.device, tokenizer)
+            layers = None if self.plan.selection is None else self.plan.start.forecast_settings.layers()
+            with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
+                model = self.models.first(layers=layers)
+            self._forecast(model, 0)
+        return self.plan
+
     # --- before the stages
+
+    def _forecast(self, model: Any, done: int) -> None:
+        """Time, text and disk of what is left."""
+        from linearize.runs.forecast import disk_bytes, free_bytes, time_stages
+
+        forecast = self.plan.forecast
+        train = getattr(getattr(self, "texts", None), "train", None)
+        if train is not None:
+            forecast.tokens, forecast.exact = len(train) * train.sequence_length, True
+        teacher = self._yardstick() if done == 0 and not self.directory.yardstick.is_dir() else None
+        forecast.seconds = time_stages(self.plan, model, self.directory.path, done, teacher)
+        forecast.disk, forecast.free = disk_bytes(self.plan), free_bytes(self.directory.path)
 
     def _complete(self) -> RunResult:
         from linearize.config.record import read_record
@@ -197,7 +243,7 @@ class RunOfStages:
         config, train, inputs = self.config, self.texts.train, {}
         self.base = "random weights"
         if config.model_name_or_path is not None:
-            self.base = inputs["base"] = source_identity(config.model_name_or_path, config.revision)
+            self.base = inputs["base"] = source_identity(config.source, config.revision)
         if train is not None:
             inputs["data"] = data_identity(train)
             if self.plan.start.encoder:
@@ -242,7 +288,7 @@ class RunOfStages:
 
         config = self.config
         if self.plan.start.converted:
-            self.record = read_record(str(config.model_name_or_path), revision=config.revision)
+            self.record = read_record(config.source, revision=config.revision)
             self.repository = config.model_name_or_path
         with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
             if not done:
@@ -258,7 +304,7 @@ class RunOfStages:
         return model
 
     def _measure_start(self, measures: Any, model: Any, done: int) -> None:
-        """The references; of a run that goes on behind its first stage they are there, but for an encoder's teacher."""
+        """The references. Of a run that goes on later they are there, but for an encoder's teacher."""
         from linearize.config.record import base_is_teacher
 
         if not done:
@@ -351,7 +397,7 @@ class RunOfStages:
         model = outcome.model
         if last:
             return model
-        base = self.repository or self.config.model_name_or_path
+        base = self.repository or self.config.model_name_or_path or ""
         self.repository = None
         adapted, quantized = hasattr(model, "peft_config"), self.models.quantizes
         if current.keeps:
@@ -436,7 +482,7 @@ class RunOfStages:
         if self.repository is None:
             place = self.directory.path / CONVERTED
             if not (place / "config.json").is_file():
-                whole = self.models.whole(model, str(self.config.model_name_or_path))
+                whole = self.models.whole(model, self.config.source)
                 if self.state.is_main_process:
                     self._save(whole, place)
                 self.state.wait_for_everyone()

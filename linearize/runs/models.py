@@ -72,17 +72,17 @@ class RunModels:
 
         config, options = self.config, self.options(quantized=quantized)
         set_seed(config.seed)
-        source, revision = config.model_name_or_path, config.revision
+        revision = config.revision
         if config.architecture is not None:
             model = random_model(config, self.tokenizer)
         elif self.start.converted:
-            model = load_student(source, revision=revision, **options)
+            model = load_student(config.source, revision=revision, **options)
         elif not self.start.mechanisms:
             load = load_encoder if self.start.encoder else load_model
-            model = load(source, dtype=self.dtype, revision=revision)
+            model = load(config.source, dtype=self.dtype, revision=revision)
         else:
-            where = {"sliding_window": config.sliding_window, "revision": revision}
-            model = convert(source, **(layers or self.layers()), **where, **options)
+            where: dict[str, Any] = {"sliding_window": config.sliding_window, "revision": revision}
+            model = convert(config.source, **(layers or self.layers()), **where, **options)
         return self.placed(model) if quantized else model
 
     def after(self, repository: Path) -> Any:
@@ -108,9 +108,9 @@ class RunModels:
 
         config = self.config
         if name == "base" and self.start.encoder:
-            return load_encoder(config.model_name_or_path, revision=config.revision)
+            return load_encoder(config.source, revision=config.revision)
         if name == "base":
-            return load_model(config.model_name_or_path, revision=config.revision)
+            return load_model(config.source, revision=config.revision)
         if name == "yardstick":
             return load_model(self.directory.yardstick)
         return load_model(self.directory.of_stage(name) if name in config.stages else name)
@@ -139,7 +139,7 @@ class RunModels:
             revision = self.config.revision if base == self.config.model_name_or_path else None
             return merge_into_unquantized(model, base, dtype=self.dtype, revision=revision)
         own = base == self.config.model_name_or_path
-        full = self.first(quantized=False) if own else load_student(base, **self.options(quantized=False))
+        full: Any = self.first(quantized=False) if own else load_student(base, **self.options(quantized=False))
         full.load_mixer_state_dict({name: tensor.cpu() for name, tensor in model.mixer_state_dict().items()})
         return full
 

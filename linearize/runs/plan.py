@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +15,7 @@ from linearize.hardware import memory
 from linearize.hardware.shape import Shape
 from linearize.runs.attention import check_attention, mixers_of, read_model
 from linearize.runs.checks import check_data, check_environment, check_lengths, check_triton_takes
+from linearize.runs.forecast import RunForecast, duration
 from linearize.stages.kinds import make_stage
 from linearize.stages.kinds.base import Stage, StagePlan, Start
 
@@ -29,6 +30,8 @@ BRANCHES = {
     None: "as the mechanism needs",
 }
 """How a plan names what attention transfer trains."""
+PARTS = ("weights", "mixers", "adapters", "activations", "logits", "workspace")
+"""Of `hardware.memory.Forecast`."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class RunPlan:
     """What each of them is about to do."""
     selection: SelectionPlan | None = None
     """Where layers and windows are chosen by measuring."""
+    forecast: RunForecast = field(default_factory=RunForecast)
+    """Text, time and disk, as far as they are known."""
 
     def of(self, name: str) -> StagePlan | None:
         """What the stage of that name is about to do, if the run has it."""
@@ -53,7 +58,9 @@ class RunPlan:
         """Print the plan as tables."""
         from linearize.tables import show_tables
 
-        show_tables(self.tables(), (), console)
+        if headline := self.forecast.headline():
+            print(headline, flush=True)
+        show_tables(self.tables(), self.forecast.notes(self.plans), console)
 
     def tables(self) -> list[Any]:
         """The run, and each stage with its tokens, steps, trained parameters and expected memory."""
@@ -66,15 +73,35 @@ class RunPlan:
             *self._layer_rows(),
             ["data", dataset if isinstance(dataset, str) else ", ".join(dataset)],
             ["sequence length", f"{config.data.sequence_length:,} tokens"],
+            *self.forecast.rows(),
             *self._yardstick_rows(),
             ["processes", str(self.start.num_processes)],
             ["output", config.output_dir],
         ]
         tables = [Table("Run", ["", "value"], rows, text=True)]
         if self.plans:
-            header = ["stage", "trains", "tokens", "steps", "tokens a step", "expected memory a process"]
-            tables.append(Table("Stages", header, [_stage_row(plan) for plan in self.plans], text=True))
+            header = ["stage", "trains", "tokens", "epochs", "steps", "tokens a step", "time"]
+            tables.append(Table("Stages", header, [self._stage_row(plan) for plan in self.plans], text=True))
+        held = [row for plan in self.plans if (row := _memory_row(plan)) is not None]
+        if held:
+            tables.append(Table("Memory a process, expected", ["stage", "in all", "of it"], held, text=True))
         return tables
+
+    def _stage_row(self, plan: StagePlan) -> list[str]:
+        trained = ", ".join(f"{what} {count:,}" for what, count in plan.trained.items()) or "nothing"
+        if plan.steps is None:
+            return [plan.name, trained, plan.note, "", "", "", ""]
+        steps, epochs = plan.steps, self.forecast.epochs(plan.tokens)
+        seconds = self.forecast.seconds.get(plan.name)
+        return [
+            plan.name,
+            trained,
+            f"{plan.tokens:,}",
+            "" if epochs is None else f"{epochs:.2g}" if epochs < 10 else f"{epochs:,.0f}",
+            f"{steps.steps:,}",
+            f"{steps.tokens_per_step:,} ({steps.accumulation} x {plan.settings.batch_size} sequences a process)",
+            "" if seconds is None else duration(seconds),
+        ]
 
     def _start_row(self) -> list[str]:
         config, layers = self.config, self.start.model.num_hidden_layers
@@ -87,7 +114,9 @@ class RunPlan:
         settings = self.config.yardstick_settings()
         if self.config.yardstick is None:
             return []
-        return [["yardstick", f"the teacher, trained on {settings.tokens:,} tokens"]]
+        seconds = self.forecast.seconds.get("yardstick")
+        how_long = "" if seconds is None else f", {duration(seconds)}"
+        return [["yardstick", f"the teacher, trained on {settings.tokens:,} tokens{how_long}"]]
 
     def _layer_rows(self) -> list[list[str]]:
         """What the layers get."""
@@ -102,8 +131,8 @@ class RunPlan:
         elif config.attention is None:
             rows = [["attention", "softmax"]]
         else:
-            shown = [f"{key} {value}" for key, value in config.attention.items() if key not in ("type", "contract")]
-            rows = [["attention", f"{config.attention['type']}, {', '.join(shown) or 'default settings'}"]]
+            shown = [f"{key} {value}" for key, value in config.mechanism.items() if key not in ("type", "contract")]
+            rows = [["attention", f"{config.mechanism['type']}, {', '.join(shown) or 'default settings'}"]]
             if self.selection is not None:
                 rows.append(["selection", self.selection.describe()])
             else:
@@ -115,19 +144,16 @@ class RunPlan:
         return rows + [["transfer trains", BRANCHES[branch]] for branch in branches]
 
 
-def _stage_row(plan: StagePlan) -> list[str]:
-    trained = ", ".join(f"{what} {count:,}" for what, count in plan.trained.items()) or "nothing"
-    if plan.steps is None:
-        return [plan.name, trained, "", plan.note, "", ""]
-    steps = plan.steps
-    return [
-        plan.name,
-        trained,
-        f"{plan.tokens:,}",
-        f"{steps.steps:,}",
-        f"{steps.tokens_per_step:,} ({steps.accumulation} x {plan.settings.batch_size} sequences a process)",
-        "no forecast" if plan.forecast is None else memory.format_bytes(plan.forecast.total),
-    ]
+def _memory_row(plan: StagePlan) -> list[str] | None:
+    """What a stage holds, by part; None of a stage without steps."""
+    if plan.forecast is not None:
+        parts = {name: getattr(plan.forecast, name) for name in PARTS}
+        total = memory.format_bytes(plan.forecast.total)
+    elif plan.least:
+        parts, total = plan.least, f"{memory.format_bytes(sum(plan.least.values()))} and activations"
+    else:
+        return None if plan.steps is None else [plan.name, "no forecast", ""]
+    return [plan.name, total, ", ".join(f"{name} {memory.format_bytes(count)}" for name, count in parts.items())]
 
 
 def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
@@ -170,7 +196,7 @@ def plan_start(config: RunConfig, num_processes: int = 1) -> tuple[Start, Select
         student, converted = changed or model, False
     else:
         model = read_model(config)
-        converted = hasattr(model, "mixer_types") or is_converted(config.model_name_or_path)
+        converted = hasattr(model, "mixer_types") or is_converted(config.source)
         student = model
     encoder = is_encoder(student)
     dtype = config.weights_dtype if config.dtype != "auto" or not encoder else "float32"
@@ -186,7 +212,7 @@ def plan_start(config: RunConfig, num_processes: int = 1) -> tuple[Start, Select
     shape = Shape.of(model)
     mixer = meta_mixer(shape, settings) if mechanisms else None
     known = mixer is not None and not encoder and memory.has_forecast(settings)
-    fused = known and settings.attention["type"] == "linear" and memory.runs_fused(model, settings)
+    fused = known and settings.mechanism["type"] == "linear" and memory.runs_fused(model, settings)
     start = Start(
         config=config,
         model=model,
@@ -224,7 +250,7 @@ def planned_student(config: RunConfig, model: Any, selection: SelectionPlan | No
     """
     from linearize.conversion.students import student_config, teacher_backbone
 
-    kind = teacher_backbone(str(config.model_name_or_path), model).config
+    kind = teacher_backbone(config.source, model).config
     settings = config if selection is None else selection.forecast_settings()
     layers = (settings.attention, settings.mixer_types, settings.mixers, settings.kept_layers)
     return student_config(model, kind, *layers, settings.sliding_window)
@@ -235,8 +261,8 @@ def meta_mixer(shape: Shape, config: RunConfig) -> Any:
     from linearize.modeling import BACKBONES
     from linearize.modeling.registry import mechanism, resolve_settings
 
-    entry = mechanism(config.attention["type"])
-    settings = entry.config(**config.attention)
+    entry = mechanism(config.mechanism["type"])
+    settings = entry.config(**config.mechanism)
     resolve_settings(settings, shape.head_dim, BACKBONES[shape.architecture].config)
     width = {"layer_width": shape.hidden} if "layer_input" in entry.reads(settings) else {}
     with torch.device("meta"):
@@ -262,5 +288,5 @@ def _of_one_mechanism(config: RunConfig, teacher: Any, selection: SelectionPlan 
     if layered.mixer_types is None:
         return config
     softmax = [index for index, name in enumerate(layered.mixer_types) if name not in layered.mixers]
-    widest = max(layered.mixers.values(), key=lambda mixer: mixer.get("window", 0), default=config.attention)
+    widest = max(layered.mixers.values(), key=lambda mixer: mixer.get("window", 0), default=config.attention or {})
     return dataclasses.replace(config, mixer_types=None, mixers=None, attention=dict(widest), softmax_layers=softmax)

@@ -74,7 +74,7 @@ class RunReport:
         if fresh is None or kept is None or kept.read != fresh.read:  # what a resumed run scores may be other text
             self.report.by_length = fresh
 
-    def measure(self, name: str, model: Any, arm: str) -> None:
+    def measure(self, name: str, model: Any, arm: str | None) -> None:
         """Append the perplexity of one arm, unless it is there."""
         from linearize.evaluation import perplexity
 

@@ -48,6 +48,9 @@ OF_STAGES = ("kind", "weights", "objective")
 """Settings that say which class of settings a stage has."""
 
 
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
+
+
 @dataclass
 class RunConfig(LayerChoice, RunSettings):
     """One whole run: what it starts from, its data, its stages, what is measured, and where it goes."""
@@ -69,9 +72,9 @@ class RunConfig(LayerChoice, RunSettings):
     """Continue the run in `output_dir` from its newest checkpoint, in the stage where it stopped."""
     seed: int = 0
     """Seed of the initialisation, the order of the data, the masks and the dropout."""
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """Type of the frozen weights and of the computation; what trains is float32 always. auto: float32 of an encoder and
-    where a stage trains all weights or the mechanism by the model's own loss, else bfloat16."""
+    dtype: Dtype = "auto"
+    """Type of the frozen weights and of the computation; what trains is float32 always. auto: float32 of an encoder
+    and where a stage trains all weights or the mechanism by the model's own loss, else bfloat16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """The process's GPU, else the CPU; or one of them (CUDA_VISIBLE_DEVICES chooses among several)."""
     load_in_4bit: bool = False
@@ -202,7 +205,19 @@ class RunConfig(LayerChoice, RunSettings):
         return replaced(last, "yardstick", **changes)
 
     @property
-    def weights_dtype(self) -> str:
+    def source(self) -> str:
+        """`model_name_or_path` where there is one."""
+        assert self.model_name_or_path is not None, "random weights"
+        return self.model_name_or_path
+
+    @property
+    def shape(self) -> ArchitectureConfig:
+        """`architecture` where there is one."""
+        assert self.architecture is not None, "a model of its own"
+        return self.architecture
+
+    @property
+    def weights_dtype(self) -> Dtype:
         """`dtype`, auto resolved but for an encoder's."""
         if self.dtype != "auto":
             return self.dtype

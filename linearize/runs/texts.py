@@ -42,7 +42,7 @@ def prepare_texts(plan: RunPlan, state: Any) -> RunTexts:
         if config.architecture is not None:
             texts = RunTexts(make_tokenizer(config, encoder))
         else:
-            texts = RunTexts(load_model_tokenizer(str(config.model_name_or_path), revision=config.revision))
+            texts = RunTexts(load_model_tokenizer(config.source, revision=config.revision))
         (_prepare_rows if encoder else _prepare_blocks)(plan, texts, state)
     return texts
 

@@ -153,8 +153,8 @@ def share_of(rows: Any, count: int, state: Any) -> list[Any]:
     count = min(count, len(rows))
     if count < state.num_processes:
         raise UserError(
-            f"Gain cells are fitted to {count} sequences, and each of {state.num_processes} processes needs one: raise "
-            "sequences, or give more text."
+            f"Gain cells are fitted to {count} sequences, and each of {state.num_processes} processes needs one: "
+            "raise sequences, or give more text."
         )
     return [rows[i] for i in range(state.process_index, count, state.num_processes)]
 

@@ -121,13 +121,13 @@ def check_rows(config: FinetuneConfig, row_length: int) -> int:
     longest = max(lengths)
     if longest % row_length:
         raise UserError(
-            f"{config.section}.sequence_length is {longest}, but rows of data.sequence_length = {row_length} tokens are "
-            f"joined: give a multiple of it, such as {-(-longest // row_length) * row_length}."
+            f"{config.section}.sequence_length is {longest}, but rows of data.sequence_length = {row_length} tokens "
+            f"are joined: give a multiple of it, such as {-(-longest // row_length) * row_length}."
         )
     if odd := [length for length in lengths if longest % length]:
         raise UserError(
-            f"{config.section}.sequence_length holds {odd[0]}, which does not divide the longest, {longest}, into whole "
-            "pieces: choose lengths that do."
+            f"{config.section}.sequence_length holds {odd[0]}, which does not divide the longest, {longest}, into "
+            "whole pieces: choose lengths that do."
         )
     return longest
 
@@ -160,14 +160,14 @@ def check_state_passing(config: FinetuneConfig, mechanisms: Sequence[str], conte
     for name in mechanisms:
         if name in ATTENTIONS and not ATTENTIONS[name].constant_state:
             raise UserError(
-                f"{config.section}.state_passing needs a state of constant size, and {name} attention keeps every block: set "
-                f"it to 0, or give longer sequences by {config.section}.sequence_length."
+                f"{config.section}.state_passing needs a state of constant size, and {name} attention keeps every "
+                f"block: set it to 0, or give longer sequences by {config.section}.sequence_length."
             )
     if context is not None and 2 * longest > context:
         raise UserError(
-            f"{config.section}.state_passing trains on positions up to {2 * longest}, twice the longest sequence, but the "
-            f"teacher's context is {context} tokens: lower {config.section}.sequence_length or data.sequence_length, or set "
-            f"{config.section}.state_passing to 0."
+            f"{config.section}.state_passing trains on positions up to {2 * longest}, twice the longest sequence, but "
+            f"the teacher's context is {context} tokens: lower {config.section}.sequence_length or "
+            f"data.sequence_length, or set {config.section}.state_passing to 0."
         )
 
 

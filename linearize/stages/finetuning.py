@@ -98,7 +98,8 @@ def finetune(
     """Trains adapters (and the mechanism) of a converted model, in place.
 
     Writes `checkpoints/NAME/step-N`, `logs/NAME.jsonl`, `plots/NAME_loss.png` and `adapter` (`yardstick` of the
-    teacher's arm) under the output directory, by the name of the stage (`config.section`). Ctrl-C ends the step, saves a checkpoint and raises `KeyboardInterrupt`.
+    teacher's arm) under the output directory, by the name of the stage (`config.section`). Ctrl-C ends the step, saves
+    a checkpoint and raises `KeyboardInterrupt`.
 
     Args:
         model: A converted model; half precision and 4- or 8-bit bases keep their dtype, what trains is float32.

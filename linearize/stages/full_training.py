@@ -134,7 +134,13 @@ def train_all(
     memory = PeakMemory(arguments.device)
     quiet = nullcontext() if config.dropout else without_dropout(model)
     errors = readable_memory_errors("training", name, config, length)
-    with errors, training_only(model, _trained(model, config)), quiet, Interrupt() as interrupt, _compiled(config):
+    with (
+        errors,
+        training_only(model, trained_parameters(model, config)),
+        quiet,
+        Interrupt() as interrupt,
+        _compiled(config),
+    ):
         trainer = kind(
             model,
             arguments,
@@ -177,7 +183,7 @@ def _trainer_kind(distiller: Distiller | None, tokenizer: Any, mask_probability:
     return FullTrainer, {}
 
 
-def _trained(model: Any, config: FullTrainingConfig) -> list[Any]:
+def trained_parameters(model: Any, config: FullTrainingConfig) -> list[Any]:
     """What trains."""
     if config.weights == "all":
         return list(model.parameters())

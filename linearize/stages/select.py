@@ -73,13 +73,13 @@ class Selection:
         """As `linearize.convert` takes them: an entry for each window, with what is kept beside it, in use."""
         plan, used = self.plan, sorted({option for option in self.options if option is not None})
         return {
-            self._name(option): with_option(plan.config.attention, plan.windows[option], plan.kept[option])
+            self._name(option): with_option(plan.config.mechanism, plan.windows[option], plan.kept[option])
             for option in used
         }
 
     def _name(self, option: int) -> str:
         label = option_label(self.plan.windows[option], self.plan.kept[option], between="_")
-        return f"{self.plan.config.attention['type']}_{label}"
+        return f"{self.plan.config.mechanism['type']}_{label}"
 
     def summary(self) -> dict[str, Any]:
         """What the record of a converted repository keeps, and the plot shows."""
@@ -219,7 +219,7 @@ def _measured(plan: SelectionPlan, rows: Any, load_model: Callable[[dict[str, An
 
     settings = plan.config.select
     pieces = measured_pieces(rows, settings.tokens, plan.sequence_length)
-    model = load_model(with_option(plan.config.attention, plan.windows[-1], plan.kept[-1]))
+    model = load_model(with_option(plan.config.mechanism, plan.windows[-1], plan.kept[-1]))
     tables = layer_tables(model, pieces, plan.windows, plan.kept, settings.batch_size)
     del model  # its memory is the next one's
     gc.collect()
@@ -234,7 +234,7 @@ def _identity(plan: SelectionPlan, rows: Any) -> dict[str, Any]:
 
     config = plan.config
     read = ("type", "sinks", "age_penalty")
-    settings: dict[str, Any] = {name: config.attention[name] for name in read if name in config.attention}
+    settings: dict[str, Any] = {name: config.mechanism[name] for name in read if name in config.mechanism}
     settings |= {
         "windows": plan.windows,
         "kept": plan.kept,
@@ -242,7 +242,7 @@ def _identity(plan: SelectionPlan, rows: Any) -> dict[str, Any]:
         "sequence_length": plan.sequence_length,
     }
     settings |= {name: getattr(config, name) for name in ("dtype", "sliding_window", "load_in_4bit", "load_in_8bit")}
-    base = source_identity(config.model_name_or_path, config.revision)
+    base = source_identity(config.source, config.revision)
     return {"base": base, "data": data_identity(rows), "settings": settings}
 
 

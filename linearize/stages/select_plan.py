@@ -59,7 +59,7 @@ class SelectionPlan:
     def forecast_settings(self) -> RunConfig:
         """Settings of one window for the forecast of memory: the largest, with as many softmax layers."""
         softmax = list(range(self.softmax)) if isinstance(self.softmax, int) else self.softmax
-        attention = with_option(self.config.attention, self.windows[-1], self.kept[-1])
+        attention = with_option(self.config.mechanism, self.windows[-1], self.kept[-1])
         return dataclasses.replace(self.config, attention=attention, softmax_layers=softmax, state_budget=None)
 
     def describe(self) -> str:
@@ -105,9 +105,9 @@ def _check_mechanism(config: RunConfig) -> None:
     from linearize.modeling.registry import ATTENTIONS
 
     windowed = [name for name, entry in ATTENTIONS.items() if hasattr(entry.config, "sinks")]
-    if config.attention["type"] not in windowed:
+    if config.mechanism["type"] not in windowed:
         raise UserError(
-            f"{config.attention['type']} attention has no softmax window, by which layers are measured and placed: "
+            f"{config.mechanism['type']} attention has no softmax window, by which layers are measured and placed: "
             f"leave state_budget out and list softmax_layers, or choose one of {', '.join(windowed)}."
         )
 
@@ -145,7 +145,7 @@ def _piece_length(config: RunConfig, teacher: Any) -> int:
 def _windows(config: RunConfig, length: int) -> list[int]:
     """The windows to choose from; where nothing is to be placed, the one of all layers."""
     if config.state_budget is None:
-        windows = [config.attention["window"]]
+        windows = [config.mechanism["window"]]
         if windows == [0]:
             raise UserError("attention.window is 0, but layers are measured by their window: give one, or a list.")
     elif config.select.windows is not None:
@@ -163,10 +163,10 @@ def _windows(config: RunConfig, length: int) -> list[int]:
 
 def _options(config: RunConfig, windows: list[int]) -> tuple[list[int], list[int]]:
     """Windows and the tokens that are kept beside them: of every size the window alone, then shared with kept ones."""
-    if KEPT not in config.attention:
+    if KEPT not in config.mechanism:
         return windows, [0] * len(windows)
     if config.state_budget is None:
-        return windows, [config.attention[KEPT]]
+        return windows, [config.mechanism[KEPT]]
     shares = [round(window * config.select.kept_share) for window in windows]
     pairs = zip(windows, shares, strict=True)
     options = [(size - kept, kept) for size, share in pairs for kept in dict.fromkeys((0, min(share, size - 1)))]
@@ -208,7 +208,7 @@ def _uniform_student(config: RunConfig, teacher: Any, window: int, kept: int) ->
     from linearize.modeling import BACKBONES
 
     kind = BACKBONES[teacher.model_type].config
-    attention = with_option(config.attention, window, kept)
+    attention = with_option(config.mechanism, window, kept)
     return student_config(teacher, kind, attention, None, None, (), config.sliding_window)
 
 

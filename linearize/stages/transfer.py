@@ -123,13 +123,13 @@ def check_branch(config: TransferConfig, arms: Sequence[str]) -> None:
     assert config.branch is not None, "see with_branch"
     if absent := [arm for arm in branch_weights(config.branch) if arm not in arms]:
         raise UserError(
-            f"{config.section}.branch is {config.branch!r}, which trains the {absent[0]} arm, and this attention has none: "
-            f"set {config.section}.branch to mixed."
+            f"{config.section}.branch is {config.branch!r}, which trains the {absent[0]} arm, and this attention has "
+            f"none: set {config.section}.branch to mixed."
         )
     if any(config.window_dropout_schedule) and "linear" not in arms:
         raise UserError(
-            f"{config.section}.window_dropout is {config.window_dropout}, and this attention has no window that it could "
-            f"hide: set {config.section}.window_dropout to 0."
+            f"{config.section}.window_dropout is {config.window_dropout}, and this attention has no window that it "
+            f"could hide: set {config.section}.window_dropout to 0."
         )
 
 

@@ -1,11 +1,14 @@
-"""The kinds of stage that a run is made of, one file each: its settings, what it does, and what it adds to the record.
+"""The kinds of stage that a run is made of: settings, what each does, and what it adds to the record.
 
-    calibrate    numbers of the mechanism fitted, no gradients
-    transfer     attention transfer, layer by layer
-    adapt        another setting of the same mechanism, by statistics
-    train        weights trained: by `weights` and `objective` a LoRA, all weights, or an encoder's embeddings
+calibrate.py          numbers of the mechanism fitted, no gradients
+transfer.py           attention transfer, layer by layer
+adapt.py              another setting of the same mechanism, by statistics
+train_lora.py         of kind train: a LoRA
+train_all.py          all weights or the mechanism, by the model's own loss
+train_embeddings.py   an encoder's, by the teacher's embeddings
+base.py               what all of them are
 
-A new kind: a file with a subclass of `Stage` (base.py), and its name here. Nothing heavy is imported at the top.
+A new kind: a file with a subclass of `Stage`, and its name here. Nothing heavy is imported at the top.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 if TYPE_CHECKING:
     from linearize.config.settings import StepPlan
@@ -54,6 +54,8 @@ class StagePlan:
     """What trains -> parameters."""
     forecast: Forecast | None = None
     """Expected memory; None where there is no forecast."""
+    least: dict[str, int] = field(default_factory=dict)
+    """What is held all the time, bytes by part, where activations are not forecast."""
     note: str = ""
     """What there is to say beside."""
 
@@ -80,11 +82,11 @@ class Context:
     encoder: bool
     load_teacher: Callable[[str], Any]
     """The frozen model that a stage's `teacher` names."""
-    save: Callable[[Any], Path]
-    """Leaves the repository of the stages before, which an adapter belongs on."""
+    save: Callable[[Any], tuple[str, str | None]]
+    """Leaves the repository of the stages before, which an adapter belongs on; its path or Hub id, and revision."""
     measure: Callable[[str, Any], None]
     """Adds a model to the report under a name."""
-    arm: str = "mixed"
+    arm: Literal["mixed", "teacher"] = "mixed"
     """What trains: the student, or, of the yardstick, its teacher's arm."""
 
     def options(self) -> dict[str, Any]:
@@ -128,7 +130,7 @@ class Stage:
         values: Its settings.
     """
 
-    settings: ClassVar[type]
+    settings: ClassVar[Any]
     """Dataclass of its settings."""
     title: ClassVar[str] = ""
     """What reports call it; empty: by its name."""
@@ -170,6 +172,10 @@ class Stage:
     def advice(self, sequence_length: int) -> str:
         """What to lower where memory ends."""
         return ""
+
+    def trial(self, model: Any, start: Start) -> float | None:
+        """Seconds of one micro-batch on this machine, measured; None of a stage without steps. The weights stay."""
+        return None
 
     def run(self, model: Any, context: Context) -> Outcome:
         """Do it.

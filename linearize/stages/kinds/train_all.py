@@ -52,19 +52,30 @@ class TrainAll(Stage):
 
     def plan(self, start: Start) -> StagePlan:
         """Its steps and what trains."""
-        from linearize.hardware.memory_full import parameter_count
+        from linearize.hardware.memory_full import full_training, parameter_count
         from linearize.training.loop import exact_plan
 
         steps = exact_plan(self.values, start.config.data.sequence_length, start.num_processes, self.name)
         everything = self.values.weights == "all"
         trained = {"all weights": parameter_count(start.student)} if everything else {}
-        return StagePlan(self.name, self.values, steps, trained or {self.values.weights: start.mixer_parameters})
+        teacher = start.model if self.values.teacher is not None else None
+        held = full_training(start.student, teacher=teacher, trains_all=everything, processes=start.num_processes)
+        trained = trained or {self.values.weights: start.mixer_parameters}
+        return StagePlan(self.name, self.values, steps, trained, least=held.parts())
 
     def advice(self, sequence_length: int) -> str:
         """Smaller micro-batches."""
         from linearize.failures import smaller
 
         return smaller(f"{self.name}.batch_size", self.values.batch_size, sequence_length)
+
+    def trial(self, model: Any, start: Start) -> float:
+        """Seconds of one micro-batch."""
+        from linearize.stages.trial import full_seconds
+
+        return full_seconds(
+            model, self.values, start.config.data.sequence_length, hides=self.values.objective == "masked"
+        )
 
     def run(self, model: Any, context: Context) -> Outcome:
         """Train in place."""

@@ -10,7 +10,7 @@ from linearize.stages.kinds.base import Context, Outcome, Stage, StagePlan, Star
 
 
 class TrainEmbeddings(Stage):
-    """All weights, or the converted layers' attention, against the embeddings of the model that the run starts from."""
+    """All weights, or the converted layers' attention, against the embeddings of the run's first model."""
 
     settings = EmbeddingConfig
     trained = "all"
@@ -33,18 +33,25 @@ class TrainEmbeddings(Stage):
 
     def plan(self, start: Start) -> StagePlan:
         """Its steps."""
-        from linearize.hardware.memory_full import parameter_count
+        from linearize.hardware.memory_full import full_training, parameter_count
         from linearize.training.loop import exact_plan
 
         steps = exact_plan(self.values, start.config.data.sequence_length, start.num_processes, self.name)
         what = "all weights" if self.values.weights == "all" else "attention, of all weights"
-        return StagePlan(self.name, self.values, steps, {what: parameter_count(start.student)})
+        held = full_training(start.student, teacher=start.model, processes=start.num_processes)
+        return StagePlan(self.name, self.values, steps, {what: parameter_count(start.student)}, least=held.parts())
 
     def advice(self, sequence_length: int) -> str:
         """Smaller micro-batches."""
         from linearize.failures import smaller
 
         return smaller(f"{self.name}.batch_size", self.values.batch_size, sequence_length)
+
+    def trial(self, model: Any, start: Start) -> float:
+        """Seconds of one micro-batch."""
+        from linearize.stages.trial import embedding_seconds
+
+        return embedding_seconds(model, self.values, start.config.data.sequence_length)
 
     def run(self, model: Any, context: Context) -> Outcome:
         """Train in place, beside a frozen copy of the teacher."""

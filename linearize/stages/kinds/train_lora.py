@@ -76,6 +76,12 @@ class TrainLora(Stage):
         others = finetuning.smaller(self.name)
         return smaller(f"{self.name}.batch_size", self.values.batch_size, sequence_length, *others)
 
+    def trial(self, model: Any, start: Start) -> float:
+        """Seconds of one micro-batch."""
+        from linearize.stages.trial import lora_seconds
+
+        return lora_seconds(model, self.values, max(self.values.lengths(start.config.data.sequence_length)))
+
     def run(self, model: Any, context: Context) -> Outcome:
         """Train adapters on the model; they are merged by the engine, which knows the full weights."""
         from linearize.stages.finetuning import finetune

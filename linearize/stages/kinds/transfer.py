@@ -51,6 +51,12 @@ class Transfer(Stage):
 
         return smaller(f"{self.name}.batch_size", self.values.batch_size, sequence_length, "set load_in_4bit")
 
+    def trial(self, model: Any, start: Start) -> float:
+        """Seconds of one micro-batch."""
+        from linearize.stages.trial import transfer_seconds
+
+        return transfer_seconds(model, self.values, start.config.data.sequence_length)
+
     def run(self, model: Any, context: Context) -> Outcome:
         """Train in place."""
         from torch.utils.data import Subset
