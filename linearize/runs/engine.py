@@ -419,7 +419,9 @@ class RunOfStages:
                 model = self.models.after(place)
         mark_base(model, self.base)
         if measures is not None:
-            self._measure(lambda: measures.after_stage(current.label, model))
+            same = [stage for stage in self.plan.stages if stage.label == current.label]
+            label = current.label if len(same) == 1 else current.name  # a row of its own for each
+            self._measure(lambda: measures.after_stage(label, model))
         return model
 
     def _note(self, current: Stage, outcome: Outcome) -> None:
