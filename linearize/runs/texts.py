@@ -44,7 +44,19 @@ def prepare_texts(plan: RunPlan, state: Any) -> RunTexts:
         else:
             texts = RunTexts(load_model_tokenizer(config.source, revision=config.revision))
         (_prepare_rows if encoder else _prepare_blocks)(plan, texts, state)
+    _check_validation(plan, texts)
     return texts
+
+
+def _check_validation(plan: RunPlan, texts: RunTexts) -> None:
+    """Refuse measurements while all weights train without the text for them."""
+    for current in plan.stages:
+        measures = current.what in ("all", "mechanism") and getattr(current.values, "eval_steps", None) is not None
+        if measures and current.values.kind == "train" and not texts.validation:
+            raise UserError(
+                f"{current.name}.eval_steps is set, but there is no validation text: give data.validation, or set it "
+                "to none."
+            )
 
 
 def _reads_text(plan: RunPlan) -> bool:
@@ -99,8 +111,12 @@ def _prepare_rows(plan: RunPlan, texts: RunTexts, state: Any) -> None:
         texts.held_out = held_out_documents(config.data)
 
 
-def make_measures(plan: RunPlan, texts: RunTexts, directory: StagesDirectory) -> Any:
-    """What measures the models of a run; None where there is nothing to compare them with."""
+def make_measures(plan: RunPlan, texts: RunTexts, directory: StagesDirectory, *, ended: bool) -> Any:
+    """What measures the models of a run; None where there is nothing to compare them with.
+
+    Args:
+        ended: Whether the finished model is there, so that what was measured of one is this one's.
+    """
     config = plan.config
     assert config.evaluation is not None
     keep = config.resume_from_checkpoint
@@ -114,6 +130,7 @@ def make_measures(plan: RunPlan, texts: RunTexts, directory: StagesDirectory) ->
             texts.held_out,
             directory.measurements,
             keep=keep,
+            ended=ended,
             texts=texts.by_length,
             trained=config.data.sequence_length,
         )
@@ -134,4 +151,5 @@ def make_measures(plan: RunPlan, texts: RunTexts, directory: StagesDirectory) ->
         masking,
         directory.measurements,
         keep=keep,
+        ended=ended,
     )
