@@ -10,6 +10,7 @@ inside a stage its checkpoints do.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.failures import stage
+from linearize.files import write_file
 from linearize.processes import from_main_process
 from linearize.runs.attention import complete
-from linearize.runs.directory import CONVERTED, YARDSTICK, StagesDirectory
+from linearize.runs.directory import CONVERTED, DONE, YARDSTICK, StagesDirectory
 from linearize.runs.settings import RunConfig, resolve_run
 from linearize.stages.kinds import make_stage
 from linearize.stages.kinds.base import Context, Outcome, Stage
@@ -100,6 +102,7 @@ class RunOfStages:
     def run(self) -> RunResult:
         """The steps of a run, in order."""
         from linearize.runs.plan import make_plan
+        from linearize.stages.identity import mark_base
 
         config, directory = self.config, self.directory
         directory.check()
@@ -111,11 +114,16 @@ class RunOfStages:
         self._check_memory()
         self._prepare_data()
         self._select()
-        self._prepare_directory()
-        measures = self._measures()
         done = self._stages_done()
-        self._train_whole_yardstick(measures)
-        model = self._load(done)
+        whole = self._whole_yardstick()  # it trains before the student takes its place in memory
+        # What cannot be read is refused before anything is written.
+        model = self._load(done) if whole is None else None
+        self._prepare_directory()
+        measures = self._measures(done)
+        if whole is not None:
+            self._train_whole_yardstick(whole, measures)
+            model = self._load(done)
+        mark_base(model, self.base)
         self._forecast(model, done)
         if self.state.is_main_process:
             self.plan.show()
@@ -250,16 +258,19 @@ class RunOfStages:
                 inputs["validation"] = data_identity(self.texts.validation)
         keeps = train is not None or config.evaluation is not None
         from_main_process(lambda: self.directory.prepare(inputs if keeps else None))
+        if (earlier := self.directory.path / DONE).is_file() and config.resume_from_checkpoint:
+            self.figures = json.loads(earlier.read_text(encoding="utf-8"))
         if self.models.selection is not None and self.state.is_main_process:
             self.models.selection.save(self.directory.path)
 
-    def _measures(self) -> Any:
+    def _measures(self, done: int) -> Any:
         """What measures the models; None on the other processes or when there is nothing to measure."""
         from linearize.runs.texts import make_measures
 
         if self.config.evaluation is None or not self.state.is_main_process:
             return None
-        measures = make_measures(self.plan, self.texts, self.directory)
+        ended = done == len(self.plan.stages) and self.directory.final.is_dir()
+        measures = make_measures(self.plan, self.texts, self.directory, ended=ended)
         if measures is not None and self.models.selection is not None:
             if (note := self.models.selection.sentence()) not in measures.report.notes:
                 measures.report.notes.append(note)
@@ -284,7 +295,6 @@ class RunOfStages:
     def _load(self, done: int) -> Any:
         """The model as the stages that are done left it."""
         from linearize.config.record import read_record
-        from linearize.stages.identity import mark_base
 
         config = self.config
         if self.plan.start.converted:
@@ -300,11 +310,11 @@ class RunOfStages:
                 )
                 self.record = read_record(place) or None
                 model = self.models.after(place)
-        mark_base(model, self.base)
         return model
 
     def _measure_start(self, measures: Any, model: Any, done: int) -> None:
-        """The references. Of a run that goes on later they are there, but for an encoder's teacher."""
+        """The references. Of a run that goes on later they are there, but for an encoder's teacher, and perhaps the
+        model after the stage that was the last one done."""
         from linearize.config.record import base_is_teacher
 
         if not done:
@@ -313,7 +323,9 @@ class RunOfStages:
             if (self.directory.yardstick / "config.json").is_file():
                 measures.after_yardstick(self.models.of_yardstick(), " + training on the same tokens")
         elif self.plan.start.encoder:
-            measures.go_on(self.models.placed(self.models.teacher("base")))
+            measures.before_training(self.models.placed(self.models.teacher("base")))
+        if 0 < done < len(self.plan.stages):
+            measures.after_stage(self.plan.stages[done - 1].label, model)
 
     # --- the yardstick
 
@@ -322,11 +334,13 @@ class RunOfStages:
         settings = self.config.yardstick_settings() if self.config.yardstick is not None else None
         return None if settings is None else make_stage(YARDSTICK, settings)
 
-    def _train_whole_yardstick(self, measures: Any) -> None:
-        """All weights of the softmax teacher, trained before the student takes its place in memory."""
+    def _whole_yardstick(self) -> Stage | None:
+        """The stage that trains all weights of the teacher, if the run has one."""
         current = self._yardstick()
-        if current is None or current.trained == "lora":
-            return
+        return None if current is None or current.trained == "lora" else current
+
+    def _train_whole_yardstick(self, current: Stage, measures: Any) -> None:
+        """All weights of the softmax teacher."""
         from linearize.errors import UserError
         from linearize.stages.identity import mark_base
 
@@ -431,6 +445,8 @@ class RunOfStages:
             "peak_memory_bytes": outcome.peak_memory_bytes,
             **outcome.figures,
         }
+        if self.state.is_main_process:
+            write_file(self.directory.path / DONE, (json.dumps(self.figures, indent=1) + "\n").encode())
         self.result.stages[current.name] = outcome
         if current.name != YARDSTICK:
             self.record = self._record(current, outcome)
@@ -456,6 +472,7 @@ class RunOfStages:
 
     def _recipe(self) -> dict[str, Any]:
         """The settings of this run; of a model converted before, its attention and the stages that it went through."""
+        from linearize.config.record import stages_of
         from linearize.config.selection import OF_THE_CONVERSION
         from linearize.config.yaml_io import to_values
 
@@ -463,7 +480,7 @@ class RunOfStages:
         if self.plan.start.converted:
             for name in OF_THE_CONVERSION:
                 recipe[name] = earlier.get(name)
-            recipe["stages"] = {**(earlier.get("stages") or {}), **recipe["stages"]}
+            recipe["stages"] = {**stages_of(earlier), **recipe["stages"]}
             if "imported" in earlier:
                 recipe["imported"] = earlier["imported"]
         return recipe
