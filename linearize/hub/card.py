@@ -56,10 +56,12 @@ print(tokenizer.decode(inputs.input_ids[0, place]))""",
 }
 """Auto class -> the Hub's name of the task, and what a reader copies."""
 IMPORT = "from transformers import pipeline\n"
-TRAINED = {"mechanism": "the mechanism alone", "lora": "LoRA", "all": "all weights"}
-"""What a stage trained, in the record -> in the card."""
 ARCHITECTURES = {"gpt2": "GPT-2", "gptj": "GPT-J", "llama": "Llama", "mistral": "Mistral", "bert": "BERT"}
 """Stock `model_type` -> how it is written."""
+
+
+TRAINED = {"mechanism": "the mechanism", "lora": "adapters of low rank", "all": "all weights"}
+"""What a stage trained, by the record -> as the card says it."""
 
 
 def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
@@ -341,7 +343,7 @@ def training_section(record: Mapping[str, Any]) -> str:
     }
     for stage in dict.fromkeys([*whats, *tokens]):  # the record has them in order
         if stage in tokens:
-            what = f", {TRAINED[whats[stage]]}" if whats.get(stage) in TRAINED else ""
+            what = f", {TRAINED[whats[stage]]} trained" if whats.get(stage) in TRAINED else ""
             lines.append(f"- {stage}: {tokens[stage]:,} tokens{what}")
         elif kinds.get(stage) == "adapt":
             lines.append(f"- {stage}: scalers fitted to statistics, no gradients")

@@ -50,7 +50,7 @@ def plot_curves(stages: Mapping[str, Any], path: Path, *, hidden: bool = False) 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
-        style = {"color": "black", "linestyle": "--"} if name == YARDSTICK else {}
+        style: dict[str, Any] = {"color": "black", "linestyle": "--"} if name == YARDSTICK else {}
         label = "yardstick: the softmax teacher" if name == YARDSTICK else name
         axes.plot([x / unit for x, _ in points], [y for _, y in points], marker=".", label=label, **style)
     what = "perplexity of hidden tokens" if hidden else "perplexity"

@@ -264,7 +264,9 @@ def test_running_out_of_memory_says_what_to_lower(call, config, monkeypatch):
     monkeypatch.setattr("linearize.stages.transfer.transfer_attention", no_memory)
     code, sentence = call("--transfer.batch_size", "2", settings=config)
     assert code == 2
-    assert "attention transfer" in sentence and "transfer.batch_size (now 2)" in sentence and "load_in_4bit" in sentence
+    assert (
+        "attention transfer" in sentence and "transfer.batch_size (now 2)" in sentence and "load_in_4bit" in sentence
+    )
     monkeypatch.setattr("linearize.stages.finetuning.finetune", no_memory)
     code, sentence = call("--transfer", "none", "--overwrite", settings=config)
     assert code == 2
