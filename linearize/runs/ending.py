@@ -108,12 +108,13 @@ def write_report(run: RunOfStages, measures: Any) -> None:
     if measures is not None:
         name = "embeddings" if run.plan.start.encoder else "evaluation"
         content[name] = measures.report.to_dict()
-    write_file(path / REPORT, (json.dumps(content, indent=1) + "\n").encode())
     text = [_stages_table(content["stages"])]
     if measures is not None:
         text.append(measures.report.markdown())
     write_file(path / TABLES, "\n".join(text).encode())
     plot_curves(content["stages"], path)
+    # Last: where it is, the run has ended.
+    write_file(path / REPORT, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def _stages_table(stages: Mapping[str, Any]) -> str:
