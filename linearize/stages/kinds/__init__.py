@@ -1,30 +1,40 @@
-"""The kinds of stage that a run is made of, one file each: its settings, what it does, and what it adds to the record.
+"""The kinds of stage that a run is made of: settings, what each does, and what it adds to the record.
 
-    calibrate    numbers of the mechanism fitted, no gradients
-    transfer     attention transfer, layer by layer
-    adapt        another setting of the same mechanism, by statistics
-    train        weights trained: by `weights` and `objective` a LoRA, all weights, or an encoder's embeddings
+calibrate.py          numbers of the mechanism fitted, no gradients
+transfer.py           attention transfer, layer by layer
+adapt.py              another setting of the same mechanism, by statistics
+train_lora.py         of kind train: a LoRA
+train_all.py          all weights or the mechanism, by the model's own loss
+train_embeddings.py   an encoder's, by the teacher's embeddings
+base.py               what all of them are
 
-A new kind: a file with a subclass of `Stage` (base.py), and its name here. Nothing heavy is imported at the top.
+A new kind: a file with a subclass of `Stage`, and its line here. Nothing heavy is imported at the top of a file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from linearize.config.values import choices, field_types, require
 from linearize.errors import UserError
-from linearize.stages.kinds.adapt import Adapt
 from linearize.stages.kinds.base import Stage
-from linearize.stages.kinds.calibrate import Calibrate
-from linearize.stages.kinds.train_all import TrainAll
-from linearize.stages.kinds.train_embeddings import TrainEmbeddings
-from linearize.stages.kinds.train_lora import TrainLora
-from linearize.stages.kinds.transfer import Transfer
 
-KINDS: tuple[type[Stage], ...] = (Calibrate, Transfer, Adapt, TrainLora, TrainAll, TrainEmbeddings)
+
+def _find_kinds() -> Iterator[type[Stage]]:
+    """The kinds in the files of this folder."""
+    for file in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{file.name}")
+        for kind in vars(module).values():
+            own = isinstance(kind, type) and issubclass(kind, Stage) and kind.__module__ == module.__name__
+            if own and hasattr(kind, "settings"):  # `Stage` has none
+                yield kind
+
+
+KINDS: tuple[type[Stage], ...] = tuple(_find_kinds())
 SELECTORS = ("kind", "weights", "objective")
 """Settings by which the class is found, in this order."""
 
