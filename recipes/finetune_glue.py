@@ -1,7 +1,7 @@
 r"""Encoders on the tasks of GLUE: a softmax teacher and its converted student, finetuned alike, in one table.
 
-The defaults are BERT-base at a learning rate of 2e-5 with three seeds (recipes/configs/glue/bert_base_glue.yaml);
-recipes/configs/glue/bert_base_glue_published.yaml tries the four published learning rates.
+The defaults are BERT-base at a learning rate of 2e-5 with three seeds (recipes/configs/bert_base_glue.yaml);
+recipes/configs/bert_base_glue_published.yaml tries the four published learning rates.
 
 One GPU, a teacher beside the result of recipes/linearize_bert.py in out_bert:
 

@@ -1,7 +1,7 @@
 r"""A BERT onto another attention: attention transfer, then masked language modelling or embedding distillation.
 
-The defaults are recipes/configs/bert/minilm_linear.yaml, an encoder for sentence embeddings;
-recipes/configs/bert/bert_base_linear.yaml is for BERT-base with its masked-language-modelling head.
+The defaults are recipes/configs/minilm_linear.yaml, an encoder for sentence embeddings;
+recipes/configs/bert_base_linear.yaml is for BERT-base with its masked-language-modelling head.
 
 One GPU, your own text (.txt, .jsonl or .parquet), a tenth of its documents or 200 held out:
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from linearize.cli import run_recipe
 
-    return run_recipe(DEFAULT_CONFIG, argv, name="encoder")
+    return run_recipe(DEFAULT_CONFIG, argv)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 r"""GPT-2 onto analog gain cells: linear cell, adaptation of the scalers, nonlinear cell.
 
-The defaults are recipes/configs/gain_cell/gpt2_gain_cell.yaml; recipes/configs/gain_cell/gpt2_published.yaml has the
-published hyper-parameters.
+The defaults are recipes/configs/gpt2_gain_cell.yaml; recipes/configs/gpt2_published.yaml has the published
+hyper-parameters.
 
 One GPU, your own text (.txt, .jsonl or .parquet):
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from linearize.cli import run_recipe
 
-    return run_recipe(DEFAULT_CONFIG, argv, name="gain-cell")
+    return run_recipe(DEFAULT_CONFIG, argv)
 
 
 if __name__ == "__main__":

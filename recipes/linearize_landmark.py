@@ -1,6 +1,6 @@
 r"""A Llama or Mistral to landmark attention, all weights trained at a short context, retrieval along.
 
-The defaults are recipes/configs/landmark/mistral_7b_full.yaml. In training a share of the blocks is left out, so that
+The defaults are recipes/configs/mistral_7b_landmark_full.yaml. In training a share of the blocks is left out, so that
 the model learns to read what retrieval leaves it; the softmax model teaches.
 
 SmolLM2-135M on your own text (.txt, .jsonl or .parquet):
@@ -11,7 +11,7 @@ SmolLM2-135M on your own text (.txt, .jsonl or .parquet):
 The published recipe, LLaMA-7B on labels alone:
 
     accelerate launch --config_file recipes/accelerate/multi_gpu.yaml --num_processes 8 \
-        recipes/linearize_landmark.py --config published --output_dir out_published
+        recipes/linearize_landmark.py --config landmark_published --output_dir out_published
 
 After an interruption:
 
@@ -25,7 +25,7 @@ Bad input ends with one sentence and exit code 2, Ctrl-C with 130 and a checkpoi
 import sys
 from collections.abc import Sequence
 
-DEFAULT_CONFIG = "mistral_7b_full"
+DEFAULT_CONFIG = "mistral_7b_landmark_full"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from linearize.cli import run_recipe
 
-    return run_recipe(DEFAULT_CONFIG, argv, name="landmark")
+    return run_recipe(DEFAULT_CONFIG, argv)
 
 
 if __name__ == "__main__":

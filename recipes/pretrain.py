@@ -2,7 +2,7 @@ r"""A GPT-2, Llama or BERT from scratch on text, softmax or with any mechanism: 
 beside a converted model, or an attention that no pretrained model had.
 
 The defaults are a GPT-2 of 29 M parameters on 100 M tokens of TinyStories, with a tokenizer trained on them
-(recipes/configs/pretrain/gpt2_mini_pretrain.yaml).
+(recipes/configs/gpt2_mini_pretrain.yaml).
 
 One GPU:
 
@@ -12,7 +12,7 @@ Your own text, .txt, .jsonl or .parquet:
 
     accelerate launch recipes/pretrain.py --output_dir out --data.dataset text.jsonl --data.validation none
 
-GPT-2 of 124 M on eight GPUs (recipes/configs/pretrain/gpt2_small_pretrain.yaml); flags win over the file, and every
+GPT-2 of 124 M on eight GPUs (recipes/configs/gpt2_small_pretrain.yaml); flags win over the file, and every
 setting is a flag (--help):
 
     accelerate launch --config_file recipes/accelerate/multi_gpu.yaml --num_processes 8 \
@@ -21,15 +21,16 @@ setting is a flag (--help):
 Another attention, shape and settings of your own (`out/final` is then a converted repository); its softmax twin, which
 starts from the same weights, has `--attention none`:
 
-    accelerate launch recipes/pretrain.py --output_dir out --model.type llama --model.n_kv_head 4 \
+    accelerate launch recipes/pretrain.py --output_dir out --architecture.type llama --architecture.n_kv_head 4 \
         --attention linear --attention.window 32 --softmax_layers 0,-1
 
 A BERT, which learns to find hidden tokens; its report has their perplexity and the share that it finds:
 
-    accelerate launch recipes/pretrain.py --output_dir out --model.type bert --data.sequence_length 128
+    accelerate launch recipes/pretrain.py --output_dir out --architecture.type bert --training.objective masked \
+        --data.sequence_length 128
 
 The published cosine models: `--config cosine_300m`, `cosine_1b`, and `cosine_bert_base` with `cosine_bert_base_512`
-after it (recipes/configs/pretrain).
+after it (recipes/configs).
 
 After an interruption:
 
@@ -58,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from linearize.cli import run_recipe
 
-    return run_recipe(DEFAULT_CONFIG, argv, name="pretrain")
+    return run_recipe(DEFAULT_CONFIG, argv)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""CONTRIBUTING.md, word for word: each guide's blocks go where their headings say, in a copy, and what they add is used
-there (`contributing_worker.py`), the commands of the guide among it."""
+"""CONTRIBUTING.md, word for word: each guide's blocks go where their headings say, in a copy, and what they add is
+used there (`contributing_worker.py`), the commands of the guide among it."""
 
 import os
 import re

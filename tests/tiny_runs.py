@@ -102,8 +102,8 @@ def write_text(path: Path, documents: int = 60, seed: int = 0) -> Path:
 
 
 def tiny_config(teacher: Path, text: Path, output: Path, cache: Path) -> dict:
-    """Three steps of each stage on sequences of 32 tokens."""
-    stage = {"max_steps": 3, "tokens_per_step": 64, "logging_steps": 1, "save_steps": 2}
+    """Calibration, where the mechanism has one, and three steps of transfer and LoRA on sequences of 32 tokens."""
+    steps = {"max_steps": 3, "tokens_per_step": 64, "logging_steps": 1, "save_steps": 2}
     return {
         "model_name_or_path": str(teacher),
         "output_dir": str(output),
@@ -111,8 +111,11 @@ def tiny_config(teacher: Path, text: Path, output: Path, cache: Path) -> dict:
         "device": "cpu",
         "attention": {"type": "linear", "window": 8, "sinks": 2},
         "data": {"dataset": str(text), "sequence_length": 32, "validation_documents": 6, "cache_dir": str(cache)},
-        "transfer": dict(stage),
-        "finetune": dict(stage),
+        "stages": {
+            "calibrate": {"kind": "calibrate"},
+            "transfer": {"kind": "transfer", **steps},
+            "finetune": {"kind": "train", "weights": "lora", **steps},
+        },
         "evaluation": {"max_tokens": 256},
     }
 

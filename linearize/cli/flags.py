@@ -14,12 +14,12 @@ import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any
 
 import typer
 
 from linearize.cli.help import clause, is_main
-from linearize.config.values import FALSE, NOTHING, TRUE, field_types, options, section_type
+from linearize.config.values import FALSE, NOTHING, TRUE, choices, field_types, options, section_type
 from linearize.runs.settings import RunConfig
 
 NO = "no_"
@@ -28,7 +28,7 @@ FLAGS = "flags_of_settings"
 OWN = "parameters_of_its_own"
 """Where it keeps those that it declares."""
 OF_THE_KIND = ("kind", "weights", "objective")
-"""Settings of a stage that say what it is: a file has them, not a flag."""
+"""Settings of a stage that say what it is: flags where its class leaves a choice."""
 
 
 @functools.cache
@@ -86,13 +86,8 @@ def _parameter(name: str, annotation: Any, help_text: str, default: str, panel: 
         declaration, kind = f"--{name}/--{prefix}{NO}{key}", bool | None
     else:
         declaration, kind = f"--{name}", list[str] | None if is_list(annotation) else str | None
-    choices = [
-        choice
-        for option in options(annotation)
-        if typing.get_origin(option) is Literal
-        for choice in typing.get_args(option)
-    ]
-    shown = help_text + (f" One of {', '.join(choices)}." if choices and len(choices) <= 6 else "")
+    allowed = choices(annotation)
+    shown = help_text + (f" One of {', '.join(allowed)}." if allowed and len(allowed) <= 6 else "")
     shown += f" [default: {default}]" if default else ""
     option = typer.Option(
         None,
@@ -119,7 +114,7 @@ def stage_parameters(stages: Mapping[str, type], values: Mapping[str, Any]) -> l
         parameters += [
             _parameter(f"{name}.{key}", inner, field_help(kind)[key], _stage_default(kind, key, values[name]), name)
             for key, inner in field_types(kind).items()
-            if key not in OF_THE_KIND
+            if key not in OF_THE_KIND or len(choices(inner)) > 1
         ]
     return parameters
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import typer
 
 from linearize.cli.flags import with_settings
 from linearize.cli.loading import Directory
+from linearize.config.presets import find_preset
 from linearize.config.values import field_types
 from linearize.config.yaml_io import left_behind, resolve
 from linearize.errors import UserError
@@ -56,7 +58,7 @@ def config_of(words: Sequence[str], default: str | None) -> str | None:
 
 def value_of(flag: str, words: Sequence[str]) -> str | None:
     """What is given for a flag, as its next word or behind `=`."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         name, equals, value = word.partition("=")
         if name == flag:
             return value if equals else following
@@ -142,8 +144,9 @@ def run(
     linearize run my.yaml --finetune.learning_rate 3e-4 --dry_run
     linearize run --output_dir out --resume_from_checkpoint
     """
-    words = [word for word in (preset,) if word]
-    named = config if config is not None and preset is None else config_of(words, None)
+    if preset is not None and config is not None:
+        raise UserError(f"{preset} and --config {config} are both named: give one of them.")
+    named = preset or config
     stored = _stored(overrides) if named is None else None
     if stored is not None:
         overrides = {"overwrite": False, **overrides}
@@ -229,6 +232,9 @@ def glue(context: typer.Context, *, config: Config = None, overrides: dict[str, 
     """Finetune encoders on the tasks of GLUE, side by side."""
     import linearize
 
+    preset = None if config is None else find_preset(config)
+    if preset is not None and preset.command != "glue":
+        raise UserError(f"{config} is no preset of the GLUE benchmark: linearize {preset.command} {config}.")
     stored = _stored(overrides) if config is None else None
     if stored is not None:
         overrides = {"overwrite": False, **overrides}

@@ -1,6 +1,7 @@
 """Settings and the record of a model: values that several rooms use. Imports nothing of the rooms above.
 
-settings.py       of a run; encoder.py, pretraining.py, of those kinds; evaluation.py, selection.py, sections
+settings.py       of data and stages; full_training.py, embeddings.py, of those; architecture.py, evaluation.py,
+                  selection.py, sections of a run
 values.py         how a value is read and refused; sizes.py, budgets
 yaml_io.py        presets and a person's files, read and written
 presets.py        the presets that the package carries

@@ -54,8 +54,11 @@ class Preset:
 
     def mechanism(self) -> str:
         """The attention that it trains; softmax where it says none."""
-        attention: Mapping[str, Any] = self.values().get("attention") or {}
-        return attention.get("type", "softmax")
+        values = self.values()
+        if self.command == "run" and "attention" not in values:
+            return "as converted"
+        attention = values.get("attention")
+        return attention.get("type", "linear") if isinstance(attention, Mapping) else "softmax"
 
 
 def all_presets() -> list[Preset]:

@@ -1,7 +1,7 @@
 """From a teacher to a student: checkpoints, random weights, quantised bases. May import training, data and config.
 
 students.py       convert; load a student, a stock model, a config, a tokenizer
-pretraining_model.py, pretraining_tokenizer.py    models and tokenizers from nothing
+random_models.py, own_tokenizers.py    models and tokenizers from nothing
 quantization.py   4-bit and 8-bit bases
 gguf_files.py     teachers in GGUF files
 gain_cells.py     cells by name or file, and the statistics that scalers are fitted to

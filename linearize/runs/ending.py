@@ -30,26 +30,34 @@ def save(run: RunOfStages, model: Any, place: Path, files: Mapping[str, bytes] |
     save_final(model, run.tokenizer, place, run.record or run.unrecorded(), more)
 
 
-def finish(run: RunOfStages, model: Any, measures: Any) -> None:
-    """Save, measure, report and push."""
-    directory = run.directory
+def keep(run: RunOfStages, model: Any) -> Any:
+    """Save the model after the last stage, and give it in full weights."""
     run.record = run.record or run.unrecorded()
     base = run.repository or run.config.model_name_or_path or ""
     last = run.plan.stages[-1].name if run.plan.stages else None
     outcome = run.result.stages.get(last) if last else None
     with stage("saving the model"):
         model = run.models.whole(model, base)
-        if run.repository != directory.final:  # else a run goes on at its evaluation
-            save(run, model, directory.final, outcome.files if outcome else None)
+        if run.repository != run.directory.final:  # else a run goes on at its evaluation
+            save(run, model, run.directory.final, outcome.files if outcome else None)
     for done in run.result.stages.values():
         done.model = None
+    return model
+
+
+def finish(run: RunOfStages, model: Any, measures: Any) -> None:
+    """Measure, report and push.
+
+    Args:
+        model: As `keep` gives it.
+    """
     if measures is not None:
         _evaluate(run, model, measures)
     with stage("saving the report"):
         write_report(run, measures)
     run.result.record = run.record
     run.push()
-    run.say(f"Saved {directory.final}")
+    run.say(f"Saved {run.directory.final}")
     lengths = getattr(measures.report, "by_length", None) if measures is not None else None
     if lengths is not None:
         lengths.warn()

@@ -127,8 +127,9 @@ class RunOfStages:
             if place >= done:
                 model = self._run_stage(current, model, measures)
         if self.state.is_main_process:
-            from linearize.runs.ending import finish
+            from linearize.runs.ending import finish, keep
 
+            model = keep(self, model)  # a quantised base goes, before the full weights need its place
             finish(self, model, measures)
         self.state.wait_for_everyone()
         return self.result

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import linearize
 from linearize.cli import main
 from linearize.config.record import read_record
-from linearize.config.yaml_io import resolve
 from linearize.conversion.quantization import is_quantized
-from linearize.runs import pipeline
+from linearize.runs.models import RunModels
 from linearize.runs.report import ALL_QUANTIZED, QUANTIZED, RunReport
+from linearize.runs.settings import resolve_run
 
 COMMANDS = (
     "convert",
@@ -28,9 +28,11 @@ COMMANDS = (
     "info",
     "push",
     "run",
-    "pretrain",
-    "gain-cell",
+    "select",
     "glue",
+    "import",
+    "diff",
+    "presets",
     "export-vectors",
 )
 
@@ -49,7 +51,7 @@ def finished(inputs, tmp_path_factory):
     """A whole run by `linearize run`, YAML and flags."""
     root = tmp_path_factory.mktemp("run")
     config = tiny_config(inputs / "teacher", inputs / "text.jsonl", root / "ignored", inputs / "cache")
-    (root / "tiny.yaml").write_text(yaml.safe_dump(config))
+    (root / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert main(["run", str(root / "tiny.yaml"), "--output_dir", str(root / "out"), "--attention.sinks", "1"]) == 0
     return root / "out"
 
@@ -89,16 +91,22 @@ def test_a_run_leaves_its_directory(finished):
         "logs",
         "plots",
         "checkpoints",
-        "transferred",
+        "transfer",
         "adapter",
         "final",
+        "report.json",
+        "report.md",
     }
-    config = resolve(finished / "config.yaml")
+    config = resolve_run(finished / "config.yaml")
     assert config.attention["sinks"] == 1 and config.attention["window"] == 8
     assert config.attention["window_reference"] == "logsumexp"
     assert {path.name for path in (finished / "plots").iterdir()} >= {"transfer_loss.png", "finetune_loss.png"}
     record = read_record(finished / "final")
     assert record["tokens"] == {"transfer": 192, "finetune": 192}
+    assert record["trained"] == {"transfer": "mechanism", "finetune": "lora"}
+    report = json.loads((finished / "report.json").read_text())
+    assert {name: done["steps"] for name, done in report["stages"].items()} == {"transfer": 3, "finetune": 3}
+    assert report["evaluation"] == record["evaluation"]
     assert record["teacher"] == "teacher"
     assert torch.__version__.startswith(record["versions"]["torch"])
     names = [row["name"] for row in record["evaluation"]["rows"]]
@@ -145,18 +153,19 @@ def test_resuming_a_complete_run_makes_a_failed_push_good(finished, monkeypatch)
 
 def test_overwrite_replaces_the_run_and_nothing_else(inputs, tmp_path):
     config = tiny_config(inputs / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
-    config |= {"transfer": None, "finetune": None, "evaluation": None}
+    config |= {"stages": {}, "evaluation": None}
     (tmp_path / "out" / "checkpoints").mkdir(parents=True)
     (tmp_path / "out" / "checkpoints" / "old").write_text("old")
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert main(["run", str(tmp_path / "tiny.yaml"), "--overwrite"]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.yaml", "final", "notes.txt"}
+    left = {"config.yaml", "final", "report.json", "report.md", "notes.txt"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == left
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(inputs, tmp_path, capsys):
     config = tiny_config(inputs / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert main(["run", str(tmp_path / "tiny.yaml"), "--dry_run"]) == 0
     shown = capsys.readouterr().out
     assert "attention" in shown and "192" in shown and "MiB" in shown
@@ -190,7 +199,7 @@ def test_the_commands_in_a_row(inputs, tmp_path, capsys):
     assert record["tokens"] == {"transfer": 64, "finetune": 64} and record["teacher"] == "teacher"
     recipe = record["recipe"]
     assert recipe["attention"]["window"] == 8 and recipe["softmax_layers"] == [0]
-    assert recipe["transfer"]["max_steps"] == recipe["finetune"]["max_steps"] == 2
+    assert {name: stage["max_steps"] for name, stage in recipe["stages"].items()} == {"transfer": 2, "finetune": 2}
     config = json.loads((tmp_path / "finetuned" / "final" / "config.json").read_text())
     assert config["dtype"] == "float32", "the type of the teacher's weights"
     capsys.readouterr()
@@ -231,8 +240,8 @@ def test_chat_holds_a_conversation(finished, capsys, monkeypatch):
 def test_a_quantised_run_ends_in_full_weights(inputs, tmp_path):
     make_teacher_directory(tmp_path / "teacher", hidden_size=64)
     config = tiny_config(tmp_path / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
-    config["finetune"] |= {"gradient_checkpointing": True, "kl_weight": 0.5}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config))
+    config["stages"]["finetune"] |= {"gradient_checkpointing": True, "kl_weight": 0.5}
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     assert main(["run", str(tmp_path / "tiny.yaml"), "--load_in_4bit"]) == 0
     saved = json.loads((tmp_path / "out" / "final" / "config.json").read_text())
     assert "quantization_config" not in saved and saved["dtype"] == "float32"
@@ -246,10 +255,10 @@ def test_after_a_quantised_run_its_base_is_gone_before_the_full_weights_move(inp
     make_teacher_directory(tmp_path / "teacher", hidden_size=64)
     config = tiny_config(tmp_path / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
     bases, measured = [], []
-    load, finish = pipeline._Run._load_model, RunReport.finish
+    load, finish = RunModels.first, RunReport.finish
 
-    def loaded(self, *, quantized):
-        model = load(self, quantized=quantized)
+    def loaded(self, *, quantized=True, **options):
+        model = load(self, quantized=quantized, **options)
         if quantized:
             bases.append(weakref.ref(model))
         return model
@@ -259,7 +268,7 @@ def test_after_a_quantised_run_its_base_is_gone_before_the_full_weights_move(inp
         measured.append(is_quantized(model))
         return finish(self, model)
 
-    monkeypatch.setattr(pipeline._Run, "_load_model", loaded)
+    monkeypatch.setattr(RunModels, "first", loaded)
     monkeypatch.setattr(RunReport, "finish", finished)
     monkeypatch.setattr("linearize.hardware.memory_full.fits", lambda model, device: room)
     result = linearize.run({**config, "load_in_4bit": True})
@@ -272,7 +281,8 @@ def test_after_a_quantised_run_its_base_is_gone_before_the_full_weights_move(inp
 def test_run_is_a_function_too(inputs, tmp_path):
     config = tiny_config(inputs / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
     config["data"]["completion_only"] = False
-    result = linearize.run({**config, "finetune": None, "softmax_layers": [-1]})
-    assert result.finetune is None and result.transfer.steps == 3
-    assert result.report.row("student after attention transfer").perplexity == result.report.row("student").perplexity
+    result = linearize.run({**config, "softmax_layers": [-1]}, {"finetune": None})
+    assert list(result.stages) == ["transfer"] and result.stages["transfer"].steps == 3
+    names = [row.name for row in result.report.rows]
+    assert names[2:4] == ["student after conversion", "student"], "the last stage's is the finished one"
     assert result.final == tmp_path / "out" / "final" and result.final.is_dir()

@@ -15,15 +15,15 @@ from tiny_runs import WORDS, make_bert_directory, make_teacher_directory
 
 import linearize
 from linearize.cli import main
-from linearize.cli.runs import KINDS
-from linearize.config.encoder import EncoderRunConfig
-from linearize.config.presets import COMMANDS, all_presets
-from linearize.config.settings import RunConfig
+from linearize.config.presets import all_presets
 from linearize.config.sizes import parse_tokens
 from linearize.config.values import field_types, section_type
 from linearize.config.yaml_io import OF_ITS_DATASET, left_behind, read_mapping, resolve
 from linearize.errors import UserError
-from linearize.runs.directory import RunDirectory
+from linearize.evaluation.glue.settings import GlueRunConfig
+from linearize.runs import engine
+from linearize.runs.directory import StagesDirectory
+from linearize.runs.settings import RunConfig, resolve_run
 
 ROOT = Path(__file__).parents[2]
 HEAVY = ("torch", "transformers", "numpy", "huggingface_hub", "datasets", "peft", "matplotlib", "lm_eval")
@@ -68,8 +68,18 @@ def test_a_script_that_imports_the_package_has_the_models_registered():
     assert "linearized_llama" in started(code)[1]
 
 
-def test_every_folder_of_presets_has_its_command():
-    assert {settings.preset_folder: name for name, settings in KINDS.items()} == COMMANDS
+SETTINGS = {"run": RunConfig, "glue": GlueRunConfig}
+
+
+def settings_of(preset, overrides):
+    """What a preset's command makes of it."""
+    if preset.command == "run":
+        return resolve_run(preset.path, overrides)
+    return resolve(preset.path, overrides, settings=GlueRunConfig)
+
+
+def test_every_preset_has_its_command():
+    assert {preset.command for preset in all_presets()} == SETTINGS.keys()
     names = [preset.name for preset in all_presets()]
     assert len(names) == len(set(names)) == len(list((ROOT / "recipes" / "configs").rglob("*.yaml")))
 
@@ -82,7 +92,7 @@ def test_the_list_of_presets_has_all_and_says_what_for(capsys, monkeypatch):
         assert f"  {preset.name}\n" in shown
         assert preset.remark("Hardware") and preset.remark("Measured")
     assert "HuggingFaceTB/SmolLM2-135M-Instruct, salient\n    hardware: one H100 that other runs shared, 6" in shown
-    assert "gpt2 from random weights, softmax" in shown
+    assert "gpt2 from random weights, softmax" in shown and "out_cosine_bert_base/final, as converted" in shown
     assert max(map(len, shown.splitlines())) <= 80
 
 
@@ -92,14 +102,11 @@ def test_one_preset_is_printed_as_it_stands(capsys):
         assert capsys.readouterr().out == preset.text()
 
 
-@pytest.mark.parametrize("words", [["presets"], ["run"], ["run", "--config"], ["landmark", "--config"]])
+@pytest.mark.parametrize("words", [["presets"], ["run"], ["run", "--config"], ["glue", "--config"]])
 def test_an_unknown_preset_is_answered_with_the_nearest(words, capsys):
     assert main([*words, "smollm2_constant"]) == 2
     said = capsys.readouterr().err
     assert "did you mean smollm2_135m_constant" in said and "`linearize presets`" in said
-
-
-RUNNERS = ("run", "pretrain", "run_encoder", "run_gain_cell", "run_landmark", "run_glue")
 
 
 @pytest.fixture
@@ -111,21 +118,46 @@ def seen(monkeypatch):
         settings.append(given)
         raise typer.Exit
 
-    for name in RUNNERS:
-        monkeypatch.setattr(linearize, name, start)
+    monkeypatch.setattr(engine, "run", start)
+    monkeypatch.setattr(linearize, "run_glue", start)
     return settings
 
 
 @pytest.mark.parametrize("preset", all_presets(), ids=lambda preset: preset.name)
-def test_run_finds_a_preset_whatever_its_folder(preset, seen):
-    for words in (["run", preset.name], ["run", "--config", preset.name], ["run", f"--config={preset.name}"]):
-        assert main([*words, "--output_dir", "here"]) == 0
-    assert seen == [resolve(preset.path, {"output_dir": "here"}, settings=KINDS[preset.command])] * 3
+def test_a_preset_is_found_by_its_name(preset, seen):
+    words = [[preset.command, "--config", preset.name], [preset.command, f"--config={preset.name}"]]
+    words += [["run", preset.name]] if preset.command == "run" else []
+    for command in words:
+        assert main([*command, "--output_dir", "here"]) == 0
+    assert seen == [settings_of(preset, {"output_dir": "here"})] * len(words)
 
 
 def test_a_preset_of_another_command_is_named_with_it(capsys):
-    assert main(["encoder", "--config", "smollm2_landmark"]) == 2
-    assert "linearize landmark --config smollm2_landmark" in capsys.readouterr().err
+    assert main(["run", "--config", "bert_base_glue"]) == 2
+    assert "linearize glue --config bert_base_glue" in capsys.readouterr().err
+    assert main(["glue", "--config", "smollm2_landmark"]) == 2
+    assert "linearize run smollm2_landmark" in capsys.readouterr().err
+
+
+def test_a_stage_has_flags_of_what_it_does(seen, capsys):
+    """The flags are those of the preset's or the file's own stages; what its class leaves open is one of them."""
+    words = ["run", "gpt2_mini_pretrain", "--architecture.type", "bert", "--training.objective", "masked"]
+    assert main([*words, "--training.max_steps", "5"]) == 0
+    training = seen[0].stages["training"]
+    assert (training.objective, training.max_steps, seen[0].architecture.type) == ("masked", 5, "bert")
+    for preset, stage in (("gpt2_mini_pretrain", "training"), ("llama3_8b_linear", "transfer"), (None, "finetune")):
+        assert main(["run", *([preset] if preset else []), "--help"]) == 0
+        assert f"--{stage}.tokens" in capsys.readouterr().out
+    assert main(["run", "gpt2_mini_pretrain", "--transfer.tokens", "1k"]) == 2
+    assert "--transfer.tokens" in capsys.readouterr().err
+    assert main(["run", "llama3_8b_linear", "--transfer", "none", "--finetune.learning_rate", "3e-4"]) == 0
+    assert list(seen[1].stages) == ["finetune"] and seen[1].stages["finetune"].learning_rate == 3e-4
+
+
+def test_a_model_may_follow_the_preset(seen):
+    assert main(["run", "gpt2_mini_gain_cell", "my/model", "--data", "a.txt", "--data", "b.txt"]) == 0
+    assert (seen[0].model_name_or_path, seen[0].data.dataset) == ("my/model", ["a.txt", "b.txt"])
+    assert main(["run", "gpt2_mini_gain_cell", "--data", "a.txt", "--data.dataset", "b.txt"]) == 2
 
 
 OWN = {"dataset_config": "other", "split": "test", "revision": "abc", "validation": "dev"}
@@ -133,18 +165,18 @@ OWN = {"dataset_config": "other", "split": "test", "revision": "abc", "validatio
 
 @pytest.mark.parametrize("preset", all_presets(), ids=lambda preset: preset.name)
 def test_another_dataset_drops_what_a_preset_says_of_its_own(preset):
-    settings = KINDS[preset.command]
+    settings = SETTINGS[preset.command]
     section = section_type(field_types(settings)["data"])
     values = read_mapping(preset.path)
     has = [name for name in OF_ITS_DATASET if values["data"].get(name) is not None]
     assert left_behind(values, {"data.dataset": "text.jsonl"}, settings) == has
-    found = resolve(preset.path, {"data.dataset": "text.jsonl"}, settings=settings).data
+    found = settings_of(preset, {"data.dataset": "text.jsonl"}).data
     plain = section(
         **{**{key: value for key, value in values["data"].items() if key not in has}, "dataset": "text.jsonl"}
     )
     assert found == plain
     given = {f"data.{name}": value for name, value in OWN.items() if name in vars(plain)}
-    found = resolve(preset.path, {"data.dataset": "a/b", **given}, settings=settings).data
+    found = settings_of(preset, {"data.dataset": "a/b", **given}).data
     assert {f"data.{name}": getattr(found, name) for name in OWN if name in vars(plain)} == given
 
 
@@ -179,19 +211,24 @@ def test_dashes_and_underscores_are_the_same(seen):
         "--attention.feature-dim=8",
     ]
     dashed += ["--transfer.tokens-per-step", "64k", "--data.isolate-documents=false"]
-    assert main(["run", *flags]) == main(["run", *dashed]) == 0
+    words = ["run", "llama3_8b_linear"]
+    assert main([*words, *flags]) == main([*words, *dashed]) == 0
     assert seen[0] == seen[1] and seen[0].load_in_4bit and seen[0].output_dir == "a-b"
-    assert main(["export_vectors", "--help"]) == main(["gain_cell", "--help"]) == 0
+    assert main(["export_vectors", "--help"]) == main(["export-vectors", "--help"]) == 0
 
 
 def test_tokens_may_be_written_as_sizes(tmp_path):
-    (tmp_path / "my.yaml").write_text("data: {sequence_length: 2k}\ntransfer: {tokens: 1.5M}\n")
+    stages = "stages: {transfer: {kind: transfer, tokens: 1.5M}, finetune: {kind: train}}\n"
+    (tmp_path / "my.yaml").write_text(
+        "model_name_or_path: a/b\ndata: {sequence_length: 2k, max_tokens: 66b}\n" + stages
+    )
     flags = {"finetune.tokens": "20M", "finetune.tokens_per_step": "8k", "finetune.sequence_length": "1k,4k"}
-    settings = resolve(tmp_path / "my.yaml", flags)
-    assert (settings.data.sequence_length, settings.transfer.tokens) == (2048, 1_500_000)
-    assert (settings.finetune.tokens, settings.finetune.tokens_per_step) == (20_000_000, 8192)
-    assert settings.finetune.sequence_length == [1024, 4096]
-    assert resolve({"data": {"max_tokens": "66b"}}).data.max_tokens == 66_000_000_000
+    settings = resolve_run(tmp_path / "my.yaml", flags)
+    transfer, finetune = settings.stages.values()
+    assert (settings.data.sequence_length, transfer.tokens) == (2048, 1_500_000)
+    assert (finetune.tokens, finetune.tokens_per_step) == (20_000_000, 8192)
+    assert finetune.sequence_length == [1024, 4096]
+    assert settings.data.max_tokens == 66_000_000_000
     for wrong in ("1.5", "1.5k", "k", "20 MB", "-1k", "1e3k", ""):
         assert parse_tokens(wrong) is None
 
@@ -206,7 +243,7 @@ def test_tokens_may_be_written_as_sizes(tmp_path):
 )
 def test_what_is_no_size_is_refused(flag, says):
     with pytest.raises(UserError, match=says):
-        resolve(None, {flag: "20MB" if "tokens" in flag else "1k"})
+        resolve_run("llama3_8b_linear", {flag: "20MB" if "tokens" in flag else "1k"})
 
 
 def test_flags_of_tokens_take_sizes(monkeypatch, capsys):
@@ -234,16 +271,21 @@ def test_what_a_run_says_to_do_next_can_be_done(kind, tmp_path, monkeypatch, see
     else:
         assert main(["convert", str(teacher), str(out / "final")]) == 0
     (out / "plots").mkdir()
-    settings = EncoderRunConfig if kind == "bert" else RunConfig
-    shown = RunDirectory(settings(model_name_or_path=str(teacher), output_dir=str(out))).ending().splitlines()
+    directory = StagesDirectory(RunConfig(model_name_or_path=str(teacher), output_dir=str(out)))
+    shown = directory.ending().splitlines()
     assert shown[:2] == [f"repository  {out}/final", f"plots       {out}/plots"] and len(shown) == 5
     (out / "report.json").write_text("{}")
-    assert f"report      {out}/report.json" in RunDirectory(settings(output_dir=str(out))).ending().splitlines()
+    assert f"report      {out}/report.json" in directory.ending().splitlines()
 
     monkeypatch.setattr("linearize.hub.repository.push", lambda *arguments, **options: "there")
     monkeypatch.setattr("builtins.input", lambda prompt: "")
     for line in shown[2:]:
-        words = shlex.split(line.removeprefix("next").replace("FILE", str(text)).replace("DIR", str(tmp_path / "new")))
+        words = shlex.split(
+            line.removeprefix("next")
+            .replace("FILE", str(text))
+            .replace("DIR", str(tmp_path / "new"))
+            .replace("PRESET", "gpt2_mini_gain_cell")
+        )
         small = ["--sequence_length", "32", "--max_tokens", "64", "--device", "cpu"] if words[1] == "evaluate" else []
         assert words[0] == "linearize" and main([*words[1:], *small]) == 0
     assert len(seen) == {"llama": 0, "bert": 0, "stock gpt2": 1, "stock bert": 2}[kind]

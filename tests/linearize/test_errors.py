@@ -35,7 +35,7 @@ def call(tmp_path, capsys):
 
     def run(*arguments, settings=None):
         if settings is not None:
-            (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+            (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
             arguments = ("run", str(tmp_path / "config.yaml"), *arguments)
         capsys.readouterr()
         code = main([str(argument) for argument in arguments])
@@ -264,11 +264,13 @@ def test_running_out_of_memory_says_what_to_lower(call, config, monkeypatch):
     monkeypatch.setattr("linearize.stages.transfer.transfer_attention", no_memory)
     code, sentence = call("--transfer.batch_size", "2", settings=config)
     assert code == 2
-    assert "stage 1" in sentence and "transfer.batch_size (now 2)" in sentence and "load_in_4bit" in sentence
+    assert (
+        "attention transfer" in sentence and "transfer.batch_size (now 2)" in sentence and "load_in_4bit" in sentence
+    )
     monkeypatch.setattr("linearize.stages.finetuning.finetune", no_memory)
     code, sentence = call("--transfer", "none", "--overwrite", settings=config)
     assert code == 2
-    assert "stage 2" in sentence and "gradient_checkpointing" in sentence
+    assert "finetune (finetuning)" in sentence and "gradient_checkpointing" in sentence
 
 
 def test_bugs_keep_their_trace(call, config, monkeypatch):
@@ -299,7 +301,7 @@ def test_a_full_disk_while_saving_leaves_the_checkpoints(call, config, tmp_path,
     assert code == 2
     assert "space" in sentence
     assert not (out / "final").exists()
-    whole = {"config.yaml", "logs", "plots", "checkpoints", "transferred", "adapter"}
+    whole = {"config.yaml", "logs", "plots", "checkpoints", "transfer", "adapter"}
     assert {path.name for path in out.iterdir()} == whole
     assert latest_checkpoint(out / "checkpoints" / "transfer") and latest_checkpoint(out / "checkpoints" / "finetune")
     code, _ = call("--resume_from_checkpoint", settings=config)
@@ -338,7 +340,7 @@ def test_control_c_leaves_a_checkpoint_and_resume_goes_on(call, config, tmp_path
 
 
 def test_resuming_another_run_is_refused(call, config, tmp_path):
-    config |= {"evaluation": None, "finetune": None}
+    config["evaluation"] = config["stages"]["finetune"] = None
     assert call(settings=config)[0] == 0
     code, sentence = call("--resume_from_checkpoint", "--attention.window", "4", settings=config)
     assert code == 2 and "attention.window" in sentence

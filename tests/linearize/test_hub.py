@@ -183,7 +183,8 @@ def test_what_goes_wrong_on_the_hub(inputs, hub, tmp_path):
     hub.add_directory("someone/gated", inputs / "teacher", gated=True)
     public = hub.add_directory("someone/public", inputs / "teacher")
     final, out = str(inputs / "final"), str(tmp_path / "out")
-    run = ["run", "--output_dir", out, "--device", "cpu", "--data.dataset", "x.txt", "--model_name_or_path"]
+    run = ["run", "--output_dir", out, "--device", "cpu", "--data.dataset", "x.txt", "--transfer.max_steps", "1"]
+    run += ["--finetune.max_steps", "1", "--model_name_or_path"]
     cases = [
         ("hf_valid", ["convert", "someone/missing", out], "someone/missing"),
         ("hf_valid", ["convert", "someone/gated", out], "gated"),

@@ -21,13 +21,10 @@ from tiny_runs import (
 )
 from transformers import BertForMaskedLM
 
-from linearize.config.encoder import EncoderRunConfig
-from linearize.config.pretraining import PretrainConfig
-from linearize.config.settings import RunConfig
-from linearize.config.yaml_io import flat_names, preset_names, resolve
+from linearize.config import yaml_io
+from linearize.config.presets import all_presets, find_preset
 from linearize.evaluation.glue.settings import GlueRunConfig
-from linearize.runs.gain_cell import GainCellRunConfig
-from linearize.runs.landmark import LandmarkRunConfig
+from linearize.runs.settings import flat_names, resolve_run, run_values
 
 ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes" / "linearize_llama3.py"
@@ -37,16 +34,8 @@ BERT = ROOT / "recipes" / "linearize_bert.py"
 MISTRAL = ROOT / "recipes" / "linearize_mistral.py"
 LANDMARK = ROOT / "recipes" / "linearize_landmark.py"
 GLUE = ROOT / "recipes" / "finetune_glue.py"
-SETTINGS = {
-    RECIPE: RunConfig,
-    MISTRAL: RunConfig,
-    PRETRAIN: PretrainConfig,
-    GPT2: GainCellRunConfig,
-    LANDMARK: LandmarkRunConfig,
-    BERT: EncoderRunConfig,
-    GLUE: GlueRunConfig,
-}
-"""Recipe -> what its YAML files and flags set."""
+COMMANDS = {RECIPE: "run", MISTRAL: "run", PRETRAIN: "run", GPT2: "run", LANDMARK: "run", BERT: "run", GLUE: "glue"}
+"""Recipe -> the command that runs it."""
 
 LOAD = """
 import json, sys
@@ -97,7 +86,7 @@ def workspace(tmp_path_factory):
     make_teacher_directory(root / "teacher")
     write_text(root / "text.jsonl")
     config = tiny_config(root / "teacher", root / "text.jsonl", root / "out", root / "cache")
-    (root / "tiny.yaml").write_text(yaml.safe_dump(config))
+    (root / "tiny.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return root
 
 
@@ -189,35 +178,41 @@ def test_bad_input_under_accelerate_launch(workspace, final):
 def pretraining_job(root, text, name, **changes):
     config = {
         "device": "cpu",
-        "tokenizer": "train",
-        "vocab_size": 300,
+        "tokenizer": {"source": "train", "vocab_size": 300},
+        "attention": None,
         **changes,
         "data": {"dataset": str(text), "sequence_length": 16, "validation_documents": 6},
-        "training": {"max_steps": 6, "batch_size": 2, "tokens_per_step": 128, "warmup_steps": 1, "save_steps": 3},
+        "evaluation": None,
     }
     config["data"]["cache_dir"] = str(root / f"{name}-cache")
-    config["model"] = {"n_layer": 2, "n_head": 2, "n_embd": 32, **changes.get("model", {})}
-    config["training"] |= {"eval_steps": 2, "logging_steps": 1}
-    (root / f"{name}.yaml").write_text(yaml.safe_dump(config))
+    config["architecture"] = {"n_layer": 2, "n_head": 2, "n_embd": 32, **changes.get("architecture", {})}
+    objective = "masked" if config["architecture"].get("type") == "bert" else "next_token"
+    training = {"kind": "train", "weights": "all", "objective": objective, "max_steps": 6, "batch_size": 2}
+    training |= {"tokens_per_step": 128, "warmup_steps": 1, "save_steps": 3, "eval_steps": 2, "logging_steps": 1}
+    config["stages"] = {"training": training}
+    (root / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return PRETRAIN, ["--config", root / f"{name}.yaml"]
 
 
 def encoder_job(root):
     stage = {"max_steps": 3, "batch_size": 2, "tokens_per_step": 128, "logging_steps": 1}
+    train = {"kind": "train", "weights": "all"}
     text, teacher = root / "sentences.jsonl", make_bert_directory(root / "masked-teacher", kind=BertForMaskedLM)
     config = {
         "model_name_or_path": str(teacher),
         "device": "cpu",
         "attention": {"type": "linear", "window": 3, "sinks": 1},
         "data": {"dataset": str(text), "sequence_length": 32, "cache_dir": str(root / "encoder-cache")},
-        "transfer": stage,
-        "mlm": {**stage, "warmup_steps": 1, "dropout": False},
-        "distillation": {**stage, "warmup_steps": 1},
+        "stages": {
+            "transfer": {"kind": "transfer", **stage},
+            "mlm": {**train, **stage, "objective": "masked", "warmup_steps": 1, "dropout": False},
+            "distillation": {**train, **stage, "objective": "embeddings", "warmup_steps": 1},
+        },
         "evaluation": {"pairs": 4},
     }
     lines = (json.dumps({"text": f"The {a} ran past a house. Two old cats {a} slept there."}) for a in WORDS)
     text.write_text("\n".join(lines))
-    (root / "encoder.yaml").write_text(yaml.safe_dump(config))
+    (root / "encoder.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     return BERT, ["--config", root / "encoder.yaml"]
 
 
@@ -254,7 +249,11 @@ def by_one_and_by_two(workspace, tmp_path_factory):
         "linear": (RECIPE, ["--config", workspace / "tiny.yaml"]),
         "gpt2": pretraining_job(root, workspace / "text.jsonl", "gpt2"),
         "bert": pretraining_job(
-            root, workspace / "text.jsonl", "bert", model={"type": "bert"}, attention={"type": "linear", "window": 4}
+            root,
+            workspace / "text.jsonl",
+            "bert",
+            architecture={"type": "bert"},
+            attention={"type": "linear", "window": 4},
         ),
         "encoder": encoder_job(root),
         "glue": glue_job(root),
@@ -296,7 +295,8 @@ def test_a_run_by_one_process_and_by_two(by_one_and_by_two):
 def test_pretraining_by_one_process_and_by_two(kind, by_one_and_by_two):
     folders = by_one_and_by_two(kind)
     assert all((folder / "final" / "model.safetensors").is_file() for folder in folders)
-    one, two = (json.loads((folder / "report.json").read_text()) for folder in folders)
+    reports = (json.loads((folder / "report.json").read_text()) for folder in folders)
+    one, two = (report["stages"]["training"] for report in reports)
     assert [step for step, _ in one["validation"]] == [2, 4, 6]
     for name in ("losses", "validation"):
         assert [value for _, value in two[name]] == pytest.approx([value for _, value in one[name]], rel=1e-4)
@@ -317,29 +317,29 @@ def test_glue_by_one_process_and_by_two(by_one_and_by_two):
     assert len(one) == 3 and two == pytest.approx(one, rel=1e-4)
 
 
-@pytest.mark.parametrize("path", SETTINGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", COMMANDS, ids=lambda path: path.stem)
 def test_every_recipe_is_a_page_and_importable(path, capsys):
     assert len(path.read_text().splitlines()) <= 150
     recipe = recipe_module(path)
     assert recipe.main(["--data.sequence_length", "many"]) == 2
     assert capsys.readouterr().err.count("data.sequence_length is 'many'") == 1
-    assert recipe.DEFAULT_CONFIG in preset_names(SETTINGS[path])
+    assert find_preset(recipe.DEFAULT_CONFIG).command == COMMANDS[path]
 
 
 def test_the_defaults_of_the_recipe_are_the_issue_s():
-    config = resolve("llama3_8b_linear")
+    config = resolve_run("llama3_8b_linear")
     assert config.model_name_or_path == "meta-llama/Meta-Llama-3-8B"
     assert config.data.dataset == "yahma/alpaca-cleaned" and config.data.sequence_length == 1024
-    assert config.transfer.tokens == config.finetune.tokens == 20_000_000
+    assert config.stages["transfer"].tokens == config.stages["finetune"].tokens == 20_000_000
 
 
 def test_every_yaml_is_valid():
     configs = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
     assert len(configs) >= 3
-    folders = {settings.preset_folder: settings for settings in SETTINGS.values()}
-    for path in configs:
-        folder = path.parent.relative_to(ROOT / "recipes" / "configs")
-        config = resolve(path, settings=folders[str(folder)])
+    assert sorted(preset.name for preset in all_presets()) == [path.stem for path in configs]
+    for preset in all_presets():
+        path = preset.path
+        config = resolve_run(path) if preset.command == "run" else yaml_io.resolve(path, settings=GlueRunConfig)
         assert config.output_dir and path.read_text().startswith("#")
     launchers = sorted((ROOT / "recipes" / "accelerate").rglob("*.yaml"))
     assert launchers
@@ -348,13 +348,19 @@ def test_every_yaml_is_valid():
     assert (ROOT / "linearize" / "configs").resolve() == ROOT / "recipes" / "configs"
 
 
-@pytest.mark.parametrize("recipe", SETTINGS, ids=lambda path: path.stem)
+def flags_of(recipe, preset):
+    """Names of the settings that are flags of a recipe over a preset."""
+    return yaml_io.flat_names(GlueRunConfig) if COMMANDS[recipe] == "glue" else flat_names(run_values(preset))
+
+
+@pytest.mark.parametrize("recipe", COMMANDS, ids=lambda path: path.stem)
 def test_commands_in_the_docstring_name_files_and_flags_that_exist(recipe):
-    settings = SETTINGS[recipe]
     text = recipe.read_text().partition('"""')[2].partition('"""')[0]
     for path in re.findall(r"recipes/\S+\.(?:py|yaml)", text):
         assert (ROOT / path).is_file(), path
-    known = {*flat_names(settings), "config", "dry_run", "help", "config_file", "num_processes", "passkey"}
+    known = {"config", "dry_run", "help", "config_file", "num_processes", "passkey"}
+    known |= flags_of(recipe, recipe_module(recipe).DEFAULT_CONFIG).keys()
     flags = {re.sub(r"^attention\.\w+", "attention", flag) for flag in re.findall(r"--([\w.]+)", text)}
     assert flags <= known
-    assert set(re.findall(r"--config (\w+)(?!\.)\b", text)) - {"my"} <= set(preset_names(settings))
+    for name in set(re.findall(r"--config (\w+)(?!\.)\b", text)) - {"my"}:
+        assert find_preset(name).command == COMMANDS[recipe]
