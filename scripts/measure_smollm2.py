@@ -11,7 +11,6 @@ import argparse
 import gc
 import json
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,13 +18,13 @@ from torch.utils.data import Subset
 from transformers import set_seed
 
 import linearize
-from linearize.config.settings import DataConfig, FinetuneConfig, RunConfig, TransferConfig
-from linearize.config.yaml_io import resolve
+from linearize.config.settings import DataConfig, FinetuneConfig, TransferConfig, changed
 from linearize.conversion.quantization import quantization_config
 from linearize.conversion.students import load_config
 from linearize.data.sequences import TokenBlocks, prepare_data
 from linearize.evaluation import perplexity
 from linearize.hardware.memory import forecast_finetune, forecast_transfer, runs_fused
+from linearize.runs.settings import RunConfig, resolve_run
 from linearize.stages.finetuning import finetune
 from linearize.stages.transfer import transfer_attention
 
@@ -102,7 +101,7 @@ def measure_speed(args: argparse.Namespace, train: TokenBlocks, validation: Toke
 
 def measure_quality(args: argparse.Namespace, train: TokenBlocks, validation: TokenBlocks) -> list[dict]:
     """Perplexity after 150 steps of 8192 tokens of stage 1, of ours and of the published preset."""
-    presets = {"ours": resolve("llama3_8b_linear"), "published": resolve("llama3_8b_lolcats")}
+    presets = {"ours": resolve_run("llama3_8b_linear"), "published": resolve_run("llama3_8b_lolcats")}
     rows = []
     for seed in map(int, args.seeds.split(",")):
         for name, preset in presets.items():
@@ -117,9 +116,8 @@ def measure_quality(args: argparse.Namespace, train: TokenBlocks, validation: To
             }
             control = student(args, {"type": "linear", "window": 64, "sinks": 4})
             row["control"] = perplexity(control, held_out, arm="softmax", batch_size=8).perplexity
-            config = replace(
-                preset.transfer, max_steps=args.steps or 150, batch_size=8, tokens_per_step=TOKENS_PER_STEP
-            )
+            size = {"batch_size": 8, "tokens_per_step": TOKENS_PER_STEP}
+            config = changed(preset.stages["transfer"], max_steps=args.steps or 150, **size)
             folder = Path(args.output_dir, f"quality-{name}-{seed}")
             result = transfer_attention(model, train, config, output_dir=folder, seed=seed, device=_stay(args))
             row |= {"steps": result.steps, "tokens": result.tokens, "seconds": result.seconds}
@@ -143,16 +141,16 @@ def measure_memory(args: argparse.Namespace, train: TokenBlocks, validation: Tok
         step = {"max_steps": 2, "batch_size": batch, "tokens_per_step": batch * LENGTH}
         run = RunConfig(model_name_or_path=args.model, dtype="bfloat16", load_in_4bit=bits == 4, device=args.device)
         run.data.sequence_length = LENGTH
-        run.transfer = TransferConfig(**step)
-        run.finetune = FinetuneConfig(**step, gradient_checkpointing=checkpointing)
         folder = Path(args.output_dir, f"memory-{bits}-{batch}-{checkpointing}")
-        stages = {"finetune": (finetune, run.finetune, forecast_finetune)}
+        lora = FinetuneConfig(**step, gradient_checkpointing=checkpointing)
+        stages = {"finetune": (finetune, lora, forecast_finetune)}
         if not checkpointing:
-            stages["transfer"] = (transfer_attention, run.transfer, forecast_transfer)
+            stages["transfer"] = (transfer_attention, TransferConfig(**step), forecast_transfer)
         for stage, (train_stage, config, forecast) in stages.items():
             model = student(args, **options)
             result = train_stage(model, train, config, output_dir=folder / stage, device=_stay(args))
-            expected, measured = forecast(teacher, run, fused=runs_fused(teacher, run)), result.peak_memory_bytes
+            expected = forecast(teacher, run, config, fused=runs_fused(teacher, run))
+            measured = result.peak_memory_bytes
             row = {"stage": stage, "bits": bits, "batch": batch, "checkpointing": checkpointing, "measured": measured}
             row |= {"forecast": expected.total, "parts": vars(expected)}
             row["ratio"] = expected.total / measured if measured else None

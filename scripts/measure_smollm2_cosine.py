@@ -16,11 +16,10 @@ import torch
 from torch.utils.data import Subset
 
 import linearize
-from linearize.config.settings import RunConfig
-from linearize.config.yaml_io import resolve
 from linearize.conversion import convert, load_tokenizer
 from linearize.data import prepare_data
 from linearize.evaluation import perplexity
+from linearize.runs.settings import RunConfig, resolve_run
 from linearize.stages.finetuning import finetune
 
 PRESET = "smollm2_135m_cosine"
@@ -50,7 +49,7 @@ def main() -> None:
 
 def settings(args: argparse.Namespace, part: str) -> RunConfig:
     """The preset on the given text, in a run directory of the part's own."""
-    config = resolve(PRESET)
+    config = resolve_run(PRESET)
     config.model_name_or_path, config.output_dir = args.model, str(args.output_dir / part)
     config.dtype, config.device = "float32" if args.device == "cpu" else "bfloat16", args.device
     if part == "pure":
@@ -60,7 +59,8 @@ def settings(args: argparse.Namespace, part: str) -> RunConfig:
     data.sequence_length = config.evaluation.sequence_length = args.sequence_length
     data.cache_dir = str(args.output_dir / "data")
     config.evaluation.max_tokens, config.evaluation.batch_size = args.evaluation_tokens, args.batch_size
-    for stage, tokens in ((config.transfer, args.transfer_tokens), (config.finetune, args.finetune_tokens)):
+    for name, tokens in (("transfer", args.transfer_tokens), ("finetune", args.finetune_tokens)):
+        stage = config.stages[name]
         stage.batch_size, stage.tokens = args.batch_size, tokens or stage.tokens
         stage.tokens_per_step = max(1, stage.tokens_per_step // (args.batch_size * args.sequence_length)) * (
             args.batch_size * args.sequence_length
@@ -71,7 +71,7 @@ def settings(args: argparse.Namespace, part: str) -> RunConfig:
 def measure_student(config: RunConfig) -> dict:
     """The rows of a whole run, and what its stages took."""
     result = linearize.run(config)
-    stages = {"transfer": result.transfer, "finetune": result.finetune}
+    stages = {name: result.stages[name] for name in ("transfer", "finetune")}
     return {
         "attention": config.attention,
         "rows": result.report.to_dict(),
@@ -89,9 +89,10 @@ def measure_teacher(config: RunConfig) -> dict:
     model = convert(config.model_name_or_path, config.attention, dtype=config.dtype)
     if config.device != "cpu" and torch.cuda.is_available():
         model = model.cuda()
-    config.finetune.tokens += config.transfer.tokens
+    lora = config.stages["finetune"]
+    lora.tokens += config.stages["transfer"].tokens
     device = "cpu" if config.device == "cpu" else None
-    result = finetune(model, train, config.finetune, output_dir=config.output_dir, arm="teacher", device=device)
+    result = finetune(model, train, lora, output_dir=config.output_dir, arm="teacher", device=device)
     blocks = max(1, config.evaluation.max_tokens // config.data.sequence_length)
     held_out = Subset(held_out, range(min(len(held_out), blocks)))
     measured = perplexity(result.model, held_out, arm="teacher", batch_size=config.evaluation.batch_size)

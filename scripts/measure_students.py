@@ -30,11 +30,11 @@ from torch.nn import functional
 from transformers import AutoTokenizer
 
 from linearize.config.settings import FinetuneConfig, TransferConfig
-from linearize.config.yaml_io import resolve
 from linearize.conversion import convert
 from linearize.data.sequences import TokenBlocks
 from linearize.evaluation import state_bytes
-from linearize.runs.plan import complete_attention, read_teacher
+from linearize.runs.attention import complete, read_model
+from linearize.runs.settings import resolve_run
 from linearize.stages.calibration import calibrate
 from linearize.stages.finetuning import finetune
 from linearize.stages.select import Selection, placed, select
@@ -119,9 +119,9 @@ def plan(args, attention: dict, budget: str | None, softmax: Any = ()):
     options = {"attention": attention, "state_budget": budget, "softmax_layers": softmax or [], "select": choice}
     data = {"dataset": "none", "sequence_length": LENGTH}
     dtype = str(args.dtype).removeprefix("torch.")
-    settings = resolve({"model_name_or_path": str(args.model), "data": data, "dtype": dtype, **options})
-    settings = complete_attention(settings)
-    return plan_selection(settings, read_teacher(settings))
+    run = {"model_name_or_path": str(args.model), "data": data, "dtype": dtype, "stages": {}, **options}
+    settings = complete(resolve_run(run))
+    return plan_selection(settings, read_model(settings))
 
 
 def place(args, attention: dict, budget: str | None, softmax: Any = ()):

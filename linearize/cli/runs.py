@@ -39,10 +39,10 @@ TRAINING = (
     "op_backend",
 )
 SHORT = {
-    "transfer": {"transfer": {"kind": "transfer"}},
-    "finetune": {"finetune": {"kind": "train", "weights": "lora"}},
+    "transfer": {"calibrate": {"kind": "calibrate"}, "transfer": {"kind": "transfer"}},
+    "finetune": {"calibrate": {"kind": "calibrate"}, "finetune": {"kind": "train", "weights": "lora"}},
 }
-"""Command -> the stages of the run that it is short for."""
+"""Command -> the stages of the run that it is short for; a model that was fitted or trained is not calibrated."""
 
 
 def config_of(words: Sequence[str], default: str | None) -> str | None:
@@ -210,15 +210,17 @@ def _one_stage(
 
     source = str(find_converted(directory))
     values = run_values(config)
-    kind = next(iter(SHORT[name].values()))
-    fitting = [stage for stage in values["stages"].values() if kind.items() <= dict(stage or {}).items()]
+    kind = SHORT[name][name]
+    given = [stage for stage in values["stages"].values() if isinstance(stage, Mapping)]
+    fitting = [stage for stage in given if kind.items() <= stage.items()]
     if config is not None and not fitting:
         raise UserError(f"{config} has no stage that `linearize {name}` runs: leave --config out.")
     # One stage must not change the type of the weights that the stage before saved.
     stored = str(load_config(source).dtype).removeprefix("torch.")
     if config is None and stored in ("bfloat16", "float16", "float32"):
         overrides = {"dtype": stored, **overrides}
-    values = {**values, "stages": {name: dict(fitting[0] if config is not None else kind)}}
+    first = {"calibrate": given[0]} if given and given[0].get("kind") == "calibrate" else {}
+    values = {**values, "stages": {**first, name: dict(fitting[0] if config is not None else kind)}}
     fixed = {"model_name_or_path": source, "output_dir": output, "evaluation": None, "yardstick": None}
     for conversion in ("attention", "softmax_layers", "state_budget", "mixer_types", "mixers", "architecture"):
         values.pop(conversion, None)

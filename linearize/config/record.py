@@ -24,6 +24,10 @@ OF_THE_MECHANISM = ("transfer", "scalers", "mechanism", "nothing")
 """Stages of old records that train nothing else, and what a stage trains that leaves the other weights alone."""
 FILES = "files"
 """Part of a pushed record: the files that the push left, which the next one may delete."""
+EXTENT = ("nothing", "mechanism", "lora", "all")
+"""What a stage trains, from the least on."""
+BEFORE_STAGES = ("transfer", "finetune", "training", "linear", "adaptation", "refinement", "nonlinear", "mlm")
+"""Settings of stages in the recipe of old records, which had no section `stages`."""
 OF_THESE_WEIGHTS = ("evaluation", "tasks", "embeddings", "validation", "glue", FILES)
 """Parts of a record that say nothing of other weights: what was measured on its own, and where they went."""
 VERSIONED = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "huggingface_hub")
@@ -133,7 +137,7 @@ def make_record(
         **start,
         "recipe": published_settings(recipe) if recipe is not None else before.get("recipe") or {},
         "tokens": _by_stage(before.get("tokens"), tokens, sum),
-        "trained": {**(before.get("trained") or {}), **(trained or {})},
+        "trained": _by_stage(before.get("trained"), trained, lambda kinds: max(kinds, key=EXTENT.index)),
         "seconds": _by_stage(before.get("seconds"), seconds, lambda values: round(sum(values), 1)),
         "peak_memory_bytes": _by_stage(before.get("peak_memory_bytes"), peak_memory_bytes, _largest),
         "evaluation": dict(evaluation) if evaluation else None,
@@ -149,6 +153,13 @@ def _by_stage(
     """Figures of the stages of all runs that made a model, those of one name `joined`."""
     parts = [before or {}, now or {}]
     return {stage: joined([part[stage] for part in parts if stage in part]) for stage in {**parts[0], **parts[1]}}
+
+
+def stages_of(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of each stage that a recipe has, of an old record's too."""
+    if recipe.get("stages") is not None:
+        return dict(recipe["stages"])
+    return {name: recipe[name] for name in BEFORE_STAGES if isinstance(recipe.get(name), Mapping)}
 
 
 def _largest(values: list[int | None]) -> int | None:

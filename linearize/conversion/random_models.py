@@ -19,8 +19,7 @@ from transformers import (
 )
 
 from linearize.config.architecture import ROPE_THETA
-from linearize.conversion.quantization import refuse_quantized
-from linearize.conversion.students import load_config, student_config
+from linearize.conversion.students import student_config
 from linearize.data.vocabulary import vocabulary_size
 from linearize.errors import UserError
 from linearize.modeling import BACKBONES, backbone_of
@@ -35,15 +34,6 @@ STOCK: dict[str, type[PreTrainedModel]] = {
     "gptj": GPTJForCausalLM,
 }
 """`architecture.type` -> the stock class that trains."""
-
-
-def refuse_quantized_model(source: str) -> None:
-    """Refuse a model whose weights are quantised already.
-
-    Raises:
-        UserError: They are, or its config cannot be read.
-    """
-    refuse_quantized(source, load_config(source))
 
 
 def stock_config(config: RunConfig, tokenizer: Any = None) -> PreTrainedConfig:

@@ -68,7 +68,8 @@ class EncoderReport:
         from linearize.evaluation.masked import masked_perplexity
 
         if name != TEACHER and name in self.kept:
-            self.report.rows.append(self.kept[name])
+            if self.kept[name] not in self.report.rows:
+                self.report.rows.append(self.kept[name])
             return
         masked, size = None, self.config.batch_size
         used = arm if is_student(model) else None
@@ -85,6 +86,12 @@ class EncoderReport:
         self.measure(TEACHER, model, "teacher")
         if self.config.controls and is_student(model):
             self.measure(CONVERTED, model, "mixed")
+
+    def go_on(self, teacher: Any) -> None:
+        """The teacher, and what an earlier call measured of the student before and between its stages."""
+        self.measure(TEACHER, teacher, "teacher")
+        last = (TEACHER, STUDENT, *ARMS.values())
+        self.report.rows += [row for name, row in self.kept.items() if name not in last]
 
     def after_stage(self, name: str, model: Any) -> None:
         """The student between the stages."""

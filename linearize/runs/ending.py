@@ -55,7 +55,7 @@ def finish(run: RunOfStages, model: Any, measures: Any) -> None:
         _evaluate(run, model, measures)
     with stage("saving the report"):
         write_report(run, measures)
-    run.result.record = run.record
+    run.result.record = run.record or {}
     run.push()
     run.say(f"Saved {run.directory.final}")
     lengths = getattr(measures.report, "by_length", None) if measures is not None else None

@@ -100,6 +100,7 @@ class RunOfStages:
     def run(self) -> RunResult:
         """The steps of a run, in order."""
         from linearize.runs.plan import make_plan
+        from linearize.stages.identity import mark_base
 
         config, directory = self.config, self.directory
         directory.check()
@@ -111,11 +112,17 @@ class RunOfStages:
         self._check_memory()
         self._prepare_data()
         self._select()
+        done = self._stages_done()
+        whole = self._whole_yardstick()  # it trains before the student takes its place in memory
+        model = (
+            self._load(done) if whole is None else None
+        )  # what cannot be read is refused before anything is written
         self._prepare_directory()
         measures = self._measures()
-        done = self._stages_done()
-        self._train_whole_yardstick(measures)
-        model = self._load(done)
+        if whole is not None:
+            self._train_whole_yardstick(whole, measures)
+            model = self._load(done)
+        mark_base(model, self.base)
         self._forecast(model, done)
         if self.state.is_main_process:
             self.plan.show()
@@ -284,7 +291,6 @@ class RunOfStages:
     def _load(self, done: int) -> Any:
         """The model as the stages that are done left it."""
         from linearize.config.record import read_record
-        from linearize.stages.identity import mark_base
 
         config = self.config
         if self.plan.start.converted:
@@ -300,7 +306,6 @@ class RunOfStages:
                 )
                 self.record = read_record(place) or None
                 model = self.models.after(place)
-        mark_base(model, self.base)
         return model
 
     def _measure_start(self, measures: Any, model: Any, done: int) -> None:
@@ -313,7 +318,7 @@ class RunOfStages:
             if (self.directory.yardstick / "config.json").is_file():
                 measures.after_yardstick(self.models.of_yardstick(), " + training on the same tokens")
         elif self.plan.start.encoder:
-            measures.before_training(self.models.placed(self.models.teacher("base")))
+            measures.go_on(self.models.placed(self.models.teacher("base")))
 
     # --- the yardstick
 
@@ -322,11 +327,13 @@ class RunOfStages:
         settings = self.config.yardstick_settings() if self.config.yardstick is not None else None
         return None if settings is None else make_stage(YARDSTICK, settings)
 
-    def _train_whole_yardstick(self, measures: Any) -> None:
-        """All weights of the softmax teacher, trained before the student takes its place in memory."""
+    def _whole_yardstick(self) -> Stage | None:
+        """The stage that trains all weights of the teacher, if the run has one."""
         current = self._yardstick()
-        if current is None or current.trained == "lora":
-            return
+        return None if current is None or current.trained == "lora" else current
+
+    def _train_whole_yardstick(self, current: Stage, measures: Any) -> None:
+        """All weights of the softmax teacher."""
         from linearize.errors import UserError
         from linearize.stages.identity import mark_base
 
@@ -456,6 +463,7 @@ class RunOfStages:
 
     def _recipe(self) -> dict[str, Any]:
         """The settings of this run; of a model converted before, its attention and the stages that it went through."""
+        from linearize.config.record import stages_of
         from linearize.config.selection import OF_THE_CONVERSION
         from linearize.config.yaml_io import to_values
 
@@ -463,7 +471,7 @@ class RunOfStages:
         if self.plan.start.converted:
             for name in OF_THE_CONVERSION:
                 recipe[name] = earlier.get(name)
-            recipe["stages"] = {**(earlier.get("stages") or {}), **recipe["stages"]}
+            recipe["stages"] = {**stages_of(earlier), **recipe["stages"]}
             if "imported" in earlier:
                 recipe["imported"] = earlier["imported"]
         return recipe

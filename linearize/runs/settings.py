@@ -14,7 +14,7 @@ from linearize.config.evaluation import EvaluationConfig
 from linearize.config.full_training import FullTrainingConfig
 from linearize.config.selection import LayerChoice, SelectConfig
 from linearize.config.settings import DataConfig, RunSettings
-from linearize.config.values import NOTHING, convert_fields, field_types, require, section_type
+from linearize.config.values import NOTHING, convert_fields, field_types, require
 from linearize.errors import UserError
 from linearize.stages.kinds import make_settings
 
@@ -44,10 +44,6 @@ OLD = {
     "tokenizer_characters": "tokenizer: {characters: ...}",
 }
 """Settings of config.yaml files before stages -> how they are written now."""
-OF_STAGES = ("kind", "weights", "objective")
-"""Settings that say which class of settings a stage has."""
-
-
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 
 
@@ -332,6 +328,3 @@ def stage_types(config: Mapping[str, Any]) -> dict[str, Any]:
         if isinstance(values, Mapping) and (kind := settings_type(values)) is not None:
             found[name] = kind
     return found
-
-
-__all__ = ["RunConfig", "make_stages", "replaced", "resolve_run", "run_values", "section_type"]

@@ -44,7 +44,19 @@ def prepare_texts(plan: RunPlan, state: Any) -> RunTexts:
         else:
             texts = RunTexts(load_model_tokenizer(config.source, revision=config.revision))
         (_prepare_rows if encoder else _prepare_blocks)(plan, texts, state)
+    _check_validation(plan, texts)
     return texts
+
+
+def _check_validation(plan: RunPlan, texts: RunTexts) -> None:
+    """Refuse measurements while all weights train without the text for them."""
+    for current in plan.stages:
+        measures = current.what in ("all", "mechanism") and getattr(current.values, "eval_steps", None) is not None
+        if measures and current.values.kind == "train" and not texts.validation:
+            raise UserError(
+                f"{current.name}.eval_steps is set, but there is no validation text: give data.validation, or set it "
+                "to none."
+            )
 
 
 def _reads_text(plan: RunPlan) -> bool:

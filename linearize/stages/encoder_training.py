@@ -11,7 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -26,13 +26,11 @@ from linearize.data.rows import TextRows, collate
 from linearize.errors import UserError
 from linearize.evaluation.embeddings import sentence_embeddings
 from linearize.stages.distillation import hidden_distance
-from linearize.stages.identity import base_identity, data_identity, require_same_run
+from linearize.stages.opening import open_stage
 from linearize.stages.transfer import training_only
-from linearize.training.checkpointing import checkpoint_to_resume
 from linearize.training.launcher import in_bfloat16
-from linearize.training.log import TrainingLog
 from linearize.training.loop import Interrupt, PeakMemory, readable_memory_errors
-from linearize.training.stage_trainer import StageTrainer, stage_arguments
+from linearize.training.stage_trainer import StageTrainer
 
 
 @dataclass
@@ -116,54 +114,30 @@ def _run(
 ) -> EncoderStageResult:
     if not len(train):
         raise UserError("The training data have no row: give more text.")
-    checkpoints, log_path = output / "checkpoints" / config.section, output / "logs" / f"{config.section}.jsonl"
     on_cpu = PartialState(cpu=device == "cpu").device.type == "cpu"
-    arguments, plan = stage_arguments(
+    opened = open_stage(
         config,
-        config.section,
-        train.sequence_length,
-        checkpoints,
-        seed,
-        report_to,
-        device,
+        train,
+        student,
+        output,
+        seed=seed,
+        resume=resume,
+        report_to=report_to,
+        device=device,
+        facts={"train": config.weights},
         bf16=in_bfloat16(config.precision, on_cpu=on_cpu),
         # Rows within the window leave the feature maps without a gradient.
         ddp_find_unused_parameters=True,
     )
-    run = {
-        "sequence_length": train.sequence_length,
-        "tokens_per_step": plan.tokens_per_step,
-        "num_rows": len(train),
-        "seed": seed,
-        "train": config.weights,
-        "data": data_identity(train),
-        "base": base_identity(student),
-    }
-    checkpoint = checkpoint_to_resume(checkpoints, resume)
-    if checkpoint is not None:
-        require_same_run(checkpoint, run, plan.steps)
-    is_main = arguments.process_index == 0
-    after_step = checkpoint.step if checkpoint else None
-    log = TrainingLog(log_path, after_step, report_to, asdict(config)) if is_main else None
-    memory, start = PeakMemory(arguments.device), time.perf_counter()
+    memory, start = PeakMemory(opened.arguments.device), time.perf_counter()
     memory_errors = readable_memory_errors(kind.func.STAGE, config.section, config, train.sequence_length)
     quiet = contextlib.nullcontext() if config.dropout else without_dropout(student)
     with memory_errors, training_only(student, parameters), quiet, Interrupt() as interrupt:
-        trainer = kind(
-            model,
-            arguments,
-            config=config,
-            train_dataset=train,
-            data_collator=collate,
-            interrupt=interrupt,
-            log=log,
-            run=run,
-            window=list(checkpoint.state["window"]) if checkpoint else [],
-        )
-        losses = trainer.run_stage(checkpoint)
+        trainer = opened.trainer(kind, model, interrupt, data_collator=collate)
+        losses = trainer.run_stage(opened.checkpoint)
     PartialState().wait_for_everyone()
-    tokens, seconds = plan.steps * plan.tokens_per_step, time.perf_counter() - start
-    return EncoderStageResult(losses, plan.steps, tokens, seconds, memory.bytes(), log_path)
+    seconds = time.perf_counter() - start
+    return EncoderStageResult(losses, opened.plan.steps, opened.tokens, seconds, memory.bytes(), opened.log_path)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -29,18 +29,16 @@ from transformers import set_seed
 from linearize.conversion.students import refuse_encoder
 from linearize.errors import UserError
 from linearize.evaluation.arms import context_tokens
-from linearize.paths import user_path
 from linearize.stages.adapters import AdaptedModel, add_adapters, merge, merge_into_unquantized, save_adapter
 from linearize.stages.finetune_lengths import JoinedRows, check_state_passing, training_rows
 from linearize.stages.finetuning_trainer import FinetuningTrainer
-from linearize.stages.identity import base_identity, data_identity, require_same_run
-from linearize.training.checkpointing import Checkpoint, checkpoint_to_resume
-from linearize.training.log import TrainingLog, has_matplotlib, read_log, write_figure
+from linearize.stages.identity import data_identity
+from linearize.stages.opening import OpenStage, open_stage
+from linearize.training.log import has_matplotlib, read_log, write_figure
 from linearize.training.loop import Interrupt, PeakMemory, readable_memory_errors
-from linearize.training.stage_trainer import stage_arguments
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from linearize.config.settings import FinetuneConfig
     from linearize.data.sequences import TokenBlocks
@@ -121,6 +119,37 @@ def finetune(
             full disk.
         KeyboardInterrupt: After Ctrl-C, with a checkpoint left.
     """
+    rows = _checked_rows(model, train, config)
+    facts = {
+        # None is what an absent fact is: a run without them goes on from checkpoints that do not know them.
+        "pieces": config.lengths(0) if isinstance(config.sequence_length, list) else None,
+        "length_shares": config.length_shares,
+        "state_passing": config.state_passing or None,
+        "arm": arm,
+        "data": data_identity(train),
+    }
+    where: dict[str, Any] = {"seed": seed, "resume": resume, "report_to": report_to, "device": device}
+    # Mixed precision stays off: the base computes in the dtype that it was loaded in, what trains in float32. A
+    # sequence within the window leaves the feature maps without a gradient.
+    opened = open_stage(config, rows, model, output_dir, **where, facts=facts, ddp_find_unused_parameters=True)
+    set_seed(seed)
+    belongs: dict[str, Any] = {"base_model": base_model, "revision": revision}
+    adapted = add_adapters(model, config, train_mixers=config.train_mixers and arm != "teacher", **belongs)
+    memory, start = PeakMemory(opened.arguments.device), time.perf_counter()
+    losses = _train(adapted, opened)
+    seconds = time.perf_counter() - start
+    adapter = opened.output / (YARDSTICK if arm == "teacher" else ADAPTER)
+    if opened.is_main:
+        plot = opened.output / "plots" / f"{config.section}_loss.png"
+        plot_losses(read_log(opened.log_path), plot, with_kl=bool(config.kl_weight))
+        save_adapter(adapted, adapter, tokenizer=tokenizer)
+    PartialState().wait_for_everyone()
+    steps, peak = opened.plan.steps, memory.bytes()
+    return FinetuneResult(adapted, losses, steps, opened.tokens, seconds, peak, opened.log_path, adapter)
+
+
+def _checked_rows(model: Any, train: TokenBlocks, config: FinetuneConfig) -> TokenBlocks | JoinedRows:
+    """The rows to train on, where they and the settings fit the model."""
     refuse_encoder(model.name_or_path or type(model).__name__, model.config)
     if len(train) == 0:
         raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
@@ -130,91 +159,20 @@ def finetune(
     if config.state_passing:
         kinds = [settings["type"] for settings in model.config.mixers.values()]
         check_state_passing(config, kinds, context_tokens(model.config), max(config.lengths(train.sequence_length)))
-    output = Path(user_path(output_dir))
-    name = config.section
-    checkpoints, log_path = output / "checkpoints" / name, output / "logs" / f"{name}.jsonl"
-    # Mixed precision stays off: the base computes in the dtype that it was loaded in, what trains in float32.
-    arguments, plan = stage_arguments(
-        config,
-        config.section,
-        rows.sequence_length,
-        checkpoints,
-        seed,
-        report_to,
-        device,
-        # A sequence within the window leaves the feature maps without a gradient.
-        ddp_find_unused_parameters=True,
-    )
-    run = {
-        "sequence_length": rows.sequence_length,
-        # None is what an absent fact is: a run without them goes on from checkpoints that do not know them.
-        "pieces": config.lengths(0) if isinstance(config.sequence_length, list) else None,
-        "length_shares": config.length_shares,
-        "state_passing": config.state_passing or None,
-        "tokens_per_step": plan.tokens_per_step,
-        "num_blocks": len(rows),
-        "seed": seed,
-        "arm": arm,
-        "data": data_identity(train),
-        "base": base_identity(model),
-    }
-    checkpoint = checkpoint_to_resume(checkpoints, resume)
-    if checkpoint is not None:
-        require_same_run(checkpoint, run, plan.steps)
-    set_seed(seed)
-    belongs: dict[str, Any] = {"base_model": base_model, "revision": revision}
-    adapted = add_adapters(model, config, train_mixers=config.train_mixers and arm != "teacher", **belongs)
-    adapter = output / (YARDSTICK if arm == "teacher" else ADAPTER)
-    is_main = arguments.process_index == 0
-    after_step = checkpoint.step if checkpoint else None
-    log = TrainingLog(log_path, after_step, report_to, asdict(config)) if is_main else None
-    memory = PeakMemory(arguments.device)
-    start = time.perf_counter()
-    losses = _train(adapted, rows, config, arguments, run, checkpoint, log)
-    seconds = time.perf_counter() - start
-    if is_main:
-        plot_losses(read_log(log_path), output / "plots" / f"{name}_loss.png", with_kl=bool(config.kl_weight))
-        save_adapter(adapted, adapter, tokenizer=tokenizer)
-    PartialState().wait_for_everyone()
-    return FinetuneResult(
-        model=adapted,
-        losses=losses,
-        steps=plan.steps,
-        tokens=plan.steps * plan.tokens_per_step,
-        seconds=seconds,
-        peak_memory_bytes=memory.bytes(),
-        log_path=log_path,
-        adapter_path=adapter,
-    )
+    return rows
 
 
-def _train(
-    adapted: AdaptedModel,
-    train: TokenBlocks | JoinedRows,
-    config: FinetuneConfig,
-    arguments: TrainingArguments,
-    run: dict[str, Any],
-    checkpoint: Checkpoint | None,
-    log: TrainingLog | None,
-) -> list[float]:
+def _train(adapted: AdaptedModel, opened: OpenStage) -> list[float]:
     """Runs the Trainer; the loss of each step."""
     base: Any = adapted.get_base_model()
-    window = list(checkpoint.state["window"]) if checkpoint else []
+    config = opened.config
     with Interrupt() as interrupt:
-        trainer = FinetuningTrainer(
-            adapted,
-            arguments,
-            config=config,
-            train_dataset=train,
-            interrupt=interrupt,
-            log=log,
-            run=run,
-            window=window,
-        )
-        others = smaller(config.section)
-        memory_errors = readable_memory_errors("finetuning", config.section, config, train.sequence_length, *others)
-        with memory_errors, base.use_arm(run["arm"]), gradient_checkpointing(base, config.gradient_checkpointing):
-            return trainer.run_stage(checkpoint)
+        trainer = opened.trainer(FinetuningTrainer, adapted, interrupt)
+        others, length = smaller(config.section), opened.rows.sequence_length
+        memory_errors = readable_memory_errors("finetuning", config.section, config, length, *others)
+        arm = base.use_arm(opened.run["arm"])
+        with memory_errors, arm, gradient_checkpointing(base, config.gradient_checkpointing):
+            return trainer.run_stage(opened.checkpoint)
 
 
 @contextmanager

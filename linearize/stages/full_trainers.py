@@ -4,7 +4,6 @@ groups of parameters, and validation perplexity."""
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from accelerate import PartialState
@@ -18,42 +17,25 @@ from linearize.evaluation.masked import MaskedResult, masked_loss, masked_scores
 from linearize.training.launcher import in_bfloat16
 from linearize.training.log import TrainingLog
 from linearize.training.loop import SCHEDULERS
-from linearize.training.stage_trainer import StageTrainer, stage_arguments
+from linearize.training.stage_trainer import StageTrainer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from linearize.config.full_training import FullTrainingConfig
-    from linearize.config.settings import StepPlan
     from linearize.stages.distillation import Distiller
 
 
-def full_arguments(
-    config: FullTrainingConfig,
-    sequence_length: int,
-    checkpoints: Path,
-    seed: int,
-    report_to: str | Sequence[str],
-    device: str | None,
-) -> tuple[TrainingArguments, StepPlan]:
-    """The Trainer's arguments, and the steps that they amount to; arguments as of `stage_arguments`."""
+def full_arguments(config: FullTrainingConfig, device: str | None) -> dict[str, Any]:
+    """The Trainer's arguments of such a stage, beside those that all stages have."""
     on_cpu = PartialState(cpu=device == "cpu").device.type == "cpu"
-    return stage_arguments(
-        config,
-        config.section,
-        sequence_length,
-        checkpoints,
-        seed,
-        report_to,
-        device,
+    return {
         **schedule_arguments(config),
-        adam_beta1=config.adam_beta1,
-        adam_beta2=config.adam_beta2,
-        adam_epsilon=config.adam_epsilon,
-        bf16=in_bfloat16(config.precision, on_cpu=on_cpu),
-        eval_strategy="no" if config.eval_steps is None else "steps",
-        eval_steps=config.eval_steps,
-    )
+        "adam_beta1": config.adam_beta1,
+        "adam_beta2": config.adam_beta2,
+        "adam_epsilon": config.adam_epsilon,
+        "bf16": in_bfloat16(config.precision, on_cpu=on_cpu),
+        "eval_strategy": "no" if config.eval_steps is None else "steps",
+        "eval_steps": config.eval_steps,
+    }
 
 
 def schedule_arguments(training: FullTrainingConfig) -> dict[str, Any]:
@@ -87,7 +69,7 @@ class FullTrainer(StageTrainer):
 
     Args:
         model: A transformers model with a language-modelling head.
-        args: As `full_arguments` makes them.
+        args: Of the Trainer, with those of `full_arguments`.
         config: The stage's settings.
         validation: Token blocks (rows of an encoder) for the perplexity; its first `eval_tokens` are scored.
         validation_log: Gets a record of each measurement.
@@ -111,7 +93,8 @@ class FullTrainer(StageTrainer):
         self.validation_log = validation_log
         self.measuring_seconds = 0.0
         self._measured: tuple[int, PerplexityResult | MaskedResult] | None = None
-        count = min(len(validation), max(1, config.eval_tokens // validation.sequence_length))
+        length = validation.sequence_length if len(validation) else 1  # of none there is nothing to score
+        count = min(len(validation), max(1, config.eval_tokens // length))
         self.scored: Any = Subset(validation, range(count))
         super().__init__(model, args, config=config, eval_dataset=self.scored, **others)
 

@@ -7,11 +7,11 @@ AdamW on float32 weights, a teacher's distribution and hidden states beside the 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,13 +23,12 @@ from linearize.data.masking import Masking
 from linearize.data.rows import collate
 from linearize.errors import UserError
 from linearize.evaluation.arms import is_student
-from linearize.paths import user_path
 from linearize.stages.distillation import Distiller
 from linearize.stages.encoder_training import attention_parameters, without_dropout
 from linearize.stages.full_trainers import DistillationTrainer, FullTrainer, MaskedTrainer, full_arguments
-from linearize.stages.identity import base_identity, data_identity, require_same_run
+from linearize.stages.identity import base_identity
+from linearize.stages.opening import OpenStage, log_of, open_stage
 from linearize.stages.transfer import mixer_parameters, training_only
-from linearize.training.checkpointing import checkpoint_to_resume
 from linearize.training.log import TrainingLog, read_log
 from linearize.training.loop import Interrupt, PeakMemory, readable_memory_errors
 
@@ -92,10 +91,7 @@ def train_all(
         tokenizer: Of the text.
         mask_probability: Share of the tokens that an encoder must find; None: the next token is.
         teacher: A frozen model of the same vocabulary, layers and width, in float32; None: the labels alone.
-        seed: Of the order of the data, the masks and the dropout.
-        resume: True goes on from the latest checkpoint of this stage, if there is one; a path from that one.
-        report_to: Trackers of accelerate.
-        device: "cpu" keeps to the CPU; None takes the process's GPU where there is one.
+        seed, resume, report_to, device: As in `finetune`.
 
     Raises:
         UserError: Settings that do not fit the model, the data or the processes; not finite losses; out of memory; a
@@ -103,75 +99,56 @@ def train_all(
     """
     if not len(train):
         raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
+    if mask_probability is not None and model.get_output_embeddings() is None:
+        raise UserError(
+            f"{type(model).__name__} has no head that finds hidden tokens: load a checkpoint whose architectures in "
+            "config.json are BertForMaskedLM."
+        )
     if config.eval_steps is not None and not len(validation):
         raise UserError(f"{config.section}.eval_steps is set, but there is no validation text: give data.validation.")
-    name, output, length = config.section, Path(user_path(output_dir)), train.sequence_length
-    checkpoints, log_path = output / "checkpoints" / name, output / "logs" / f"{name}.jsonl"
-    validation_path = output / "logs" / f"{name}_validation.jsonl"
-    arguments, plan = full_arguments(config, length, checkpoints, seed, report_to, device)
-    if is_student(model):
-        arguments.ddp_find_unused_parameters = True  # texts within the window leave the maps without a gradient
     distiller = None if teacher is None else Distiller(teacher, model, config)
-    run = {
-        "sequence_length": length,
-        "tokens_per_step": plan.tokens_per_step,
-        "num_blocks": len(train),
-        "data": data_identity(train),
-        "base": base_identity(model),
+    facts = {
         "teacher": None if teacher is None else base_identity(teacher),
-        "seed": seed,
         "tokenizer": None if tokenizer is None else tokenizer_identity(tokenizer)[:12],
     }
-    checkpoint = checkpoint_to_resume(checkpoints, resume)
-    if checkpoint is not None:
-        require_same_run(checkpoint, run, plan.steps)
-    log = validation_log = None
-    if arguments.process_index == 0:
-        after = checkpoint.step if checkpoint else None
-        log = TrainingLog(log_path, after, report_to, asdict(config))
-        validation_log = TrainingLog(validation_path, after)
+    where: dict[str, Any] = {"seed": seed, "resume": resume, "report_to": report_to, "device": device}
+    opened = open_stage(config, train, model, output_dir, **where, facts=facts, **full_arguments(config, device))
+    if is_student(model):
+        opened.arguments.ddp_find_unused_parameters = True  # texts within the window leave the maps without a gradient
     kind, others = _trainer_kind(distiller, tokenizer, mask_probability)
-    memory = PeakMemory(arguments.device)
-    quiet = nullcontext() if config.dropout else without_dropout(model)
-    errors = readable_memory_errors("training", name, config, length)
-    with (
-        errors,
-        training_only(model, trained_parameters(model, config)),
-        quiet,
-        Interrupt() as interrupt,
-        _compiled(config),
-    ):
-        trainer = kind(
-            model,
-            arguments,
-            config=config,
-            train_dataset=train,
-            validation=validation,
-            interrupt=interrupt,
-            log=log,
-            validation_log=validation_log,
-            run=run,
-            window=list(checkpoint.state["window"]) if checkpoint else [],
-            **others,
-        )
-        start = time.perf_counter()
-        losses = trainer.run_stage(checkpoint)
-        seconds = time.perf_counter() - start - trainer.measuring_seconds
-        measured = trainer.measure(plan.steps)
+    others["validation_log"] = _validation_log(opened)
+    memory = PeakMemory(opened.arguments.device)
+    errors = readable_memory_errors("training", config.section, config, train.sequence_length)
+    with errors, training_only(model, trained_parameters(model, config)), _arithmetic(model, config):
+        with Interrupt() as interrupt:
+            trainer = opened.trainer(kind, model, interrupt, validation=validation, **others)
+            start = time.perf_counter()
+            losses = trainer.run_stage(opened.checkpoint)
+            seconds = time.perf_counter() - start - trainer.measuring_seconds
+            measured = trainer.measure(opened.plan.steps)
     PartialState().wait_for_everyone()
-    tokens = plan.steps * plan.tokens_per_step
     return FullTrainingResult(
-        steps=plan.steps,
-        tokens=tokens,
+        steps=opened.plan.steps,
+        tokens=opened.tokens,
         seconds=seconds,
-        tokens_per_second=len(losses) * plan.tokens_per_step / seconds if losses else None,
-        losses=_curve(log_path, "loss"),
-        validation=_curve(validation_path, "perplexity"),
+        tokens_per_second=len(losses) * opened.plan.tokens_per_step / seconds if losses else None,
+        losses=_curve(opened.log_path, "loss"),
+        validation=_curve(_validation_path(opened), "perplexity"),
         perplexity=measured.perplexity if measured else None,
         perplexity_tokens=measured.tokens if measured else None,
         accuracy=getattr(measured, "accuracy", None),
         peak_memory_bytes=memory.bytes(),
     )
+
+
+def _validation_path(opened: OpenStage) -> Path:
+    return log_of(opened.output, f"{opened.config.section}_validation")
+
+
+def _validation_log(opened: OpenStage) -> TrainingLog | None:
+    """Of the main process."""
+    after = opened.checkpoint.step if opened.checkpoint else None
+    return TrainingLog(_validation_path(opened), after) if opened.is_main else None
 
 
 def _trainer_kind(distiller: Distiller | None, tokenizer: Any, mask_probability: float | None) -> tuple[Any, dict]:
@@ -192,10 +169,17 @@ def trained_parameters(model: Any, config: FullTrainingConfig) -> list[Any]:
     return [parameter for group in mixer_parameters(model).values() for parameter in group.values()]
 
 
-def _compiled(config: FullTrainingConfig) -> Any:
+@contextlib.contextmanager
+def _arithmetic(model: Any, config: FullTrainingConfig) -> Iterator[None]:
+    """Compiled, and without dropout, as the settings say."""
     from linearize.modeling.compiled import compiled_training
 
-    return compiled_training() if config.compile else nullcontext()
+    with contextlib.ExitStack() as stack:
+        if config.compile:
+            stack.enter_context(compiled_training())
+        if not config.dropout:
+            stack.enter_context(without_dropout(model))
+        yield
 
 
 def _curve(log: Path, name: str) -> list[tuple[int, float]]:

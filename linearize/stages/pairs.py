@@ -58,16 +58,16 @@ def _finds_hidden_tokens(config: Any) -> bool:
 
 STAGES: dict[str, Callable[[Any], bool]] = {
     "calibration": calibrates,
-    "scalers": lambda config: MECHANISM in _kinds(config),
     "transfer": _transfers,
+    "adaptation": lambda config: MECHANISM in _kinds(config),
     "LoRA": _decodes,
     "all weights": _decodes,
     "masked words": _finds_hidden_tokens,
     "embeddings": is_encoder,
 }
-"""Stage -> whether a converted model of a config has it: numbers of the mechanism fitted to softmax attention, or to
-the ranges of gain cells; attention transfer; adapters; all weights on the next token; of an encoder, all weights on
-hidden words, or on the teacher's sentence embeddings."""
+"""Stage -> whether a converted model of a config has it: numbers of the mechanism fitted to softmax attention;
+attention transfer; scalers of gain cells fitted to other cells; adapters; all weights on the next token; of an
+encoder, all weights on hidden words, or on the teacher's sentence embeddings."""
 
 
 def pairs() -> Iterator[Pair]:

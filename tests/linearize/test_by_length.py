@@ -13,7 +13,6 @@ from torch.nn import functional
 
 import linearize
 from linearize.config.evaluation import EvaluationConfig
-from linearize.config.yaml_io import resolve
 from linearize.data.sequences import TokenBlocks
 from linearize.errors import UserError
 from linearize.evaluation.arms import LINEAR_ARM, OWN_WEIGHTS, SOFTMAX_ARM, STUDENT, TEACHER
@@ -30,6 +29,7 @@ from linearize.evaluation.by_length import (
 from linearize.evaluation.plain_window import NAME, matched_window, plain_window
 from linearize.hardware.state_bytes import state_bytes
 from linearize.runs.report import RunReport
+from linearize.runs.settings import resolve_run
 
 TRAINED = 8
 
@@ -229,7 +229,7 @@ def test_a_resumed_report_keeps_figures_of_the_same_text(student, tmp_path):
         path = tmp_path / "evaluation.json"
         return RunReport(EvaluationConfig(), TokenBlocks(rows(4)), path, keep=True, texts=texts, trained=TRAINED)
 
-    report([text()]).before_training(student, base_is_teacher=True)
+    report([text()]).before_training(student, base_is_teacher=True, yardstick=False)
     assert report([text()]).report.by_length.names() == [TEACHER, f"{TEACHER}, {MATCHED}"]
     assert report([text(), text(9, "other.txt")]).report.by_length.figures == []
     assert report([text(limit=64)]).report.by_length.figures == []
@@ -253,8 +253,10 @@ def inputs(tmp_path_factory):
     return root
 
 
-def run_settings(inputs, tmp_path, **evaluation):
+def run_settings(inputs, tmp_path, *, without=(), **evaluation):
+    """Settings of a run of all stages but those in `without`."""
     config = tiny_config(inputs / "teacher", inputs / "text.jsonl", tmp_path / "out", inputs / "cache")
+    config["stages"] = {name: stage for name, stage in config["stages"].items() if name not in without}
     config["evaluation"] |= {"foreign_texts": str(inputs / "news.txt"), **evaluation}
     return config
 
@@ -276,10 +278,10 @@ def test_a_run_gives_the_figures_everywhere(inputs, tmp_path, monkeypatch, capsy
 
 
 def test_it_can_be_switched_off_and_bounded(inputs, tmp_path):
-    off = linearize.run(run_settings(inputs, tmp_path, length_tokens=0, foreign_texts=None) | {"transfer": None})
+    off = linearize.run(run_settings(inputs, tmp_path, without=["transfer"], length_tokens=0, foreign_texts=None))
     assert off.report.by_length is None
     few = linearize.run(
-        run_settings(inputs, tmp_path / "few", length_tokens=160) | {"transfer": None, "finetune": None}
+        run_settings(inputs, tmp_path / "few", without=["calibrate", "transfer", "finetune"], length_tokens=160)
     )
     assert {(x.text, x.times) for x in few.report.by_length.figures} == {
         (name, times) for name in (HELD_OUT, "news.txt") for times in (1, 4)
@@ -297,7 +299,7 @@ def test_training_text_is_no_foreign_text(inputs, tmp_path):
 def test_the_command(inputs, tmp_path, capsys):
     from linearize.cli import main
 
-    config = run_settings(inputs, tmp_path) | {"evaluation": None, "transfer": None}
+    config = run_settings(inputs, tmp_path, without=["transfer"]) | {"evaluation": None}
     linearize.run(config)
     text, out = str(inputs / "news.txt"), tmp_path / "report"
     call = ["evaluate", str(tmp_path / "out"), "--by_length", "auto", "--text", text, "--device", "cpu"]
@@ -320,20 +322,19 @@ def test_the_command(inputs, tmp_path, capsys):
 
 def test_a_yardstick_of_the_same_steps(inputs, tmp_path, monkeypatch):
     """Trained on the way, measured, and gone again: the student is what it is without one."""
-    settings = run_settings(inputs, tmp_path, yardstick=True, length_tokens=128, foreign_texts=None)
-    settings |= {"transfer": None}
+    settings = run_settings(inputs, tmp_path, without=["transfer"], length_tokens=128, foreign_texts=None)
+    settings |= {"yardstick": "same_tokens"}
     name = f"{TEACHER} + the same LoRA steps"
     result = linearize.run(settings)
     found = result.report.by_length
     assert found.reference == name and found.names()[:3] == [name, f"{name}, {MATCHED}", STUDENT]
     assert result.report.row(name).nll < result.report.row(TEACHER).nll
-    assert (tmp_path / "out" / "yardstick" / "adapter").is_dir() and not (
-        tmp_path / "out" / "final" / "yardstick"
-    ).exists()
-    plain = linearize.run(run_settings(inputs, tmp_path / "plain", foreign_texts=None) | {"transfer": None})
+    assert (tmp_path / "out" / "yardstick" / "adapter_config.json").is_file()
+    assert not (tmp_path / "out" / "final" / "yardstick").exists()
+    plain = linearize.run(run_settings(inputs, tmp_path / "plain", without=["transfer"], foreign_texts=None))
     assert result.report.row(STUDENT).nll == pytest.approx(plain.report.row(STUDENT).nll, abs=1e-6)
-    with pytest.raises(UserError, match="evaluation.yardstick trains the teacher"):
-        resolve(settings | {"finetune": None})
+    with pytest.raises(UserError, match="yardstick trains the teacher as .* and no stage trains weights"):
+        resolve_run(settings | {"stages": {"transfer": {"kind": "transfer", "max_steps": 1}}})
     # Resumed after its end, nothing is trained or measured again.
     monkeypatch.setattr("linearize.stages.finetuning.finetune", None)
     linearize.run(settings | {"resume_from_checkpoint": True})

@@ -14,11 +14,12 @@ import linearize
 from linearize.cli import main
 from linearize.config.record import read_record
 from linearize.config.settings import TransferConfig
-from linearize.config.yaml_io import resolve
 from linearize.data.sequences import TokenBlocks
 from linearize.errors import UserError
 from linearize.evaluation import evaluate, info, state_bytes
-from linearize.runs.plan import complete_attention, make_plan
+from linearize.runs.attention import complete
+from linearize.runs.engine import plan
+from linearize.runs.settings import resolve_run
 from linearize.stages.transfer import mixer_parameters, transfer_attention
 from linearize.training.log import TrainingDiverged
 
@@ -38,8 +39,8 @@ def make_settings(tmp_path):
         teacher = make_teacher_directory(tmp_path / "teacher", make=TEACHERS[backbone])
         config = tiny_config(teacher, write_text(tmp_path / "text.jsonl"), tmp_path / "out", tmp_path / "cache")
         config["attention"] = {"type": "cosine", **VARIANTS[variant]}
-        config["transfer"]["branch"] = "mixed"
-        config["calibration_sequences"] = 3
+        config["stages"]["transfer"]["branch"] = "mixed"
+        config["stages"]["calibrate"]["sequences"] = 3
         return config
 
     return make
@@ -67,7 +68,7 @@ def test_a_run_leaves_a_repository(make_settings, backbone, variant, tmp_path, c
     assert (result.report.share is not None) is windowed
     record = read_record(final)
     assert record["calibration"]["after"] < record["calibration"]["before"]
-    assert len(json.loads((tmp_path / "out" / "logs" / "calibration.json").read_text())["values"]["exponents"]) == 2
+    assert len(json.loads((tmp_path / "out" / "logs" / "calibrate.json").read_text())["values"]["exponents"]) == 2
     card = (final / "README.md").read_text()
     assert "with cosine attention" in card and "2409.18747" in card and "- calibration: 3 sequences" in card
     described = info(final)
@@ -77,21 +78,24 @@ def test_a_run_leaves_a_repository(make_settings, backbone, variant, tmp_path, c
 
 def test_the_plan_names_the_calibration_and_counts_the_numbers_of_the_heads(make_settings):
     settings = make_settings()
-    plan = make_plan(resolve(settings))
-    assert plan.stages[0].forecast.total > 0 and plan.stages[1].forecast.total > plan.stages[0].forecast.total
-    assert plan.calibration == 3 and plan.stages[0].trained == {"mechanism": 2 * 3 * 4}
-    assert ["calibration", "3 sequences"] in plan.tables()[0].rows
-    linear = {**settings, "attention": {"type": "linear", "window": 8}}
-    assert make_plan(resolve(linear)).calibration == 0
-    assert make_plan(resolve({**settings, "calibration_sequences": 0})).calibration == 0
+    planned = plan(settings)
+    calibration, transfer, lora = planned.plans
+    assert transfer.forecast.total > 0 and lora.forecast.total > transfer.forecast.total
+    assert transfer.trained == {"mechanism": 2 * 3 * 4}
+    assert (calibration.steps, calibration.trained, calibration.tokens) == (None, {}, 0)
+    shown = [row[:3] for row in planned.tables()[1].rows]
+    assert shown[0] == ["calibrate", "nothing", "3 sequences, no gradients"]
+    for changes in ({"attention": {"type": "linear", "window": 8}}, {"calibrate": None}):
+        assert [stage.name for stage in plan(settings, changes).plans] == ["transfer", "finetune"]
 
 
 def test_branches_that_are_not_there_are_named_before_anything_runs(make_settings, tmp_path):
     settings = make_settings(variant="pure")
-    settings["transfer"]["branch"] = "both"
+    transfer = settings["stages"]["transfer"]
+    transfer["branch"] = "both"
     with pytest.raises(UserError, match="set transfer.branch to mixed"):
         linearize.run(settings)
-    settings["transfer"] |= {"branch": "mixed", "window_dropout": [0.0, 0.3]}
+    transfer |= {"branch": "mixed", "window_dropout": [0.0, 0.3]}
     with pytest.raises(UserError, match="set transfer.window_dropout to 0"):
         linearize.run(settings)
     assert not (tmp_path / "out").exists()
@@ -115,30 +119,31 @@ def test_branches_that_are_not_there_are_named_before_anything_runs(make_setting
 def test_the_branch_that_trains_is_the_mechanism_s(make_settings, attention, branch, tmp_path, capsys):
     """In the plan, and in the settings that a run keeps; a branch that is named stays."""
     settings = {**make_settings(), "attention": attention}
-    del settings["transfer"]["branch"]
-    assert resolve(settings).transfer.branch is None
-    assert complete_attention(resolve(settings)).transfer.branch == branch
-    assert make_plan(resolve(settings)).config.transfer.branch == branch
+    transfer = settings["stages"]["transfer"]
+    del transfer["branch"]
+    assert resolve_run(settings).stages["transfer"].branch is None
+    assert complete(resolve_run(settings)).stages["transfer"].branch == branch
+    assert plan(settings).of("transfer").settings.branch == branch
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
     capsys.readouterr()
     assert main(["run", str(tmp_path / "config.yaml"), "--dry_run"]) == 0
     assert f"{branch}: " in capsys.readouterr().out
-    settings["transfer"]["branch"] = "mixed"
-    assert complete_attention(resolve(settings)).transfer.branch == "mixed"
+    transfer["branch"] = "mixed"
+    assert complete(resolve_run(settings)).stages["transfer"].branch == "mixed"
 
 
 def test_the_branch_of_a_converted_model_is_its_own_mechanism_s(make_settings, tmp_path, capsys):
     """The settings of the stage name no attention; the model's counts."""
-    settings = {**make_settings(), "finetune": None, "evaluation": None}
-    del settings["transfer"]["branch"]
+    settings = {**make_settings(), "evaluation": None}
+    del settings["stages"]["transfer"]["branch"], settings["stages"]["finetune"]
     start = linearize.convert(settings["model_name_or_path"], linearize.CosineAttentionConfig(window=8, sinks=2))
     start.save_pretrained(tmp_path / "start")
     linearize.load_tokenizer(settings["model_name_or_path"]).save_pretrained(tmp_path / "start")
     settings |= {"model_name_or_path": str(tmp_path / "start"), "attention": {"type": "linear"}}
-    settings["transfer"]["max_steps"] = 1
+    settings["stages"]["transfer"]["max_steps"] = 1
     linearize.run(copy.deepcopy(settings))
     stored = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
-    assert stored["transfer"]["branch"] == "mixed" and "mixed: " in capsys.readouterr().out
+    assert stored["stages"]["transfer"]["branch"] == "mixed" and "mixed: " in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "logs" / "transfer.jsonl").read_text().splitlines()[0])
     assert not any("linear" in name for name in record)
     linearize.run({**settings, "resume_from_checkpoint": True})
@@ -146,9 +151,12 @@ def test_the_branch_of_a_converted_model_is_its_own_mechanism_s(make_settings, t
 
 
 def test_a_calibration_alone(make_settings, tmp_path):
-    settings = {**make_settings(), "transfer": None, "finetune": None, "evaluation": None}
+    settings = {**make_settings(), "evaluation": None}
+    settings["stages"] = {"calibrate": settings["stages"]["calibrate"]}
     result = linearize.run(settings)
-    assert result.calibration.sequences == 3 and read_record(result.final)["calibration"]["sequences"] == 3
+    assert (
+        result.record["calibration"]["sequences"] == 3 and read_record(result.final)["calibration"]["sequences"] == 3
+    )
     model = linearize.load_student(result.final)
     assert all(attention.mixer.scales.gain.all() for attention in model.mixer_attentions())
 
@@ -223,7 +231,7 @@ def test_the_evaluation_has_the_arms_of_a_window_alone():
         (["--attention.window", "-1"], "window is -1"),
         (["--attention.exponent", "[0.1, 0.2]"], "exponent lists 2 numbers, but the attention has 4 query heads"),
         (["--attention.exponent", "2"], "exponent is 2"),
-        (["--calibration_sequences", "-1"], "calibration_sequences is -1"),
+        (["--calibrate.sequences", "-1"], "calibrate.sequences is -1"),
         (["--attention.feature_map", "fourier"], "feature_map is 'fourier'"),
         (["--attention.initialization", "kaiming"], "initialization belong to a feature map"),
         (
@@ -252,13 +260,15 @@ def encoder_settings(variant, tmp_path):
         "output_dir": str(tmp_path / "out"),
         "device": "cpu",
         "attention": {"type": "cosine", **VARIANTS[variant]},
-        "calibration_sequences": 4,
         "data": {
             "dataset": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "validation.jsonl"),
             "sequence_length": 32, "cache_dir": str(tmp_path / "cache"),
         },
-        "transfer": {**steps, "branch": "mixed"},
-        "distillation": {**steps, "warmup_steps": 1},
+        "stages": {
+            "calibrate": {"kind": "calibrate", "sequences": 4, "batch_size": 2},
+            "transfer": {"kind": "transfer", **steps, "branch": "mixed"},
+            "distillation": {"kind": "train", "weights": "all", "objective": "embeddings", **steps, "warmup_steps": 1},
+        },
         "evaluation": {"pairs": 4},
     }  # fmt: skip
 
@@ -266,13 +276,13 @@ def encoder_settings(variant, tmp_path):
 @pytest.mark.parametrize("variant", ["pure", "map"])
 def test_an_encoder(variant, tmp_path, capsys):
     settings = encoder_settings(variant, tmp_path)
-    result = linearize.run_encoder(settings)
+    result = linearize.run(settings)
     assert capsys.readouterr().out.count("calibration: 4 sequences") == 1
-    assert "student after calibration" in [row["name"] for row in result.report["embeddings"]["rows"]]
+    assert "student after calibration" in [row.name for row in result.report.rows]
     assert read_record(result.final)["calibration"]["sequences"] == 4
     model = AutoModel.from_pretrained(result.final, trust_remote_code=True)
     assert model.config.mixers["cosine"]["window"] == VARIANTS[variant]["window"]
-    assert (tmp_path / "out" / "logs" / "calibration.json").is_file()
+    assert (tmp_path / "out" / "logs" / "calibrate.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -282,10 +292,10 @@ def test_an_encoder(variant, tmp_path, capsys):
 )
 def test_an_encoder_s_transfer_is_checked_before_its_data(change, sentence, tmp_path):
     settings = encoder_settings("pure", tmp_path)
-    settings["transfer"] |= change
+    settings["stages"]["transfer"] |= change
     settings["data"]["dataset"] = str(tmp_path / "absent.jsonl")
     with pytest.raises(UserError, match=sentence):
-        linearize.run_encoder(settings)
+        linearize.run(settings)
     assert not (tmp_path / "out").exists() and not (tmp_path / "cache").exists()
 
 

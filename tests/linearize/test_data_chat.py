@@ -9,7 +9,7 @@ from data_toys import CHATML, CHATML_GENERATION, make_config, make_tokenizer, wr
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from linearize.config.encoder import EncoderDataConfig
+from linearize.config.settings import DataConfig
 from linearize.data import documents as data_documents
 from linearize.data import prepare_data
 from linearize.data.rows import prepare_rows
@@ -170,7 +170,7 @@ def test_markers_in_an_encoders_sentences_are_text(tmp_path):
     path = write_jsonl(
         tmp_path / "a.jsonl", [{"text": f"The <s> number {i} is so old. And more of it."} for i in range(40)]
     )
-    config = EncoderDataConfig(dataset=path, sequence_length=64, cache_dir=str(tmp_path / "cache"))
+    config = DataConfig(dataset=path, sequence_length=64, cache_dir=str(tmp_path / "cache"))
     train, _ = prepare_rows(config, tokenizer)
     assert all(int((train[i]["input_ids"] == 0).sum()) == 1 for i in range(len(train)))
 

@@ -5,15 +5,14 @@ import pytest
 import torch
 from data_toys import make_config, make_texts, make_tokenizer, write_jsonl, write_texts
 from tiny_models import make_student, make_teacher, perturb
-from tiny_runs import make_teacher_directory, tiny_config, write_text
+from tiny_runs import make_bert_directory, make_teacher_directory, tiny_config, write_text
 
-from linearize.config.encoder import EncoderDataConfig
 from linearize.config.settings import DistillationConfig, FinetuneConfig
 from linearize.data.sequences import TokenBlocks, prepare_data
 from linearize.data.texts import best_fit, cut_documents
 from linearize.errors import UserError
 from linearize.evaluation import perplexity
-from linearize.runs.pipeline import run
+from linearize.runs.engine import run
 from linearize.stages.adapters import add_adapters
 from linearize.stages.distillation import Distiller
 from linearize.stages.finetuning_trainer import Objective
@@ -100,10 +99,14 @@ def test_prompts_are_no_more_learned_than_before(tmp_path):
             assert (row["labels"] == -100).float().mean() > 0.3 and (row["labels"] != -100).any()
 
 
-def test_encoders_refuse_both():
+def test_encoders_refuse_both(tmp_path):
+    encoder = make_bert_directory(tmp_path / "encoder")
     for changes in ({"packing": "bfd"}, {"isolate_documents": True}):
+        settings = {"model_name_or_path": str(encoder), "output_dir": str(tmp_path / "out"), "data": changes}
+        settings["stages"] = {"transfer": {"kind": "transfer", "max_steps": 1}}
         with pytest.raises(UserError, match="an encoder's row is a text of its own"):
-            EncoderDataConfig(**changes)
+            run(settings)
+        assert not (tmp_path / "out").exists()
 
 
 # ---- training
@@ -177,6 +180,6 @@ def test_a_run(tmp_path, packing):
     )
     settings["data"] |= {"isolate_documents": True, "packing": packing, "sequence_length": 64}
     for stage in ("transfer", "finetune"):
-        settings[stage] |= {"max_steps": 1, "tokens_per_step": 128, "batch_size": 2}
+        settings["stages"][stage] |= {"max_steps": 1, "tokens_per_step": 128, "batch_size": 2}
     run(settings)
     assert (tmp_path / "out" / "final" / "config.json").is_file()

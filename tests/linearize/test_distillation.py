@@ -12,11 +12,11 @@ from torch.nn import functional
 
 from linearize.cli import main
 from linearize.config.settings import DistillationConfig
-from linearize.conversion.students import convert, load_model
+from linearize.conversion.students import convert, load_model, load_tokenizer
 from linearize.errors import UserError
 from linearize.modeling import compiled
 from linearize.modeling import op_gain_cell_chunked as chunked
-from linearize.runs.pretraining import pretrain
+from linearize.runs.engine import run
 from linearize.stages.distillation import Distiller
 
 ATTENTION = {"type": "gain_cell", "window": 32, "cell": {"tile": 8, "score_saturation": 20.0}}
@@ -94,20 +94,20 @@ def test_a_teacher_that_does_not_fit_is_named(change, what, student):
 
 def test_bad_weights_are_one_sentence(tmp_path, capsys):
     for flags, sentence in (
-        (["--distillation.hidden_weight", "-1"], "negative"),
-        (["--distillation.logits_chunk", "0"], "at least 1"),
+        (["--linear.hidden_weight", "-1"], "negative"),
+        (["--linear.logits_chunk", "0"], "at least 1"),
     ):
-        assert main(["gain-cell", "--output_dir", str(tmp_path / "out"), *flags]) == 2
+        assert main(["run", "smollm2_gain_cell", "--output_dir", str(tmp_path / "out"), *flags]) == 2
         assert sentence in capsys.readouterr().err
 
 
 @pytest.fixture
 def settings(teacher, student, tmp_path):
     student.save_pretrained(tmp_path / "student")
+    load_tokenizer(teacher).save_pretrained(tmp_path / "student")
     text = [{"text": f"{i} and {i + 1} are followed by {i + 2}, and so on until the end. " * 4} for i in range(60)]
     return {
         "model_name_or_path": str(tmp_path / "student"),
-        "tokenizer_name_or_path": str(teacher),
         "output_dir": str(tmp_path / "out"),
         "device": "cpu",
         "data": {
@@ -115,23 +115,24 @@ def settings(teacher, student, tmp_path):
             "sequence_length": 64,
             "cache_dir": str(tmp_path / "cache"),
         },
-        "training": {
-            "max_steps": 12, "batch_size": 4, "tokens_per_step": 512, "learning_rate": 3e-3, "warmup_steps": 1,
-            "logging_steps": 1,
-        },
-        "distillation": {"teacher": str(teacher), "labels_weight": 0.0},
+        "stages": {"training": {
+            "kind": "train", "weights": "all", "teacher": str(teacher), "labels_weight": 0.0, "max_steps": 12,
+            "batch_size": 4, "tokens_per_step": 512, "learning_rate": 3e-3, "warmup_steps": 1, "logging_steps": 1,
+        }},
+        "evaluation": None,
     }  # fmt: skip
 
 
 def read(folder):
-    return [json.loads(line) for line in (folder / "logs" / "pretrain.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "logs" / "training.jsonl").read_text().splitlines()]
 
 
 def test_distillation_brings_the_student_to_the_teacher(settings, tmp_path):
-    result = pretrain(settings)
+    result = run(settings)
     log = read(tmp_path / "out")
     assert log[-1]["kl"] < 0.8 * log[0]["kl"] and log[-1]["hidden"] < log[0]["hidden"]
-    assert result.report is not None and all(math.isfinite(loss) for _, loss in result.report.losses)
+    losses = result.stages["training"].figures["losses"]
+    assert len(losses) == 12 and all(math.isfinite(loss) for _, loss in losses)
 
 
 def test_mixed_precision_is_the_teachers_and_the_heads_as_well(settings, monkeypatch):
@@ -149,19 +150,18 @@ def test_mixed_precision_is_the_teachers_and_the_heads_as_well(settings, monkeyp
 
     monkeypatch.setattr(Distiller, "losses", spy)
     for precision in ("float32", "bfloat16"):
-        training = {**settings["training"], "max_steps": 1, "precision": precision}
-        pretrain({**settings, "output_dir": settings["output_dir"] + precision, "training": training})
+        others = {"output_dir": settings["output_dir"] + precision, "training.precision": precision}
+        run(settings, {**others, "training.max_steps": 1})
     assert set(seen[: len(seen) // 2]) == {False} and set(seen[len(seen) // 2 :]) == {True}
 
 
 def test_a_compiled_reader_takes_the_same_steps(settings, tmp_path, monkeypatch):
-    pretrain({**settings, "training": {**settings["training"], "max_steps": 2}})
+    run(settings, {"training.max_steps": 2})
     eager = read(tmp_path / "out")
-    settings |= {"output_dir": str(tmp_path / "compiled")}
     calls = []
     compile = torch.compile
     monkeypatch.setattr(torch, "compile", lambda f, **k: calls.append(f) or compile(f, backend="aot_eager", **k))
-    pretrain({**settings, "training": {**settings["training"], "max_steps": 2, "compile": True}})
+    run(settings, {"output_dir": str(tmp_path / "compiled"), "training.max_steps": 2, "training.compile": True})
     assert calls == [chunked._read] and not compiled._active
     for one, other in zip(eager, read(tmp_path / "compiled"), strict=True):
         assert other["loss"] == pytest.approx(one["loss"], rel=1e-4)

@@ -6,20 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.state import AcceleratorState
 from scipy.stats import spearmanr
 from tiny_models import make_bert, make_student, perturb
-from tiny_runs import make_bert_directory, make_bert_tokenizer
+from tiny_runs import make_bert_directory, make_bert_tokenizer, make_teacher_directory
 from torch.nn import functional
 from torch.utils.data import Subset
 from transformers import AutoModelForMaskedLM, BertForMaskedLM, pipeline
 
 import linearize
 from linearize.cli import main
-from linearize.config.encoder import EmbeddingDistillationConfig, EncoderDataConfig, EncoderRunConfig, MaskedConfig
-from linearize.config.settings import TransferConfig
-from linearize.config.yaml_io import preset_names, resolve
+from linearize.config.embeddings import EmbeddingConfig
+from linearize.config.full_training import FullTrainingConfig
+from linearize.config.settings import DataConfig, TransferConfig
 from linearize.conversion.students import load_encoder
 from linearize.data.masking import Masking
 from linearize.data.rows import collate, held_out_documents, prepare_rows, split_sentences
@@ -34,8 +35,10 @@ from linearize.evaluation.embeddings import (
     sentence_embeddings,
 )
 from linearize.evaluation.masked import masked_perplexity, masked_scores
-from linearize.runs.encoder import run_encoder
-from linearize.stages.encoder_training import distill_embeddings, train_masked, without_dropout
+from linearize.runs.engine import run
+from linearize.runs.settings import resolve_run
+from linearize.stages.encoder_training import distill_embeddings, without_dropout
+from linearize.stages.full_training import train_all
 from linearize.stages.transfer import transfer_attention
 from linearize.stages.transfer_loss import LayerLosses
 from linearize.training.mixed_precision import leave_mixed_precision
@@ -43,6 +46,9 @@ from linearize.training.mixed_precision import leave_mixed_precision
 DEMO_TEXT = Path(linearize.__file__).parent / "demo_text"
 MIXERS = {"linear": {"type": "linear", "window": 3, "sinks": 1}}
 STEPS = {"batch_size": 8, "tokens_per_step": 8 * 48, "logging_steps": 1}
+TRAIN_ALL = {"kind": "train", "weights": "all"}
+MASKED = {"objective": "masked", "mixer_learning_rate": 1e-3, "weight_decay": 0.01, "adam_beta2": 0.999, **STEPS}
+"""Of hidden words, as the preset of BERT has them."""
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ def data(cache):
 
 @pytest.fixture
 def rows(data):
-    return prepare_rows(EncoderDataConfig(**data), make_bert_tokenizer())
+    return prepare_rows(DataConfig(**data), make_bert_tokenizer())
 
 
 # --- rows
@@ -91,9 +97,9 @@ def test_rows_are_whole_sentences_between_marks(rows, data):
     batch = collate([train[i] for i in range(4)])
     longest = max(int(train.lengths[i]) for i in range(4))
     assert batch["input_ids"].shape[1] - longest in range(8) and batch["input_ids"].shape[1] % 8 == 0
-    single = prepare_rows(EncoderDataConfig(**{**data, "sentences_per_row": 1}), tokenizer)[0]
+    single = prepare_rows(DataConfig(**{**data, "sentences_per_row": 1}), tokenizer)[0]
     assert single.lengths.mean() < train.lengths.mean()
-    again = prepare_rows(EncoderDataConfig(**data), tokenizer)[0]
+    again = prepare_rows(DataConfig(**data), tokenizer)[0]
     assert torch.equal(again[7]["input_ids"], train[7]["input_ids"])
 
 
@@ -102,7 +108,7 @@ def test_documents_are_carved_off(tmp_path, cache):
     texts = [f"Document {name} has one sentence. And then another one of {name} follows." for name in names]
     (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in [*texts, texts[0]]))
     config = {"dataset": str(tmp_path / "text.jsonl"), "sequence_length": 48, "cache_dir": cache}
-    config = EncoderDataConfig(**config, validation_documents=3)
+    config = DataConfig(**config, validation_documents=3)
     train, validation = prepare_rows(config, make_bert_tokenizer())
     held_out = held_out_documents(config)
     assert len(held_out) == 3 and len(validation) in range(3, 7) and len(train) >= 36
@@ -236,28 +242,28 @@ def test_transfer_looks_both_ways_and_past_padding(rows, tmp_path):
     assert changed == set(student.mixer_state_dict())
 
 
-@pytest.mark.parametrize("train", ["all", "attention"])
-def test_distillation_brings_the_embeddings_closer(train, rows, data, tmp_path):
+@pytest.mark.parametrize("weights", ["all", "attention"])
+def test_distillation_brings_the_embeddings_closer(weights, rows, data, tmp_path):
     teacher = make_bert(vocab_size=85, hidden_dropout_prob=0.1)
     student = make_student(teacher, MIXERS, ["linear", "softmax", "linear"])
     perturb(student)
     tokenizer = make_bert_tokenizer()
-    documents = held_out_documents(EncoderDataConfig(**data))
+    documents = held_out_documents(DataConfig(**data))
     evaluation = EmbeddingEvaluation(documents, tokenizer, pairs=60, max_length=48)
     evaluation.measure("teacher", teacher, None)
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     first = evaluation.measure("before", student).cosine
     rates = {"learning_rate": 1e-3, "mixer_learning_rate": 1e-2}
-    config = EmbeddingDistillationConfig(max_steps=80, warmup_steps=2, train=train, **rates, **STEPS)
+    config = EmbeddingConfig(max_steps=80, warmup_steps=2, weights=weights, **rates, **STEPS)
     result = distill_embeddings(student, teacher, rows[0], config, output_dir=tmp_path, device="cpu")
     last = evaluation.measure("after", student).cosine
     assert 1 - last < 0.5 * (1 - first) and len(result.losses) == 80
     changed = {name for name, tensor in student.state_dict().items() if not torch.equal(tensor, before[name])}
     names = {name.split(".")[0] for name in changed}
-    assert names == ({"embeddings", "encoder"} if train == "all" else {"encoder"})
+    assert names == ({"embeddings", "encoder"} if weights == "all" else {"encoder"})
     converted = ("encoder.layer.0.attention", "encoder.layer.2.attention")
     attention = {name for name in before if name.startswith(converted)}
-    assert changed == attention if train == "attention" else attention <= changed
+    assert changed == attention if weights == "attention" else attention <= changed
     assert student.embeddings.dropout.p == 0.1 and all(p.requires_grad for p in student.parameters())
     record = json.loads(result.log_path.read_text().splitlines()[-1])
     assert record["loss"] == pytest.approx(record["embedding"] + record["similarity"] + record["hidden"], rel=1e-4)
@@ -270,11 +276,12 @@ def test_masked_language_modelling_learns(rows, tmp_path):
     held_out = [rows[1][i] for i in range(40)]
     first = masked_perplexity(student, held_out, masking)
     assert masked_perplexity(student, held_out, masking, batch_size=40) == pytest.approx(first, rel=1e-5)
-    config = MaskedConfig(max_steps=40, warmup_steps=2, learning_rate=3e-3, **STEPS)
-    train_masked(student, tokenizer, rows[0], config, output_dir=tmp_path, device="cpu")
+    config = FullTrainingConfig(max_steps=40, warmup_steps=2, learning_rate=3e-3, min_lr_ratio=0, **MASKED)
+    hidden = {"tokenizer": tokenizer, "mask_probability": 0.15, "output_dir": tmp_path, "device": "cpu"}
+    train_all(student, rows[0], config, **hidden)
     assert masked_perplexity(student, held_out, masking) < 0.6 * first
-    with pytest.raises(UserError, match="no masked-language-modelling head"):
-        train_masked(make_student(make_bert(vocab_size=85), MIXERS), tokenizer, rows[0], config, output_dir=tmp_path)
+    with pytest.raises(UserError, match="no head that finds hidden tokens"):
+        train_all(make_student(make_bert(vocab_size=85), MIXERS), rows[0], config, **hidden)
 
 
 @pytest.mark.parametrize("stage", ["mlm", "distillation"])
@@ -286,9 +293,10 @@ def test_what_bfloat16_trained_is_measured_in_float32(stage, rows, tmp_path):
     masking, held_out = Masking.of(tokenizer, 0.15), [rows[1][i] for i in range(16)]
     texts = ["Two old cats slept in a house.", "Snow fell late in winter, and the river ran past it."]
     if stage == "mlm":
-        train_masked(student, tokenizer, rows[0], MaskedConfig(**steps), output_dir=tmp_path, device="cpu")
+        hidden = {"tokenizer": tokenizer, "mask_probability": 0.15, "output_dir": tmp_path, "device": "cpu"}
+        train_all(student, rows[0], FullTrainingConfig(**MASKED | steps, warmup_steps=1), **hidden)
     else:
-        config = EmbeddingDistillationConfig(**steps)
+        config = EmbeddingConfig(**steps)
         distill_embeddings(student, teacher, rows[0], config, output_dir=tmp_path, device="cpu")
     fresh.load_state_dict(student.state_dict())
     assert "forward" not in student.__dict__ and "forward" not in student.base_model.__dict__
@@ -320,11 +328,13 @@ def test_the_cut_into_micro_batches_has_no_part_in_the_result(rows, tmp_path, st
         steps = {**STEPS, "batch_size": size, "max_steps": 3, "learning_rate": 1e-3, "dropout": False}
         where = {"output_dir": tmp_path / str(size), "device": "cpu"}
         if stage == "mlm":
-            result = train_masked(student, make_bert_tokenizer(), rows[0], MaskedConfig(**steps), **where)
+            where |= {"tokenizer": make_bert_tokenizer(), "mask_probability": 0.15}
+            config = FullTrainingConfig(**MASKED | steps, warmup_steps=50)
+            losses = [loss for _, loss in train_all(student, rows[0], config, **where).losses]
         else:
-            config = EmbeddingDistillationConfig(**steps, similarity_weight=20.0)
-            result = distill_embeddings(student, make_bert(vocab_size=85), rows[0], config, **where)
-        found.append((result.losses, student.state_dict()["bert.encoder.layer.0.attention.self.query.weight"]))
+            config = EmbeddingConfig(**steps, similarity_weight=20.0)
+            losses = distill_embeddings(student, make_bert(vocab_size=85), rows[0], config, **where).losses
+        found.append((losses, student.state_dict()["bert.encoder.layer.0.attention.self.query.weight"]))
     for losses, weight in found[1:]:
         assert losses == pytest.approx(found[0][0], rel=1e-4)
         torch.testing.assert_close(weight, found[0][1], rtol=0, atol=2e-4)
@@ -333,9 +343,7 @@ def test_the_cut_into_micro_batches_has_no_part_in_the_result(rows, tmp_path, st
 def test_a_teacher_of_another_width_is_refused(rows, tmp_path):
     student = make_student(make_bert(vocab_size=85), MIXERS)
     with pytest.raises(UserError, match="width of the teacher is 32, but 64 of the student"):
-        distill_embeddings(
-            student, make_bert(hidden_size=32), rows[0], EmbeddingDistillationConfig(), output_dir=tmp_path
-        )
+        distill_embeddings(student, make_bert(hidden_size=32), rows[0], EmbeddingConfig(), output_dir=tmp_path)
 
 
 def test_dropout_is_switched_off_and_on():
@@ -362,9 +370,11 @@ def settings(tmp_path, data):
         "attention": {"type": "linear", "window": 3, "sinks": 1},
         "softmax_layers": [1],
         "data": data,
-        "transfer": {**STEPS, "max_steps": 4},
-        "mlm": steps,
-        "distillation": steps,
+        "stages": {
+            "transfer": {"kind": "transfer", **STEPS, "max_steps": 4},
+            "mlm": {**TRAIN_ALL, **MASKED, **steps},
+            "distillation": {**TRAIN_ALL, "objective": "embeddings", **steps},
+        },
         "evaluation": {"pairs": 20},
     }
 
@@ -373,7 +383,7 @@ ROWS = [
     "teacher",
     "student after conversion",
     "student after attention transfer",
-    "student after masked language modelling",
+    "student after mlm",
     "student",
     "student, window and sinks alone",
     "student, linear branch alone",
@@ -382,12 +392,15 @@ ROWS = [
 
 @pytest.mark.slow
 def test_a_run_leaves_figures_and_a_repository(settings, tmp_path, capsys):
-    result = run_encoder(settings)
-    figures = {row["name"]: row for row in result.report["embeddings"]["rows"]}
+    result = run(settings)
+    figures = {row.name: row for row in result.report.rows}
     assert list(figures) == ROWS
-    assert all(row["masked_perplexity"] > 1 and 0 < row["cosine"] <= 1.0001 for row in figures.values())
-    assert figures["student"]["cosine"] > figures["student after masked language modelling"]["cosine"]
-    assert result.report["tokens"] == {"transfer": 4 * 384, "mlm": 6 * 384, "distillation": 6 * 384}
+    assert all(row.masked_perplexity > 1 and 0 < row.cosine <= 1.0001 for row in figures.values())
+    assert figures["student"].cosine > figures["student after mlm"].cosine
+    stored = json.loads((result.output_dir / "report.json").read_text())
+    assert stored["embeddings"] == result.report.to_dict()
+    tokens = {"transfer": 4 * 384, "mlm": 6 * 384, "distillation": 6 * 384}
+    assert {name: done["tokens"] for name, done in stored["stages"].items()} == tokens == result.record["tokens"]
     student = linearize.load_student(result.final)
     assert type(student).__name__ == "LinearizedBertForMaskedLM"
     assert student.config.mixer_types == ["linear", "softmax", "linear"]
@@ -398,28 +411,28 @@ def test_a_run_leaves_figures_and_a_repository(settings, tmp_path, capsys):
     assert pipeline("fill-mask", model=str(result.final), trust_remote_code=True)("two old [MASK] slept")
     assert isinstance(AutoModelForMaskedLM.from_pretrained(result.final), type(student))
     with pytest.raises(UserError, match="already holds a run"):
-        run_encoder(settings)
+        run(settings)
 
     # A run that lost its end goes on from the last checkpoints and gives the same weights and figures.
     shutil.rmtree(result.final)
     (result.output_dir / "report.json").unlink()
     shutil.rmtree(result.output_dir / "checkpoints" / "distillation" / "step-6")
-    again = run_encoder({**settings, "resume_from_checkpoint": True})
+    again = run({**settings, "resume_from_checkpoint": True})
     for name, tensor in linearize.load_student(again.final).state_dict().items():
         assert torch.allclose(tensor, student.state_dict()[name], atol=1e-6), name
-    for row in again.report["embeddings"]["rows"]:
-        assert row["cosine"] == pytest.approx(figures[row["name"]]["cosine"], abs=1e-5)
+    assert [row.name for row in again.report.rows] == ROWS
+    for row in again.report.rows:
+        assert row.cosine == pytest.approx(figures[row.name].cosine, abs=1e-5)
+    assert json.loads((result.output_dir / "report.json").read_text())["stages"].keys() == tokens.keys()
     capsys.readouterr()
-    run_encoder({**settings, "resume_from_checkpoint": True})
+    run({**settings, "resume_from_checkpoint": True})
     assert "is complete" in capsys.readouterr().out
 
 
 def test_the_command_and_the_evaluation(settings, tmp_path, capsys):
-    import yaml
-
-    settings |= {"mlm": None, "distillation": None, "evaluation": None}
+    settings |= {"stages": {"transfer": settings["stages"]["transfer"]}, "evaluation": None}
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
-    assert main(["encoder", "--config", str(tmp_path / "tiny.yaml"), "--transfer.max_steps", "2"]) == 0
+    assert main(["run", str(tmp_path / "tiny.yaml"), "--transfer.max_steps", "2"]) == 0
     final, text = str(tmp_path / "out" / "final"), str(DEMO_TEXT / "README.md")
     text = shutil.copy(text, tmp_path / "text.txt")
     capsys.readouterr()
@@ -436,7 +449,7 @@ def test_the_command_and_the_evaluation(settings, tmp_path, capsys):
     assert "cosine to the teacher" in capsys.readouterr().out
     assert type(load_encoder(final)).__name__ == "LinearizedBertForMaskedLM"
     record = json.loads((tmp_path / "out" / "final" / "linearize.json").read_text())
-    record["tokens"]["distillation"] = 5
+    record["tokens"]["distillation"], record["trained"]["distillation"] = 5, "all"
     (tmp_path / "out" / "final" / "linearize.json").write_text(json.dumps(record))
     assert main(["evaluate", final, *flags]) == 2
     assert "name the teacher with --teacher" in capsys.readouterr().err
@@ -445,46 +458,63 @@ def test_the_command_and_the_evaluation(settings, tmp_path, capsys):
 
 
 def test_presets_are_valid():
-    assert set(preset_names(EncoderRunConfig)) >= {"minilm_linear", "bert_base_linear"}
-    for name in preset_names(EncoderRunConfig):
-        config = resolve(name, settings=EncoderRunConfig)
-        for part in (config.transfer, config.mlm, config.distillation):
-            if part is not None:
-                assert part.plan(config.data.sequence_length).tokens_per_step == part.tokens_per_step, name
+    objectives = {"minilm_linear": "embeddings", "minilm_cosine": "embeddings", "bert_base_linear": "masked"}
+    for name, objective in objectives.items():
+        config = resolve_run(name)
+        *_, last = config.stages.values()
+        assert last.objective == objective, name
+        for stage in config.stages.values():
+            if hasattr(stage, "tokens"):
+                assert stage.plan(config.data.sequence_length).tokens_per_step == stage.tokens_per_step, name
 
 
 @pytest.mark.parametrize(
-    "flags, sentence",
+    "change, sentence",
     [
         (["--attention.type", "gain_cell"], "choose one of linear"),
         (["--attention", "{{type: linear, windw: 3}}"], "windw"),
-        (["--data.sequence_length", "128"], "the teacher has 64 positions"),
+        (["--data.sequence_length", "128"], "the teacher's context is 64 tokens"),
         (["--data.sentences_per_row", "0"], "at least 1"),
         (["--data.format", "chat"], "plain text"),
-        (["--mlm.mask_probability", "1"], "below 1"),
+        (["--data.mask_probability", "1"], "below 1"),
         (["--distillation.hidden_weight", "-1"], "must not be negative"),
-        (["--distillation.train", "heads"], "one of all, attention"),
+        (
+            {"distillation": {"kind": "train", "objective": "embeddings", "weights": "heads"}},
+            "weights all or attention",
+        ),
         (["--evaluation.pairs", "0"], "at least 1"),
-        (["--mlm.tokens_per_step", "3072"], "no masked-language-modelling head"),
+        (
+            {"mlm": {**TRAIN_ALL, "objective": "masked", "tokens_per_step": 3072}},
+            "has no head that finds hidden tokens",
+        ),
         (["--distillation.batch_size", "7"], "multiple"),
-        (["--transfer.tokens_per_step", "100"], "transfer.tokens_per_step is 100"),
+        ({"transfer": {"kind": "transfer", "tokens_per_step": 100}}, "transfer.tokens_per_step is 100"),
+        (
+            {"transfer": {"kind": "transfer", "weights": "all"}},
+            "kind transfer, which has no weights: leave it out",
+        ),
         (["--evaluation.texts", "{train}"], "part of the training data"),
         (["--model_name_or_path", "{llama}"], "is no encoder"),
     ],
 )
-def test_bad_input_is_one_sentence(flags, sentence, data, tmp_path, capsys):
-    from tiny_runs import make_teacher_directory
-
+def test_bad_input_is_one_sentence(change, sentence, data, tmp_path, capsys):
+    """Flags, or other stages."""
+    stages = {"distillation": {**TRAIN_ALL, "objective": "embeddings", "tokens_per_step": 3072}}
+    flags, stages = (change, stages) if isinstance(change, list) else ([], change)
     places = {"train": data["dataset"], "llama": ""}
     if "{llama}" in flags:
         places["llama"] = make_teacher_directory(tmp_path / "llama")
-    teacher = make_bert_directory(tmp_path / "teacher")
-    base = ["--model_name_or_path", str(teacher), "--output_dir", str(tmp_path / "out"), "--device", "cpu"]
-    base += ["--transfer", "none", "--distillation.max_steps", "1", "--data.max_tokens", "2000"]
-    base += [f"--data.{name}={data[name]}" for name in ("dataset", "validation", "cache_dir")]
-    base += ["--data.sequence_length", "48", "--distillation.tokens_per_step", "3072", "--evaluation.pairs", "4"]
+    settings = {
+        "model_name_or_path": str(make_bert_directory(tmp_path / "teacher")),
+        "output_dir": str(tmp_path / "out"),
+        "device": "cpu",
+        "data": {**data, "max_tokens": 2000},
+        "stages": {name: {"max_steps": 1, **stage} for name, stage in stages.items()},
+        "evaluation": {"pairs": 4},
+    }
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
     capsys.readouterr()
-    assert main(["encoder", *base, *(word.format(**places) for word in flags)]) == 2
+    assert main(["run", str(tmp_path / "tiny.yaml"), *(word.format(**places) for word in flags)]) == 2
     error = capsys.readouterr().err
     assert sentence in error and "Traceback" not in error and error.count("\n") == 1
     assert not (tmp_path / "out" / "final").exists()

@@ -37,6 +37,8 @@ from linearize.hub.sentence_files import sentence_transformer_files
 ROOT = Path(__file__).parents[2]
 LINEAR = {"type": "linear", "window": 4, "sinks": 2}
 TEXT = "the river ran past a small red house where two old cats slept"
+RUN = ["--transfer.max_steps", "1", "--finetune.max_steps", "1", "--output_dir", "{out}"]
+"""The stages that a run has where none are named."""
 HEADS = {
     "base": (BertModel, "AutoModel", "feature-extraction"),
     "masked": (BertForMaskedLM, "AutoModelForMaskedLM", "fill-mask"),
@@ -269,11 +271,11 @@ def test_sentence_transformers_embeds_without_the_package(attention, teacher, tm
     "arguments, sentence",
     [
         (["convert", "{teacher}", "{out}", "--attention.type", "gain_cell"], "choose one of linear"),
-        (["run", "--model_name_or_path", "{teacher}", "--output_dir", "{out}"], "train it with `linearize encoder`"),
-        (["transfer", "{converted}", "{out}"], "train it with `linearize encoder`"),
+        (["run", "--model_name_or_path", "{teacher}", *RUN], "train it with `linearize run minilm_linear`"),
+        (["finetune", "{converted}", "{out}", "--finetune.max_steps", "1"], "linearize run minilm_linear"),
         (["chat", "{converted}", "--prompt", "hello"], "predicts no next token"),
         (["info", "{teacher}", "--hardware", "gain-cell"], "which gain cells cannot run"),
-        (["pretrain", "--model_name_or_path", "{converted}", "--output_dir", "{out}"], "no head that finds hidden"),
+        (["run", "bert_base_linear", "{converted}", "--data.sequence_length", "64"], "no head that finds hidden"),
     ],
 )
 def test_what_encoders_cannot_do_is_one_sentence(arguments, sentence, teacher, converted, tmp_path, capsys):

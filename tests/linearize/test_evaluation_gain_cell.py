@@ -29,7 +29,7 @@ from linearize.evaluation import (
 from linearize.evaluation.labels import describe
 from linearize.evaluation.report import OWN_WEIGHTS, STUDENT, TEACHER
 from linearize.modeling import GainCell, GainCellNoise, gain_cell_attention
-from linearize.runs.report import CONVERTED, TRANSFERRED, RunReport
+from linearize.runs.report import CONVERTED, RunReport, after
 
 CELL = {"tile": 4, "score_saturation": 4.0, "output_saturation": 4.0, "leak": 0.01}
 GAIN_CELL = {"gain_cell": {"type": "gain_cell", "window": 16, "cell": CELL}}
@@ -101,10 +101,10 @@ def test_arms_that_are_not_there_are_one_sentence(student, blocks):
 
 def test_a_run_measures_what_there_is(student, blocks, tmp_path):
     report = RunReport(EvaluationConfig(max_tokens=80), blocks, tmp_path / "evaluation.json", keep=False)
-    report.before_training(student, base_is_teacher=True)
-    report.after_transfer(student)
+    report.before_training(student, base_is_teacher=True, yardstick=False)
+    report.after_stage("attention transfer", student)
     found = report.finish(student)
-    assert [row.name for row in found.rows] == [TEACHER, CONVERTED, TRANSFERRED, STUDENT]
+    assert [row.name for row in found.rows] == [TEACHER, CONVERTED, after("attention transfer"), STUDENT]
     assert found.control is None and found.share is None and found.state
 
 

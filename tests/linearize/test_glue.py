@@ -14,7 +14,8 @@ from transformers import AutoModelForSequenceClassification, BertForMaskedLM, Be
 import linearize
 import linearize.conversion.students
 from linearize.cli import main
-from linearize.config.yaml_io import preset_names, resolve
+from linearize.config.presets import all_presets
+from linearize.config.yaml_io import resolve
 from linearize.errors import UserError
 from linearize.evaluation.glue.data import KINDS, collate, load_task, tokenize
 from linearize.evaluation.glue.metrics import GlueMetrics
@@ -342,7 +343,10 @@ def test_nothing_heavy_is_loaded_for_the_settings():
 
 
 def test_presets_are_the_published_ones():
-    assert set(preset_names(GlueRunConfig)) == {"bert_base_glue", "bert_base_glue_published"}
+    assert {preset.name for preset in all_presets() if preset.command == "glue"} == {
+        "bert_base_glue",
+        "bert_base_glue_published",
+    }
     config = resolve("bert_base_glue_published", settings=GlueRunConfig)
     assert (config.training.batch_size, config.training.epochs, config.data.sequence_length) == (32, 3, 128)
     assert config.training.learning_rates == [5e-5, 4e-5, 3e-5, 2e-5]

@@ -12,13 +12,12 @@ from tiny_runs import make_teacher_directory, tiny_config, write_text
 
 import linearize
 from linearize.config.settings import FinetuneConfig, TransferConfig
-from linearize.config.yaml_io import resolve
 from linearize.conversion.quantization import is_quantized, quantization_config
 from linearize.evaluation import measure_speed
 from linearize.evaluation.description import info
 from linearize.hardware import memory
 from linearize.hardware.shape import Shape
-from linearize.runs.plan import make_plan
+from linearize.runs.engine import plan
 from linearize.stages.adapters import adaptable_layers, add_adapters, merge, merge_into_unquantized
 from linearize.stages.finetuning import finetune
 from linearize.stages.transfer import transfer_attention
@@ -44,7 +43,7 @@ def student():
 def test_a_whole_run(directory, tmp_path):
     text = write_text(tmp_path / "text.jsonl")
     config = tiny_config(directory, text, tmp_path / "out", tmp_path / "cache")
-    config["finetune"]["kl_weight"] = 0.5
+    config["stages"]["finetune"]["kl_weight"] = 0.5
     result = linearize.run(config)
     arms = {row.name: row.perplexity for row in result.report.rows}
     assert all(torch.tensor(list(arms.values())).isfinite())
@@ -126,30 +125,31 @@ def test_parameters_are_counted_exactly(student):
     for targets in (None, ["c_attn"], ["c_fc", "c_proj"]):
         adapted = add_adapters(make_student(make_gpt2()), FinetuneConfig(lora_targets=targets), train_mixers=False)
         lora = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
-        assert memory.adapter_parameters(shape, resolve({"finetune": {"lora_targets": targets}})) == lora
+        assert memory.adapter_parameters(shape, FinetuneConfig(lora_targets=targets)) == lora
 
 
 def test_a_plan_and_what_it_refuses(directory, tmp_path):
-    def plan(**changes):
+    def planned(**changes):
         config = tiny_config(directory, tmp_path / "text.jsonl", tmp_path / "out", tmp_path / "cache")
         for section, values in changes.items():
-            config[section] |= values
-        return make_plan(resolve(config))
+            (config["stages"] if section in config["stages"] else config)[section] |= values
+        return plan(config)
 
-    assert [stage.trained["mechanism"] > 0 for stage in plan().stages] == [True, True]
+    assert [stage.trained["mechanism"] > 0 for stage in planned().plans] == [True, True]
     with pytest.raises(linearize.UserError, match="no linear layer named q_proj; there are c_attn, c_proj, c_fc"):
-        plan(finetune={"lora_targets": ["q_proj"]})
+        planned(finetune={"lora_targets": ["q_proj"]})
     with pytest.raises(linearize.UserError, match="the teacher's context is 256 tokens"):
         stage = {"tokens_per_step": 512}
-        plan(data={"sequence_length": 512}, transfer=stage, finetune=stage)
+        planned(data={"sequence_length": 512}, transfer=stage, finetune=stage)
 
 
 def test_a_plan_counts_the_positions_of_landmarks(directory, tmp_path):
     config = tiny_config(directory, tmp_path / "text.jsonl", tmp_path / "out", tmp_path / "cache")
-    config |= {"attention": {"type": "landmark", "block_size": 8}, "transfer": None}
+    config["attention"] = {"type": "landmark", "block_size": 8}
+    del config["stages"]["transfer"]
     config["data"]["sequence_length"] = 256
     with pytest.raises(linearize.UserError, match="context is 224 tokens with its landmarks: set it to 224 or lower"):
-        make_plan(resolve(config))
+        plan(config)
 
 
 def test_speed_is_measured_within_the_positions():

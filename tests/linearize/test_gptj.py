@@ -9,12 +9,11 @@ from tiny_runs import make_teacher_directory, tiny_config, write_text
 
 import linearize
 from linearize.config.settings import FinetuneConfig
-from linearize.config.yaml_io import resolve
 from linearize.evaluation import measure_speed
 from linearize.evaluation.description import info
 from linearize.hardware import memory
 from linearize.hardware.shape import Shape
-from linearize.runs.plan import make_plan
+from linearize.runs.engine import plan
 from linearize.stages.adapters import adaptable_layers, add_adapters, merge
 from linearize.stages.finetuning import finetune
 from linearize.training.log import read_log
@@ -38,7 +37,7 @@ def student():
 def test_a_whole_run(directory, tmp_path):
     text = write_text(tmp_path / "text.jsonl")
     config = tiny_config(directory, text, tmp_path / "out", tmp_path / "cache")
-    config["finetune"]["kl_weight"] = 0.5
+    config["stages"]["finetune"]["kl_weight"] = 0.5
     result = linearize.run(config)
     arms = {row.name: row.perplexity for row in result.report.rows}
     assert all(torch.tensor(list(arms.values())).isfinite())
@@ -82,19 +81,19 @@ def test_parameters_are_counted_exactly(n_inner):
         student = make_student(make_gptj(n_inner=n_inner))
         adapted = add_adapters(student, FinetuneConfig(lora_targets=targets), train_mixers=False)
         lora = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
-        assert memory.adapter_parameters(shape, resolve({"finetune": {"lora_targets": targets}})) == lora
+        assert memory.adapter_parameters(shape, FinetuneConfig(lora_targets=targets)) == lora
 
 
 def test_a_plan_and_what_it_refuses(directory, tmp_path):
-    def plan(**changes):
+    def planned(**changes):
         config = tiny_config(directory, tmp_path / "text.jsonl", tmp_path / "out", tmp_path / "cache")
         for section, values in changes.items():
-            config[section] |= values
-        return make_plan(resolve(config))
+            (config["stages"] if section in config["stages"] else config)[section] |= values
+        return plan(config)
 
-    assert [stage.trained["mechanism"] > 0 for stage in plan().stages] == [True, True]
+    assert [stage.trained["mechanism"] > 0 for stage in planned().plans] == [True, True]
     with pytest.raises(linearize.UserError, match="no linear layer named o_proj; there are"):
-        plan(finetune={"lora_targets": ["o_proj"]})
+        planned(finetune={"lora_targets": ["o_proj"]})
 
 
 def test_speed_is_measured(student):

@@ -10,12 +10,12 @@ from tiny_models import make_gpt2, make_gptj, make_student, make_teacher
 from torch.profiler import ProfilerActivity, profile
 
 from linearize import UserError
-from linearize.config.settings import FinetuneConfig
-from linearize.config.yaml_io import resolve
+from linearize.config.settings import FinetuneConfig, TransferConfig, changed
 from linearize.hardware import memory
 from linearize.hardware.shape import Shape
 from linearize.kernels import triton_support
 from linearize.runs import plan as run_plan
+from linearize.runs.settings import RunConfig, resolve_run
 from linearize.stages.adapters import add_adapters
 from linearize.stages.finetuning_trainer import Objective
 from linearize.stages.transfer_loss import LayerLosses, branch_weights
@@ -36,6 +36,11 @@ SHAPES = {
     "gate, wide window": (LARGE, {"gate": "key", "window": 192, "feature_dim": 16}),
     "no sharing of heads, relu": ({**LARGE, "num_key_value_heads": 6}, {"feature_map": "relu", "sinks": 0}),
 }
+
+
+def resolve(changes) -> RunConfig:
+    """Settings of a run of no stages, with these among them."""
+    return resolve_run({"model_name_or_path": "a/teacher", "dtype": "bfloat16", "stages": {}, **changes})
 
 
 def peak_bytes(work) -> int:
@@ -77,11 +82,10 @@ def stage_peaks(teacher, mixers, length: int, backend: str, branch: str = "both"
 
 def stage_forecasts(teacher, attention, length: int, fused: bool) -> tuple[int, int]:
     """What is expected of `stage_peaks`."""
-    values = {"dtype": "float32", "attention": attention, "data": {"sequence_length": length}}
-    values["transfer"] = {"batch_size": 1, "tokens_per_step": length}
-    config = resolve({**values, "finetune": {"gradient_checkpointing": False}})
-    transfer = memory.forecast_transfer(teacher.config, config, fused=fused)
-    finetuning = memory.forecast_finetune(teacher.config, config, fused=fused)
+    config = resolve({"dtype": "float32", "attention": attention, "data": {"sequence_length": length}})
+    stages = TransferConfig(batch_size=1, tokens_per_step=length), FinetuneConfig(gradient_checkpointing=False)
+    transfer = memory.forecast_transfer(teacher.config, config, stages[0], fused=fused)
+    finetuning = memory.forecast_finetune(teacher.config, config, stages[1], fused=fused)
     return transfer.activations, finetuning.activations + finetuning.logits
 
 
@@ -168,9 +172,9 @@ SMOLLM2 = {
 }
 
 
-def stage_one(batch: int, length: int, **changes):
-    transfer = {"batch_size": batch, "tokens_per_step": batch * length}
-    return resolve({"data": {"sequence_length": length}, "transfer": transfer, **changes})
+def stage_one(batch: int, length: int, **changes) -> tuple[RunConfig, TransferConfig]:
+    transfer = TransferConfig(batch_size=batch, tokens_per_step=batch * length)
+    return resolve({"data": {"sequence_length": length}, **changes}), transfer
 
 
 @pytest.mark.parametrize(
@@ -180,7 +184,7 @@ def stage_one(batch: int, length: int, **changes):
 def test_forecast_of_the_fused_path_is_close_to_peaks_on_a_gpu(shape, batch, length, measured):
     """Allocator peaks of stage 1 on an H100 in bfloat16, in 1e9 bytes; then without the weights and the optimiser."""
     teacher = types.SimpleNamespace(**shape)
-    forecast = memory.forecast_transfer(teacher, stage_one(batch, length), fused=True)
+    forecast = memory.forecast_transfer(teacher, *stage_one(batch, length), fused=True)
     assert 0.97 < forecast.total / (measured * 1e9) < 1.15
     constant = forecast.weights + forecast.mixers
     assert 0.97 < (forecast.total - constant) / (measured * 1e9 - constant) < 1.15
@@ -188,26 +192,26 @@ def test_forecast_of_the_fused_path_is_close_to_peaks_on_a_gpu(shape, batch, len
 
 def test_fused_kernels_hold_less_than_the_chunked_path():
     teacher = types.SimpleNamespace(**LLAMA_8B)
-    config = stage_one(8, 1024)
+    config, transfer = stage_one(8, 1024)
     published = stage_one(8, 1024, attention={"map_input": "rotated", "gate": "none"})
-    assert memory.forecast_transfer(teacher, published).total == 19_882_405_068  # as before there was a fused path
+    assert memory.forecast_transfer(teacher, *published).total == 19_882_405_068  # as before there was a fused path
     assert (
-        memory.forecast_transfer(teacher, config, fused=True).activations
-        < memory.forecast_transfer(teacher, config).activations / 3
+        memory.forecast_transfer(teacher, config, transfer, fused=True).activations
+        < memory.forecast_transfer(teacher, config, transfer).activations / 3
     )
     for checkpointing in (True, False):
-        config.finetune.batch_size, config.finetune.gradient_checkpointing = 8, checkpointing
-        fused = memory.forecast_finetune(teacher, config, fused=True)
-        assert fused.activations < memory.forecast_finetune(teacher, config).activations
+        finetune = FinetuneConfig(batch_size=8, gradient_checkpointing=checkpointing)
+        fused = memory.forecast_finetune(teacher, config, finetune, fused=True)
+        assert fused.activations < memory.forecast_finetune(teacher, config, finetune).activations
 
 
 def test_what_else_can_be_the_fullest_moment_of_stage_one_on_the_fused_path():
-    config = stage_one(8, 1024)
-    usual = memory.forecast_transfer(types.SimpleNamespace(**LLAMA_8B), config, fused=True).activations
+    config, transfer = stage_one(8, 1024)
+    usual = memory.forecast_transfer(types.SimpleNamespace(**LLAMA_8B), config, transfer, fused=True).activations
     wide = types.SimpleNamespace(**{**LLAMA_8B, "intermediate_size": 10 * 4096})
-    assert memory.forecast_transfer(wide, config, fused=True).activations > usual
-    config.transfer.loss = "cosine"
-    assert memory.forecast_transfer(types.SimpleNamespace(**LLAMA_8B), config, fused=True).activations > usual
+    assert memory.forecast_transfer(wide, config, transfer, fused=True).activations > usual
+    cosine = changed(transfer, loss="cosine")
+    assert memory.forecast_transfer(types.SimpleNamespace(**LLAMA_8B), config, cosine, fused=True).activations > usual
 
 
 def test_chunks_are_those_of_the_kernels():
@@ -295,14 +299,17 @@ def test_what_else_keeps_a_run_from_the_fused_kernels(gpu, monkeypatch):
 
 
 @pytest.mark.parametrize("fused", [True, False])
-def test_the_plan_forecasts_the_path_that_will_run(gpu, monkeypatch, fused):
+def test_the_plan_forecasts_the_path_that_will_run(gpu, tmp_path, fused):
     teacher = make_teacher().config
-    config = resolve({"op_backend": "auto" if fused else "chunked", "data": {"sequence_length": 128}})
-    monkeypatch.setattr(run_plan, "read_teacher", lambda config: teacher)
-    monkeypatch.setattr(run_plan, "is_converted", lambda path: False)
-    transfer, finetune = run_plan.make_plan(config).stages
-    assert transfer.forecast == memory.forecast_transfer(teacher, config, fused=fused)
-    assert finetune.forecast == memory.forecast_finetune(teacher, config, fused=fused)
+    teacher.save_pretrained(tmp_path)
+    transfer = {"kind": "transfer", "branch": "both", "max_steps": 9}
+    stages = {"transfer": transfer, "finetune": {"kind": "train", "max_steps": 9}}
+    backend = "auto" if fused else "chunked"
+    run = {"model_name_or_path": str(tmp_path), "data": {"sequence_length": 128}, "stages": stages}
+    config = resolve({**run, "op_backend": backend, "evaluation": None})
+    plan, (transfer, finetune) = run_plan.make_plan(config), config.stages.values()
+    assert plan.of("transfer").forecast == memory.forecast_transfer(teacher, config, transfer, fused=fused)
+    assert plan.of("finetune").forecast == memory.forecast_finetune(teacher, config, finetune, fused=fused)
 
 
 @pytest.mark.parametrize(
@@ -320,15 +327,15 @@ def test_parameters_are_counted_exactly(attention):
     assert shape.linear_parameters + shape.other_parameters == everything - mixers
     adapted = add_adapters(student, FinetuneConfig(lora_rank=3), train_mixers=False)
     lora = sum(parameter.numel() for name, parameter in adapted.named_parameters() if "lora_" in name)
-    assert memory.adapter_parameters(shape, resolve({"finetune": {"lora_rank": 3}})) == lora
+    assert memory.adapter_parameters(shape, FinetuneConfig(lora_rank=3)) == lora
 
 
 def test_what_lowers_the_forecast():
     teacher = make_teacher().config
-    whole = resolve({"finetune": {"gradient_checkpointing": False}})
+    preset, whole = resolve_run("llama3_8b_linear", {"dtype": "bfloat16"}), resolve({})
     assert (
-        memory.forecast_finetune(teacher, resolve("llama3_8b_linear")).total
-        < memory.forecast_finetune(teacher, whole).total
+        memory.forecast_finetune(teacher, preset, preset.stages["finetune"]).total
+        < memory.forecast_finetune(teacher, whole, FinetuneConfig(gradient_checkpointing=False)).total
     )
     small = resolve({"load_in_4bit": True})
     shape = Shape.of(make_teacher(hidden_size=512, intermediate_size=64).config)

@@ -15,6 +15,7 @@ from linearize.hardware import memory_full
 from linearize.hardware.memory_full import CHECK, check_full_training, free_memory, full_training, parameter_count
 
 GIB = 2**30
+TRAINING = {"kind": "train", "weights": "all", "max_steps": 1, "batch_size": 1, "tokens_per_step": 32}
 
 
 class State:
@@ -63,11 +64,11 @@ def test_mistral_7b_on_gpus_of_80_gib(free):
     with pytest.raises(UserError) as refused:
         check_full_training("mistral", config, State(8), teacher=config)
     sentence = str(refused.value)
-    for sign in ("7,241,732,096 weights", "161.9 GiB", "79.0 GiB of the GPU", "linearize run", f"{CHECK}=off"):
+    for sign in ("7,241,732,096 weights", "161.9 GiB", "79.0 GiB of the GPU", "weights: lora", f"{CHECK}=off"):
         assert sign in sentence, sentence
-    assert "distillation" not in sentence, "without it the run would not fit either"
+    assert "leave the teacher out" not in sentence, "without it the run would not fit either"
     free(110 * GIB)
-    with pytest.raises(UserError, match="set distillation to none"):
+    with pytest.raises(UserError, match="leave the teacher out"):
         check_full_training("mistral", config, State(), teacher=config)
     check_full_training("mistral", config, State())
 
@@ -87,22 +88,24 @@ def test_the_memory_of_this_machine_is_known():
     assert 2**20 < free_memory(PartialState(cpu=True).device) < 2**50
 
 
-@pytest.mark.parametrize("kind", ["pretrain", "random weights", "landmark", "gain cell"])
+@pytest.mark.parametrize("kind", ["stock", "random weights", "landmark", "gain cell", "encoder"])
 def test_runs_are_refused_before_anything_is_fetched(tmp_path, monkeypatch, free, kind):
     source = tmp_path / "config only"
-    make_teacher().config.save_pretrained(source)
+    (make_bert() if kind == "encoder" else make_teacher()).config.save_pretrained(source)
     run = {"output_dir": str(tmp_path / "out"), "device": "cpu", "data": {"dataset": "me/unfetched"}}
+    run |= {"stages": {"training": TRAINING}}
+    run["data"]["sequence_length"] = 32
     start = {**run, "model_name_or_path": str(source)}
-    run["data"]["sequence_length"] = 64
-    calls = {
-        "pretrain": lambda: linearize.pretrain(start),
-        "random weights": lambda: linearize.pretrain({**run, "model": {"n_layer": 1, "n_head": 2, "n_embd": 8}}),
-        "landmark": lambda: linearize.run_landmark({**start, "attention": {"type": "landmark", "block_size": 4}}),
-        "gain cell": lambda: linearize.run_gain_cell(start),
+    runs = {
+        "stock": {**start, "attention": None},
+        "random weights": {**run, "architecture": {"n_layer": 1, "n_head": 2, "n_embd": 8}, "attention": None},
+        "landmark": {**start, "attention": {"type": "landmark", "block_size": 4}},
+        "gain cell": {**start, "attention": {"type": "gain_cell"}},
+        "encoder": {**start, "stages": {"distillation": {**TRAINING, "objective": "embeddings"}}},
     }
     free(1000)
     with pytest.raises(UserError, match="takes at least"):
-        calls[kind]()
+        linearize.run(runs[kind])
     assert not (tmp_path / "out").exists()
 
 
@@ -113,7 +116,7 @@ def test_the_check_can_be_left_out(tmp_path, monkeypatch, free):
     settings = {
         "model_name_or_path": str(teacher), "output_dir": str(tmp_path / "out"), "device": "cpu",
         "data": {"dataset": str(text), "sequence_length": 32, "cache_dir": str(tmp_path / "cache")},
-        "training": {"max_steps": 1, "batch_size": 1, "tokens_per_step": 32},
+        "attention": None, "evaluation": None, "stages": {"training": TRAINING},
     }  # fmt: skip
-    report = json.loads((linearize.pretrain(settings).output_dir / "report.json").read_text())
-    assert report["steps"] == 1
+    report = json.loads((linearize.run(settings).output_dir / "report.json").read_text())
+    assert report["stages"]["training"]["steps"] == 1

@@ -13,12 +13,11 @@ import linearize
 from linearize.cli import main
 from linearize.config.record import read_record
 from linearize.config.settings import FinetuneConfig, TransferConfig
-from linearize.config.yaml_io import resolve
 from linearize.conversion.students import convert_like
 from linearize.evaluation import state_bytes
 from linearize.evaluation.description import info
 from linearize.hardware import memory
-from linearize.runs.plan import make_plan
+from linearize.runs.engine import plan
 from linearize.stages.adapters import adaptable_layers, add_adapters, merge_into_unquantized
 from linearize.stages.finetuning import finetune
 from linearize.stages.transfer import transfer_attention
@@ -47,7 +46,7 @@ def student():
 def test_a_whole_run(choice, directory, tmp_path):
     text = write_text(tmp_path / "text.jsonl")
     config = tiny_config(directory, text, tmp_path / "out", tmp_path / "cache")
-    config["finetune"]["kl_weight"] = 0.5
+    config["stages"]["finetune"]["kl_weight"] = 0.5
     result = linearize.run({**config, "softmax_layers": [-1], "sliding_window": choice})
     assert all(torch.tensor([row.perplexity for row in result.report.rows]).isfinite())
     window = WINDOW if choice == "keep" else None
@@ -123,7 +122,7 @@ def test_parameters_are_counted_exactly(student):
     for targets in (None, ["q_proj"], ["down_proj", "o_proj"]):
         adapted = add_adapters(make_student(make_mistral()), FinetuneConfig(lora_targets=targets), train_mixers=False)
         lora = sum(p.numel() for name, p in adapted.named_parameters() if "lora_" in name)
-        assert memory.adapter_parameters(shape, resolve({"finetune": {"lora_targets": targets}})) == lora
+        assert memory.adapter_parameters(shape, FinetuneConfig(lora_targets=targets)) == lora
 
 
 @torch.no_grad()
@@ -146,10 +145,10 @@ def test_state_bytes_are_the_real_caches(window):
 def test_a_plan_says_what_becomes_of_the_window(directory, tmp_path):
     config = tiny_config(directory, tmp_path / "text.jsonl", tmp_path / "out", tmp_path / "cache")
     for choice, word in (("keep", "kept"), ("lift", "lifted")):
-        table = make_plan(resolve({**config, "sliding_window": choice})).tables()[0]
+        table = plan({**config, "sliding_window": choice}).tables()[0]
         assert ["sliding window", f"{WINDOW} tokens, {word}"] in table.rows
     linearize.convert(directory, MIXERS["linear"]).save_pretrained(tmp_path / "student")
-    table = make_plan(resolve({**config, "model_name_or_path": str(tmp_path / "student")})).tables()[0]
+    table = plan({**config, "model_name_or_path": str(tmp_path / "student")}).tables()[0]
     assert ["sliding window", f"{WINDOW} tokens, as converted"] in table.rows
 
 

@@ -15,19 +15,21 @@ from transformers import BertForMaskedLM
 
 import linearize
 from linearize.cli import main
-from linearize.cli.runs import KINDS
-from linearize.config.encoder import EmbeddingDistillationConfig, EncoderDataConfig, MaskedConfig
+from linearize.config.embeddings import EmbeddingConfig
+from linearize.config.full_training import FullTrainingConfig
+from linearize.config.presets import all_presets
 from linearize.config.record import make_record
-from linearize.config.settings import FinetuneConfig, TransferConfig
+from linearize.config.settings import AdaptationConfig, DataConfig, FinetuneConfig, TransferConfig
 from linearize.conversion.students import load_encoder
 from linearize.data.rows import prepare_rows
 from linearize.errors import UserError
 from linearize.hub.repository import save_final
 from linearize.modeling import ATTENTIONS, BACKBONES, backbone_of
-from linearize.stages.adaptation import start_from_moments
+from linearize.stages.adaptation import adapt_scalers, collect_statistics, with_settings
 from linearize.stages.calibration import calibrate
-from linearize.stages.encoder_training import distill_embeddings, train_masked
+from linearize.stages.encoder_training import distill_embeddings
 from linearize.stages.finetuning import finetune, merge
+from linearize.stages.full_training import train_all
 from linearize.stages.pairs import BEGIN, STAGES, make_pair, pairs, with_table
 from linearize.stages.transfer import transfer_attention
 
@@ -36,7 +38,11 @@ DECODERS = {"llama": make_teacher, "mistral": make_mistral, "gpt2": make_gpt2, "
 SETTINGS = {
     "linear": {"window": 5, "sinks": 2},
     "cosine": {"window": 5, "sinks": 2},
-    "gain_cell": {"window": 12, "cell": {"tile": 4, "leak": 0.01, "score_saturation": 4.0, "output_saturation": 4.0}},
+    "gain_cell": {
+        "window": 12,
+        "cell_kind": "linear",
+        "cell": {"tile": 4, "leak": 0.01, "score_saturation": 4.0, "output_saturation": 4.0},
+    },
     "landmark": {"block_size": 4, "top_k": 2},
     "salient": {"window": 5, "sinks": 2, "kept_tokens": 4},
 }
@@ -96,7 +102,7 @@ class Workshop:
     @functools.cached_property
     def rows(self):
         data = {"dataset": str(self.sentences), "sequence_length": LENGTH, "cache_dir": str(self.root / "cache")}
-        config = EncoderDataConfig(**data, validation_documents=0)
+        config = DataConfig(**data, validation_documents=0)
         return prepare_rows(config, linearize.load_tokenizer(self.teacher("bert")))[0]
 
     def _teacher(self, backbone):
@@ -129,13 +135,17 @@ class Workshop:
     def calibrate(self, model, backbone, out):
         rows = self.rows if BACKBONES[backbone].encoder else self.blocks
         report = calibrate(model, rows, 2)
-        before, after = (sum(errors.values()) for errors in (report.before, report.after))
-        assert report.sequences == 2 and 0 < after < before
+        if report is not None:  # gain cells have none: their scalers are set, not searched for
+            before, after = (sum(errors.values()) for errors in (report.before, report.after))
+            assert report.sequences == 2 and 0 < after < before
         return model
 
-    def fit_scalers(self, model, backbone, out):
-        start_from_moments(model, [self.blocks[i] for i in range(2)])
-        return model
+    def adapt(self, model, backbone, out):
+        config, rows = AdaptationConfig(iterations=1), [self.blocks[i] for i in range(2)]
+        targets = collect_statistics(model, rows)
+        other = with_settings(model, config.attention)
+        adapt_scalers(other, targets, rows, config)
+        return other
 
     def transfer(self, model, backbone, out):
         rows = self.rows if BACKBONES[backbone].encoder else self.blocks
@@ -154,34 +164,36 @@ class Workshop:
         data = {"dataset": str(self.text), "sequence_length": LENGTH, "validation_documents": 6}
         settings = {
             "model_name_or_path": str(start), "output_dir": str(out / "pretrain"), "device": "cpu",
-            "data": {**data, "cache_dir": str(self.root / "cache")}, "training": {**ONE_STEP, "warmup_steps": 0},
+            "data": {**data, "cache_dir": str(self.root / "cache")}, "evaluation": None,
+            "stages": {"training": {"kind": "train", "weights": "all", **ONE_STEP, "warmup_steps": 0}},
         }  # fmt: skip
-        result = linearize.pretrain(settings)
-        assert result.report.steps == 1
+        result = linearize.run(settings)
+        assert result.stages["training"].steps == 1
         return linearize.load_student(result.final)
 
     def find_words(self, model, backbone, out):
         tokenizer = linearize.load_tokenizer(self.teacher(backbone))
-        config = MaskedConfig(**ONE_STEP, warmup_steps=0)
-        assert len(train_masked(model, tokenizer, self.rows, config, output_dir=out, device="cpu").losses) == 1
+        config = FullTrainingConfig(**ONE_STEP, objective="masked", warmup_steps=0)
+        hidden = {"tokenizer": tokenizer, "mask_probability": 0.15}
+        assert train_all(model, self.rows, config, output_dir=out, device="cpu", **hidden).steps == 1
         return model
 
     def distill(self, model, backbone, out):
-        config, teacher = EmbeddingDistillationConfig(**ONE_STEP, warmup_steps=0), load_encoder(self.teacher(backbone))
+        config, teacher = EmbeddingConfig(**ONE_STEP, warmup_steps=0), load_encoder(self.teacher(backbone))
         assert len(distill_embeddings(model, teacher, self.rows, config, output_dir=out, device="cpu").losses) == 1
         return model
 
 
 STEPS = {
     "calibration": Workshop.calibrate,
-    "scalers": Workshop.fit_scalers,
     "transfer": Workshop.transfer,
+    "adaptation": Workshop.adapt,
     "LoRA": Workshop.finetune,
     "all weights": Workshop.train_all,
     "masked words": Workshop.find_words,
     "embeddings": Workshop.distill,
 }
-MECHANISM_ALONE = {"calibration", "scalers", "transfer"}
+MECHANISM_ALONE = {"calibration", "transfer", "adaptation"}
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +267,8 @@ def test_every_invalid_pair_is_one_sentence(workshop, mechanism, backbone, capsy
     assert main(["convert", str(teacher), str(out), "--attention.type", mechanism]) == 2
     run = ["--model_name_or_path", str(teacher), "--data.dataset", str(workshop.sentences), "--output_dir", str(out)]
     run += ["--data.sequence_length", str(LENGTH)]
-    commands = [["encoder", "--attention.type", mechanism, *run]]
-    commands += [[name, *run] for name in KINDS if name == mechanism.replace("_", "-")]  # its own kind of run
+    stages = ["--transfer.max_steps", "1", "--finetune", "none"]
+    commands = [["run", "--attention.type", mechanism, *stages, *run]]
+    commands += [["run", preset.name, *run] for preset in all_presets() if preset.mechanism() == mechanism][:1]
     assert [main(command) for command in commands] == [2] * len(commands)
     assert capsys.readouterr().err == f"linearize: {sentence}\n" * (len(commands) + 1) and not out.exists()

@@ -9,15 +9,13 @@ from tiny_runs import make_teacher_directory, tiny_config, write_text
 
 import linearize
 from linearize.cli import main
-from linearize.config.encoder import EncoderRunConfig
-from linearize.config.pretraining import PretrainConfig
 from linearize.config.record import find_converted
-from linearize.config.settings import RunConfig
 from linearize.config.yaml_io import resolve, to_values
 from linearize.conversion.students import load_config, load_tokenizer
 from linearize.errors import UserError
 from linearize.evaluation.glue.settings import GlueRunConfig
 from linearize.paths import expand_words, user_path
+from linearize.runs.settings import RunConfig, resolve_run
 from linearize.training.checkpointing import checkpoint_to_resume
 
 
@@ -49,29 +47,37 @@ def test_only_a_home_at_the_start_is_expanded(home):
     ]
 
 
-@pytest.mark.parametrize("settings", [RunConfig, PretrainConfig, EncoderRunConfig, GlueRunConfig])
-def test_every_path_of_the_settings_is_expanded(home, settings):
-    paths = {
-        "output_dir": "~/out",
-        "model_name_or_path": "~/model",
-        "tokenizer_name_or_path": "~/words",
-        "models": ["~/a", "~/b"],
-    }
-    data = {"dataset": ["~/a.txt", "~/b.txt"], "cache_dir": "~/cache", "validation": "~/v.txt"}
-    known = settings.__dataclass_fields__
-    values = {name: value for name, value in paths.items() if name in known}
-    values["data"] = {"dataset": "~/glue"} if settings is GlueRunConfig else data
-    resolved = to_values(resolve(values, settings=settings))
-    found = [resolved[name] for name in paths if name in known] + [resolved["data"][name] for name in values["data"]]
-    for path in (part for value in found for part in ([value] if isinstance(value, str) else value)):
-        assert path.startswith(f"{home}/"), path
+DATA = {"dataset": ["~/a.txt", "~/b.txt"], "cache_dir": "~/cache", "validation": "~/v.txt"}
+TAUGHT = {"kind": "train", "weights": "all", "max_steps": 1, "teacher": "~/teacher"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "values"),
+    [
+        (RunConfig, {"output_dir": "~/out", "model_name_or_path": "~/model", "data": DATA, "stages": {"a": TAUGHT}}),
+        (RunConfig, {"architecture": {}, "tokenizer": {"name_or_path": "~/words"}, "stages": {}}),
+        (GlueRunConfig, {"output_dir": "~/out", "models": ["~/a", "~/b"], "data": {"dataset": "~/glue"}}),
+    ],
+)
+def test_every_path_of_the_settings_is_expanded(home, settings, values):
+    resolved = resolve_run(values) if settings is RunConfig else resolve(values, settings=settings)
+
+    def paths(given, found):
+        for name, value in given.items():
+            if isinstance(value, dict):
+                yield from paths(value, found[name])
+            elif "~" in str(value):
+                yield from found[name] if isinstance(value, list) else [found[name]]
+
+    found = list(paths(values, to_values(resolved)))
+    assert found and all(path.startswith(f"{home}/") for path in found)
 
 
 def test_a_run_lies_in_one_place_and_is_resumed_there(home, tmp_path, capsys):
     make_teacher_directory(home / "teacher")
     write_text(home / "text.jsonl")
     settings = tiny_config("~/teacher", "~/text.jsonl", "~/out", "~/cache")
-    (home / "config.yaml").write_text(yaml.safe_dump({**settings, "evaluation": None}))
+    (home / "config.yaml").write_text(yaml.safe_dump({**settings, "evaluation": None}, sort_keys=False))
     assert main(["run", "~/config.yaml", "--finetune=none"]) == 0
     assert (home / "out" / "final").is_dir() and (home / "cache").is_dir()
     assert not os.listdir(tmp_path / "work")

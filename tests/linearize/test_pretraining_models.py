@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from pretraining_toys import report_of
 from safetensors.torch import load_file
 from tiny_runs import make_bert_tokenizer, make_tokenizer, without_package
 from torch.utils.data import Subset
@@ -19,19 +20,18 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, pipeline
 import linearize
 from linearize import UserError
 from linearize.cli import main
-from linearize.config.pretraining import PretrainConfig
 from linearize.config.record import read_record
-from linearize.config.settings import DataConfig
-from linearize.config.yaml_io import resolve, write_config
-from linearize.conversion.pretraining_model import STOCK, check_model, random_configs, random_model, stock_config
-from linearize.conversion.pretraining_tokenizer import MARKS, train_wordpiece
+from linearize.config.yaml_io import write_config
+from linearize.conversion.own_tokenizers import MARKS, train_wordpiece
+from linearize.conversion.random_models import STOCK, random_configs, random_model, stock_config
 from linearize.data.masking import Masking
 from linearize.data.rows import prepare_rows
 from linearize.evaluation.masked import masked_scores
 from linearize.modeling import BACKBONES
 from linearize.modeling.registry import ATTENTIONS
-from linearize.runs.pretraining import pretrain
-from linearize.stages.pretraining_trainer import MaskedPretrainingTrainer, PretrainingTrainer, decay_groups
+from linearize.runs.engine import run
+from linearize.runs.settings import resolve_run
+from linearize.stages.full_trainers import FullTrainer, MaskedTrainer, decay_groups
 from linearize.training.log import read_log
 
 DEMO_TEXT = Path(linearize.__file__).parent / "demo_text"
@@ -69,10 +69,8 @@ def tiny(root, kind, mechanism="softmax", name=None, **changes):
     values = {
         "output_dir": str(root / (name or f"{kind}-{mechanism}")),
         "device": "cpu",
-        "tokenizer": "train",
-        "vocab_size": 400,
-        "tokenizer_characters": 200_000,
-        "model": {"type": kind, "n_layer": 2, "n_head": 2, "n_embd": 32, **SHAPES[kind]},
+        "tokenizer": {"source": "train", "vocab_size": 400, "characters": 200_000},
+        "architecture": {"type": kind, "n_layer": 2, "n_head": 2, "n_embd": 32, **SHAPES[kind]},
         "attention": attention_of(mechanism),
         "data": {
             "dataset": str(DEMO_TEXT / "train.jsonl.gz"),
@@ -81,21 +79,27 @@ def tiny(root, kind, mechanism="softmax", name=None, **changes):
             "max_tokens": 40_000,
             "cache_dir": str(root / "cache"),
         },
-        "training": {
-            "max_steps": steps,
-            "batch_size": rows,
-            "tokens_per_step": 2 * rows * 32,
-            "learning_rate": 1e-2 if kind == "bert" else 2e-2,
-            "warmup_steps": 2,
-            "logging_steps": 1,
-            "save_steps": 5,
-            "eval_steps": steps // 2,
-            "eval_tokens": 2048,
+        "stages": {
+            "training": {
+                "kind": "train",
+                "weights": "all",
+                "objective": "masked" if kind == "bert" else "next_token",
+                "max_steps": steps,
+                "batch_size": rows,
+                "tokens_per_step": 2 * rows * 32,
+                "learning_rate": 1e-2 if kind == "bert" else 2e-2,
+                "warmup_steps": 2,
+                "logging_steps": 1,
+                "save_steps": 5,
+                "eval_steps": steps // 2,
+                "eval_tokens": 2048,
+            }
         },
+        "evaluation": None,
     }
     if "model_name_or_path" in changes:
-        del values["model"]
-    return resolve(values, {key.replace("__", "."): value for key, value in changes.items()}, settings=PretrainConfig)
+        del values["architecture"], values["tokenizer"]
+    return resolve_run(values, {key.replace("__", "."): value for key, value in changes.items()})
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +114,7 @@ def trained(root):
 
     def make(kind, mechanism):
         if (kind, mechanism) not in results:
-            results[kind, mechanism] = pretrain(tiny(root, kind, mechanism))
+            results[kind, mechanism] = run(tiny(root, kind, mechanism))
         return results[kind, mechanism]
 
     return make
@@ -120,7 +124,7 @@ def trained(root):
 def test_every_valid_pair_learns(pair, trained):
     kind, mechanism = pair
     result = trained(kind, mechanism)
-    report = result.report
+    report = report_of(result)
     losses = [loss for _, loss in report.losses]
     assert losses[0] == pytest.approx(math.log(report.vocab_size), abs=0.4)  # random weights: uniform
     assert sum(losses[-3:]) / 3 < losses[0] - 0.3
@@ -133,7 +137,7 @@ def test_every_valid_pair_learns(pair, trained):
     if mechanism == "softmax":
         assert not record and not list(result.final.glob("*.py"))
         return
-    assert record["teacher"] is None and record["tokens"] == {"all weights": report.tokens}
+    assert record["teacher"] is None and record["tokens"] == {"training": report.tokens}
     assert record["recipe"]["attention"]["type"] == mechanism and record["parameters"] == report.parameters
     card = (result.final / "README.md").read_text()
     assert "trained from random weights" in card and "base_model" not in card and "no teacher" in card
@@ -144,8 +148,8 @@ def test_every_valid_pair_learns(pair, trained):
 def test_every_head_learns_its_exponent(kind, root, tmp_path):
     """With a tokenizer that is there: one that is trained differs a little from run to run."""
     (make_bert_tokenizer() if kind == "bert" else make_tokenizer()).save_pretrained(tmp_path / "words")
-    words = {"tokenizer": "load", "tokenizer_name_or_path": str(tmp_path / "words")}
-    final = pretrain(tiny(root, kind, "cosine", f"exponents-{kind}", **words)).final
+    words = {"tokenizer": {"source": "load", "name_or_path": str(tmp_path / "words")}}
+    final = run(tiny(root, kind, "cosine", f"exponents-{kind}", **words)).final
     for attention in linearize.load_student(final).mixer_attentions():
         assert (attention.mixer.scales.exponent_logit - 0.5).abs().min() > 1e-3
 
@@ -182,7 +186,7 @@ def test_every_valid_pair_loads_in_a_fresh_process(trained, tmp_path):
 def test_every_valid_pair_resumes_bit_for_bit(pair, root, trained, monkeypatch):
     """Stopped by Ctrl-C in step 7, from a checkpoint that is no measurement."""
     whole, name = trained(*pair), "-".join(pair) + "-parts"
-    losses, calls = PretrainingTrainer.training_step, []
+    losses, calls = FullTrainer.training_step, []
 
     def interrupted(self, *arguments, **others):
         calls.append(1)
@@ -191,21 +195,23 @@ def test_every_valid_pair_resumes_bit_for_bit(pair, root, trained, monkeypatch):
         return losses(self, *arguments, **others)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(PretrainingTrainer, "training_step", interrupted)
-        pretrain(tiny(root, *pair, name))
-    assert (root / name / "checkpoints" / "pretrain" / "step-7").is_dir() and not (root / name / "final").exists()
-    rest = pretrain(tiny(root, *pair, name, resume_from_checkpoint=True))
-    ours, theirs = (load_file(run.final / "model.safetensors") for run in (rest, whole))
+        patch.setattr(FullTrainer, "training_step", interrupted)
+        run(tiny(root, *pair, name))
+    assert (root / name / "checkpoints" / "training" / "step-7").is_dir() and not (root / name / "final").exists()
+    rest = run(tiny(root, *pair, name, resume_from_checkpoint=True))
+    ours, theirs = (load_file(run.final / "architecture.safetensors") for run in (rest, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-    assert rest.report.losses == whole.report.losses and rest.report.validation == whole.report.validation
-    assert rest.report.accuracy == whole.report.accuracy
+    assert (
+        report_of(rest).losses == report_of(whole).losses and report_of(rest).validation == report_of(whole).validation
+    )
+    assert report_of(rest).accuracy == report_of(whole).accuracy
 
 
 @pytest.mark.parametrize("pair", INVALID, **NAMES)
 def test_every_invalid_pair_is_one_sentence(pair, root, tmp_path, capsys):
     kind, mechanism = pair
     write_config(tiny(root, kind, mechanism, "refused"), tmp_path / "tiny.yaml")
-    assert main(["pretrain", "--config", str(tmp_path / "tiny.yaml")]) == 2
+    assert main(["run", str(tmp_path / "tiny.yaml")]) == 2
     error = capsys.readouterr().err
     assert f"{mechanism} attention sees only the tokens before it" in error and "choose one of linear" in error
     assert "Traceback" not in error and error.count("\n") == 1 and not (root / "refused").exists()
@@ -243,30 +249,29 @@ def test_what_comes_after_claims_no_teacher(root, trained, tmp_path):
         "output_dir": str(tmp_path / "out"),
         "device": "cpu",
         "data": dataclasses.asdict(tiny(root, "llama").data),
-        "transfer": None,
-        "finetune": {"max_steps": 1, "batch_size": 2, "tokens_per_step": 64},
+        "stages": {
+            "finetune": {"kind": "train", "weights": "lora", "max_steps": 1, "batch_size": 2, "tokens_per_step": 64}
+        },
         "evaluation": None,
     }
-    known = {field.name for field in dataclasses.fields(DataConfig)}
-    settings["data"] = {name: value for name, value in settings["data"].items() if name in known}
     record = read_record(linearize.run(settings).final)
-    assert record["teacher"] is None and set(record["tokens"]) == {"all weights", "finetune"}
+    assert record["teacher"] is None and set(record["tokens"]) == {"training", "finetune"}
 
 
 def test_hybrids_by_layer_and_by_name(root):
     steps = {"training__max_steps": 2, "training__eval_steps": None}
-    one = pretrain(tiny(root, "gpt2", "linear", "hybrid", softmax_layers=[-1], **steps))
+    one = run(tiny(root, "gpt2", "linear", "hybrid", softmax_layers=[-1], **steps))
     assert linearize.load_student(one.final).config.mixer_types == ["linear", "softmax"]
     mixers = {"near": {"type": "linear", "window": 4}, "far": {"type": "linear", "window": 16}}
     names = {"attention": None, "mixers": mixers, "mixer_types": ["far", "near"]}
-    two = pretrain(tiny(root, "bert", name="named", **names, **steps))
+    two = run(tiny(root, "bert", name="named", **names, **steps))
     config = linearize.load_student(two.final).config
     assert config.mixer_types == ["far", "near"] and config.mixers["near"]["window"] == 4
     stored = yaml.safe_load((root / "named" / "config.yaml").read_text())
     assert stored["mixers"]["far"]["sinks"] == 4  # a default of today
     with pytest.raises(UserError, match=r"other settings \(mixers"):
         far = {**mixers, "far": {"type": "linear", "window": 8}}
-        pretrain(tiny(root, "bert", name="named", **{**names, "mixers": far}, **steps, resume_from_checkpoint=True))
+        run(tiny(root, "bert", name="named", **{**names, "mixers": far}, **steps, resume_from_checkpoint=True))
 
 
 # --- shapes
@@ -278,18 +283,25 @@ def test_a_shape_is_what_it_says(root):
     assert len(make_tokenizer()) <= llama.vocab_size == 384 and not llama.tie_word_embeddings
     assert llama.rope_parameters["rope_theta"] == 500
     assert llama.max_position_embeddings == 32 and (llama.bos_token_id, llama.eos_token_id) == (1, 2)
-    plain = {"model__n_kv_head": None, "model__head_dim": None, "model__n_inner": None, "model__rope_theta": None}
-    llama = stock_config(tiny(root, "llama", model__n_positions=128, model__tie_embeddings=True, **plain))
+    plain = {
+        "architecture__n_kv_head": None,
+        "architecture__head_dim": None,
+        "architecture__n_inner": None,
+        "architecture__rope_theta": None,
+    }
+    llama = stock_config(
+        tiny(root, "llama", architecture__n_positions=128, architecture__tie_embeddings=True, **plain)
+    )
     assert (llama.head_dim, llama.num_key_value_heads, llama.intermediate_size) == (16, 2, 128)
     assert llama.rope_parameters["rope_theta"] == 10_000 and llama.max_position_embeddings == 128
     assert llama.tie_word_embeddings and llama.vocab_size == 448
-    bert = stock_config(tiny(root, "bert", model__dropout=0.1), make_bert_tokenizer())
+    bert = stock_config(tiny(root, "bert", architecture__dropout=0.1), make_bert_tokenizer())
     assert (bert.intermediate_size, bert.hidden_dropout_prob, bert.attention_probs_dropout_prob) == (128, 0.1, 0.1)
     assert bert.pad_token_id == 0 and bert.vocab_size == len(make_bert_tokenizer())
     gptj = stock_config(tiny(root, "gptj"))
     assert (gptj.rotary_dim, gptj.n_inner, gptj.n_positions, gptj.tie_word_embeddings) == (8, 48, 32, False)
-    assert stock_config(tiny(root, "gptj", model__rotary_dim=None)).rotary_dim == 16  # the whole head
-    gpt2 = stock_config(tiny(root, "gpt2", model__n_inner=40))
+    assert stock_config(tiny(root, "gptj", architecture__rotary_dim=None)).rotary_dim == 16  # the whole head
+    gpt2 = stock_config(tiny(root, "gpt2", architecture__n_inner=40))
     assert (gpt2.n_inner, gpt2.n_positions, gpt2.vocab_size) == (40, 32, 400)
 
 
@@ -297,21 +309,21 @@ def test_landmarks_have_positions_of_their_own(root):
     assert [config.n_positions for config in random_configs(tiny(root, "gpt2", "landmark"))] == [32 + 32 // 7] * 2
     assert random_configs(tiny(root, "llama", "landmark"))[1].max_position_embeddings == 32  # computed ones
     with pytest.raises(UserError, match="their landmarks take 36"):
-        check_model(tiny(root, "gpt2", "landmark", model__n_positions=34))
+        random_configs(tiny(root, "gpt2", "landmark", architecture__n_positions=34))
 
 
 def test_a_padded_vocabulary_is_never_asked_for(trained):
     result = trained("llama", "softmax")
     model = linearize.conversion.students.load_model(result.final)
     tokenizer = AutoTokenizer.from_pretrained(result.final)
-    assert result.report.vocab_size == model.config.vocab_size == 448 and len(tokenizer) == 400
+    assert report_of(result).vocab_size == model.config.vocab_size == 448 and len(tokenizer) == 400
 
 
 def test_schedules_and_groups(root):
     changes = {"training__schedule": "linear", "training__min_lr_ratio": 0.25, "training__mixer_learning_rate": 1e-3}
     short = {"training__max_steps": 6, "training__eval_steps": None, "training__adam_epsilon": 1e-7}
-    pretrain(tiny(root, "gpt2", "linear", "linear-schedule", **changes, **short))
-    rates = [record["learning_rate"] for record in read_log(root / "linear-schedule" / "logs" / "pretrain.jsonl")]
+    run(tiny(root, "gpt2", "linear", "linear-schedule", **changes, **short))
+    rates = [record["learning_rate"] for record in read_log(root / "linear-schedule" / "logs" / "training.jsonl")]
     assert rates == pytest.approx([0.0, 1e-2, 2e-2, 1.625e-2, 1.25e-2, 0.875e-2])
     model = random_model(tiny(root, "gpt2", "linear"), make_tokenizer())
     groups = decay_groups(model, 0.01, "all", 1e-3)
@@ -330,22 +342,25 @@ def test_the_reported_accuracy_is_that_of_the_saved_weights(root, trained):
     rows = Subset(prepare_rows(config.data, tokenizer)[1], range(2048 // 32))
     model = AutoModelForMaskedLM.from_pretrained(result.final)
     scores = masked_scores(model, rows, Masking.of(tokenizer, 0.15), arm=None, batch_size=16)
-    assert scores.accuracy == pytest.approx(result.report.accuracy, abs=1e-9)
-    assert scores.perplexity == pytest.approx(result.report.perplexity, rel=1e-5)
-    assert scores.tokens == result.report.perplexity_tokens and 0 < scores.accuracy < 1
-    record = read_log(root / "bert-linear" / "logs" / "validation.jsonl")[-1]
-    assert record["accuracy"] == result.report.accuracy
-    assert f"{result.report.accuracy:.1%} are found" in (result.final / "README.md").read_text()
+    assert scores.accuracy == pytest.approx(report_of(result).accuracy, abs=1e-9)
+    assert scores.perplexity == pytest.approx(report_of(result).perplexity, rel=1e-5)
+    assert scores.tokens == report_of(result).perplexity_tokens and 0 < scores.accuracy < 1
+    record = read_log(root / "bert-linear" / "logs" / "training_validation.jsonl")[-1]
+    assert record["accuracy"] == report_of(result).accuracy
+    assert f"{report_of(result).accuracy:.1%} are found" in (result.final / "README.md").read_text()
     assert pipeline("fill-mask", model=str(result.final), trust_remote_code=True)("The old [MASK] stood there.")
 
 
 def test_an_encoder_pretrained_in_bfloat16_is_measured_in_float32(root):
     steps = {"training__max_steps": 4, "training__eval_steps": 2, "training__precision": "bfloat16"}
-    result = pretrain(tiny(root, "bert", name="bert-bfloat16", training__save_steps=2, **steps))
+    result = run(tiny(root, "bert", name="bert-bfloat16", training__save_steps=2, **steps))
     tokenizer = AutoTokenizer.from_pretrained(result.final)
     rows = Subset(prepare_rows(tiny(root, "bert").data, tokenizer)[1], range(2048 // 32))
-    step = root / "bert-bfloat16" / "checkpoints" / "pretrain" / "step-2"
-    for place, perplexity in ((step, result.report.validation[0][1]), (result.final, result.report.perplexity)):
+    step = root / "bert-bfloat16" / "checkpoints" / "training" / "step-2"
+    for place, perplexity in (
+        (step, report_of(result).validation[0][1]),
+        (result.final, report_of(result).perplexity),
+    ):
         scores = masked_scores(
             AutoModelForMaskedLM.from_pretrained(place), rows, Masking.of(tokenizer, 0.15), arm=None
         )
@@ -354,15 +369,15 @@ def test_an_encoder_pretrained_in_bfloat16_is_measured_in_float32(root):
 
 def test_an_encoder_sees_hidden_tokens_alone(root, trained, monkeypatch):
     seen = []
-    losses = MaskedPretrainingTrainer.losses
+    losses = MaskedTrainer.losses
 
     def watched(self, model, inputs, denominator):
         seen.append((inputs, float(denominator)))
         return losses(self, model, inputs, denominator)
 
-    monkeypatch.setattr(MaskedPretrainingTrainer, "losses", watched)
+    monkeypatch.setattr(MaskedTrainer, "losses", watched)
     changes = {"data__mask_probability": 0.4, "training__max_steps": 1, "training__eval_steps": None}
-    pretrain(tiny(root, "bert", name="masks", **changes))
+    run(tiny(root, "bert", name="masks", **changes))
     chosen = [(batch["labels"] != -100).sum().item() for batch, _ in seen]
     places = sum(batch["attention_mask"].sum().item() for batch, _ in seen)
     assert [count for _, count in seen] == [sum(chosen)] * 2 and 0.2 < sum(chosen) / places < 0.5
@@ -371,16 +386,16 @@ def test_an_encoder_sees_hidden_tokens_alone(root, trained, monkeypatch):
 def test_an_encoder_goes_on_from_a_checkpoint(root, trained):
     """At a longer length too, as BERT's last steps are: positions were asked for before."""
     steps = {"training__max_steps": 4, "training__eval_steps": None, "training__learning_rate": 2e-3}
-    first = pretrain(tiny(root, "bert", "linear", "short", model__n_positions=64, **steps))
-    changes = {"tokenizer": "load", "model_name_or_path": str(first.final), "attention": None, **steps}
-    after = pretrain(tiny(root, "bert", name="long", data__sequence_length=64, **changes))
+    first = run(tiny(root, "bert", "linear", "short", architecture__n_positions=64, **steps))
+    changes = {"model_name_or_path": str(first.final), "attention": None, **steps}
+    after = run(tiny(root, "bert", name="long", data__sequence_length=64, **changes))
     record = read_record(after.final)
-    assert record["tokens"] == {"all weights": 8 * 1024} and record["teacher"] is None
-    assert record["validation"]["accuracy"] == after.report.accuracy
-    assert after.report.perplexity < first.report.perplexity
+    assert record["tokens"] == {"training": 8 * 1024} and record["teacher"] is None
+    assert record["validation"]["accuracy"] == report_of(after).accuracy
+    assert report_of(after).perplexity < report_of(first).perplexity
     with pytest.raises(UserError, match="has 64 positions"):
         longer = {"data__sequence_length": 128, "training__tokens_per_step": 2048}
-        pretrain(tiny(root, "bert", name="longer", **longer, **changes))
+        run(tiny(root, "bert", name="longer", **longer, **changes))
 
 
 def test_a_trained_wordpiece_marks_texts():
@@ -400,15 +415,31 @@ def test_a_trained_wordpiece_marks_texts():
 @pytest.mark.parametrize(
     "kind, flags, sentence",
     [
-        ("gpt2", ["--model.type", "t5"], "one of gpt2, llama, bert"),
-        ("gpt2", ["--model.n_kv_head", "1"], "model.n_kv_head is set, but model.type gpt2 has no grouped"),
-        ("bert", ["--model.rope_theta", "500"], "model.type bert has no rotations"),
-        ("gptj", ["--model.rotary_dim", "18"], "model.rotary_dim is 18, but it must be even and at most the width"),
-        ("gpt2", ["--model.rotary_dim", "8"], "model.rotary_dim is set, but model.type gpt2 has no part"),
-        ("llama", ["--model.n_kv_head", "3"], "must be a multiple of model.n_kv_head"),
-        ("llama", ["--model.head_dim", "7"], "choose an even head_dim"),
-        ("llama", ["--model.n_inner", "0"], "model.n_inner is 0"),
-        ("gpt2", ["--model.n_positions", "16"], "model.n_positions is 16, but data.sequence_length is 32"),
+        ("gpt2", ["--architecture.type", "t5"], "one of gpt2, llama, bert"),
+        (
+            "gpt2",
+            ["--architecture.n_kv_head", "1"],
+            "architecture.n_kv_head is set, but architecture.type gpt2 has no grouped",
+        ),
+        ("bert", ["--architecture.rope_theta", "500"], "architecture.type bert has no rotations"),
+        (
+            "gptj",
+            ["--architecture.rotary_dim", "18"],
+            "architecture.rotary_dim is 18, but it must be even and at most the width",
+        ),
+        (
+            "gpt2",
+            ["--architecture.rotary_dim", "8"],
+            "architecture.rotary_dim is set, but architecture.type gpt2 has no part",
+        ),
+        ("llama", ["--architecture.n_kv_head", "3"], "must be a multiple of architecture.n_kv_head"),
+        ("llama", ["--architecture.head_dim", "7"], "choose an even head_dim"),
+        ("llama", ["--architecture.n_inner", "0"], "architecture.n_inner is 0"),
+        (
+            "gpt2",
+            ["--architecture.n_positions", "16"],
+            "architecture.n_positions is 16, but data.sequence_length is 32",
+        ),
         ("gpt2", ["--attention", "spiral"], "spiral"),
         ("gpt2", ["--attention", "{type: linear, windw: 3}"], "Unknown setting attention.windw"),
         ("gpt2", ["--attention.type", "linear", "--attention.feature_dim", "64"], "feature_dim 64 is wider"),
@@ -418,26 +449,33 @@ def test_a_trained_wordpiece_marks_texts():
         ("gpt2", ["--mixer_types", "softmax,near"], "mixer_types and mixers belong together"),
         ("gpt2", ["--mixer_types", "near", "--mixers", "{near: {type: linear}}"], "mixer_types names 1 layers"),
         ("gpt2", ["--mixer_types", "softmax,near", "--mixers", "{near: 3}"], "mixers.near must be a section"),
-        ("gpt2", ["--attention", "linear", "--model_name_or_path", "x"], "has an attention of its own"),
-        ("gpt2", ["--model_name_or_path", "x"], "model.n_layer and model.n_head and model.n_embd are set, but"),
-        ("bert", ["--distillation.teacher", "x"], "an encoder predicts none"),
+        ("gpt2", ["--model_name_or_path", "x"], "architecture and model_name_or_path are both set"),
+        ("bert", ["--training.teacher", "x"], "an encoder predicts none"),
         ("bert", ["--data.mask_probability", "0"], "data.mask_probability is 0"),
         ("bert", ["--data.completion_only"], "plain text"),
-        ("bert", ["--tokenizer", "load", "--tokenizer_name_or_path", "{plain}"], "no token that hides another"),
-        ("gpt2", ["--tokenizer", "load", "--tokenizer_name_or_path", "{marked}"], "no token that ends a text"),
+        ("bert", ["--tokenizer.source", "load", "--tokenizer.name_or_path", "{plain}"], "no token that hides another"),
+        ("gpt2", ["--tokenizer.source", "load", "--tokenizer.name_or_path", "{marked}"], "no token that ends a text"),
         ("gpt2", ["--training.schedule", "steps"], "one of linear, constant, cosine"),
         ("gpt2", ["--training.mixer_learning_rate", "-1"], "training.mixer_learning_rate is -1"),
-        ("gpt2", ["--attention", "gain_cell", "--training.train", "scalers"], "all other weights are random"),
+        (
+            "gpt2",
+            {"attention": {"type": "gain_cell"}, "training__weights": "mechanism"},
+            "all other weights are random",
+        ),
+        ("gpt2", {"training__objective": "masked"}, "is no encoder"),
+        ("bert", {"training__objective": "next_token"}, "predicts no next token: set training.objective to masked"),
     ],
 )
 def test_bad_input_is_one_sentence(kind, flags, sentence, root, tmp_path, capsys):
+    """Flags, or what the file says."""
+    changes, flags = ({}, flags) if isinstance(flags, list) else (flags, [])
     make_tokenizer().save_pretrained(tmp_path / "plain")
     make_bert_tokenizer().save_pretrained(tmp_path / "marked")
-    write_config(tiny(root, kind, name="bad"), tmp_path / "tiny.yaml")
+    write_config(tiny(root, kind, name="bad", **changes), tmp_path / "tiny.yaml")
     words = [word.replace("{plain}", str(tmp_path / "plain")) for word in flags]
     words = [word.replace("{marked}", str(tmp_path / "marked")) for word in words]
     capsys.readouterr()
-    assert main(["pretrain", "--config", str(tmp_path / "tiny.yaml"), *words]) == 2
+    assert main(["run", str(tmp_path / "tiny.yaml"), *words]) == 2
     error = capsys.readouterr().err
     assert sentence in error and "Traceback" not in error and error.count("\n") == 1
     assert not (root / "bad").exists()
@@ -448,7 +486,7 @@ def test_an_encoder_without_a_head_is_refused(root, tmp_path):
 
     bare = make_bert_directory(tmp_path / "bare")
     with pytest.raises(UserError, match="has no head that finds hidden tokens"):
-        pretrain(tiny(root, "bert", name="bare", tokenizer="load", model_name_or_path=str(bare)))
+        run(tiny(root, "bert", name="bare", model_name_or_path=str(bare)))
 
 
 def test_attention_by_flags(root, tmp_path):
@@ -456,6 +494,7 @@ def test_attention_by_flags(root, tmp_path):
     write_config(tiny(root, "gpt2", "linear", "flags"), tmp_path / "tiny.yaml")
     short = ["--training.max_steps", "1", "--training.eval_steps", "none", "--overwrite"]
     for flags, name in ((["--attention.window", "4"], "Linearized"), (["--attention", "none"], "GPT2LM")):
-        assert main(["pretrain", "--config", str(tmp_path / "tiny.yaml"), *flags, *short]) == 0
-        assert json.loads((root / "flags" / "report.json").read_text())["architecture"].startswith(name)
-    assert resolve({"attention": {"type": "softmax"}}, settings=PretrainConfig).attention is None
+        assert main(["run", str(tmp_path / "tiny.yaml"), *flags, *short]) == 0
+        config = json.loads((root / "flags" / "final" / "config.json").read_text())
+        assert config["architectures"][0].startswith(name)
+    assert tiny(root, "gpt2", attention={"type": "softmax"}).attention is None

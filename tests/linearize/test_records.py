@@ -14,7 +14,6 @@ from linearize.cli import main
 from linearize.config.record import base_is_teacher, make_record, read_record
 from linearize.evaluation import Report
 from linearize.hub.repository import save_final
-from linearize.runs.pretraining import pretrain
 
 SMALL = ["--sequence_length", "32", "--max_tokens", "64", "--device", "cpu"]
 OWN, TEACHER, CONTROL = "its weights with softmax attention", "teacher", "no training"
@@ -42,9 +41,10 @@ except UserError as error:
 for name, revision in (("of main", None), ("of the first", first)):
     run = {**json.loads(settings), "output_dir": f"{out}/{name}", "revision": revision}
     output[name] = linearize.run(run).record
-output["more"] = linearize.pretrain({
+training = {"kind": "train", "weights": "all", "max_steps": 1, "batch_size": 1, "tokens_per_step": 32}
+output["more"] = linearize.run({
     "model_name_or_path": "tester/tuned", "output_dir": f"{out}/more", "device": "cpu", "data": run["data"],
-    "training": {"max_steps": 1, "batch_size": 1, "tokens_per_step": 32},
+    "stages": {"training": training}, "evaluation": None,
 }).final.joinpath("linearize.json").read_text()
 print("RESULT", json.dumps(output))
 """.replace("SMALL", repr(SMALL))
@@ -80,7 +80,7 @@ def test_the_record_of_a_hub_id(inputs, tmp_path):
     final = converted(inputs, tmp_path / "tuned", tokens={"transfer": 100, "finetune": 50})
     plain = converted(inputs, tmp_path / "plain")
     settings = tiny_config("tester/tuned", inputs / "text.jsonl", "", inputs / "cache")
-    settings |= {"finetune": None, "attention": {}}
+    settings["attention"], settings["stages"]["finetune"] = {}, None
     with FakeHub() as hub:
         hub.add_directory("tester/stock", inputs / "teacher")
         hub.add_directory("tester/converted", plain)
@@ -99,11 +99,14 @@ def test_the_record_of_a_hub_id(inputs, tmp_path):
         record = found[name]
         assert record["teacher"] == "someone/teacher" and record["teacher_revision"] == "abc", name
         assert record["teacher_on_hub"] and record["tokens"] == tokens, name
-        assert record["recipe"]["attention"]["window"] == 4 and record["recipe"]["transfer"]["max_steps"] == 3, name
+        assert (
+            record["recipe"]["attention"]["window"] == 4 and record["recipe"]["stages"]["transfer"]["max_steps"] == 3
+        ), name
         assert record["evaluation"]["reference"] == (OWN if "finetune" in tokens else TEACHER)
     more = json.loads(found["more"])
     assert more["teacher"] == "someone/teacher"
-    assert more["tokens"] == {"transfer": 100, "finetune": 50, "all weights": 32}
+    assert more["tokens"] == {"transfer": 100, "finetune": 50, "training": 32}
+    assert more["trained"] == {"training": "all"} and not base_is_teacher(more)
 
 
 def test_the_record_of_directories_and_runs(inputs, tmp_path):
@@ -120,6 +123,9 @@ def test_the_record_of_directories_and_runs(inputs, tmp_path):
     [
         ({"tokens": {"transfer": 9, "scalers": 3}}, True),
         ({"tokens": {"transfer": 9, "all weights": 3}}, False),
+        ({"tokens": {"one": 9, "two": 3}, "trained": {"one": "mechanism", "two": "mechanism"}}, True),
+        ({"tokens": {"one": 9, "two": 3}, "trained": {"one": "mechanism", "two": "lora"}}, False),
+        ({"tokens": {"transfer": 9}, "trained": {"transfer": "all"}}, False),
         ({"recipe": {"imported": {"block_size": 4}}}, False),
         ({"earlier": {}}, False),
         ({"earlier": {}, "tokens": {"transfer": 9}}, False),
@@ -156,39 +162,73 @@ def test_a_record_goes_on_and_leaves_out_what_was_measured_before():
     assert second["evaluation"] is None and second["tasks"] is None and "validation" not in second
 
 
+def test_a_record_keeps_the_most_that_a_stage_of_a_name_has_trained():
+    first = make_record("someone/teacher", tokens={"training": 5}, trained={"fit": "nothing", "training": "all"})
+    second = make_record(
+        "converted", earlier=first, tokens={"training": 2}, trained={"training": "mechanism", "more": "lora"}
+    )
+    assert second["trained"] == {"fit": "nothing", "training": "all", "more": "lora"}
+    assert not base_is_teacher(second)
+
+
+def test_a_run_goes_on_from_a_record_of_before_stages(inputs, tmp_path):
+    """Its recipe had the settings of each stage at the top."""
+    final = converted(inputs, tmp_path / "final", tokens={"transfer": 5})
+    record = read_record(final)
+    record["recipe"] |= {"transfer": {"loss": "mse"}, "finetune": None, "data": {"sequence_length": 32}}
+    del record["trained"]
+    (final / "linearize.json").write_text(json.dumps(record))
+    settings = tiny_config(final, inputs / "text.jsonl", tmp_path / "out", inputs / "cache") | {"evaluation": None}
+    settings["stages"] = {"finetune": {**settings["stages"]["finetune"], "max_steps": 1}}
+    found = read_record(linearize.run(settings).final)
+    assert found["recipe"]["stages"]["transfer"] == {"loss": "mse"}
+    assert found["recipe"]["stages"]["finetune"]["max_steps"] == 1 and found["recipe"]["attention"]["window"] == 4
+    assert found["tokens"] == {"transfer": 5, "finetune": 64} and not base_is_teacher(found)
+    card = (tmp_path / "out" / "final" / "README.md").read_text()
+    assert "- transfer: 5 tokens" in card and "loss: mse" in card
+
+
 @pytest.mark.slow
 def test_the_stages_onto_gain_cells_count_all_tokens(inputs, tmp_path):
-    training = {"max_steps": 2, "batch_size": 1, "tokens_per_step": 32}
-    out = linearize.run_gain_cell(
+    training = {"kind": "train", "weights": "all", "max_steps": 2, "batch_size": 1, "tokens_per_step": 32}
+    refined = {**training, "weights": "mechanism", "teacher": "linear", "labels_weight": 0}
+    out = linearize.run(
         {
             "model_name_or_path": str(inputs / "teacher"),
             "output_dir": str(tmp_path / "out"),
             "device": "cpu",
-            "attention": {"type": "gain_cell", "window": 64},
+            "attention": {"type": "gain_cell", "window": 64, "cell_kind": "linear"},
             "data": {
                 "dataset": str(inputs / "text.jsonl"),
                 "sequence_length": 32,
                 "cache_dir": str(tmp_path / "cache"),
             },
-            "train_teacher": False,
-            "statistics_sequences": 2,
-            "transfer": {"max_steps": 3, "tokens_per_step": 32, "branch": "mixed"},
-            **dict.fromkeys(("linear", "refinement", "nonlinear"), training),
+            "stages": {
+                "calibrate": {"kind": "calibrate", "sequences": 2},
+                "transfer": {"kind": "transfer", "max_steps": 3, "tokens_per_step": 32, "branch": "mixed"},
+                "linear": training,
+                "adapted": {"kind": "adapt", "sequences": 2},
+                "refined": refined,
+                "nonlinear": training,
+            },
+            "evaluation": None,
         }
-    )
+    ).output_dir
     expected = {
-        "start": {"transfer": 96},
-        "linear": {"transfer": 96, "all weights": 64},
-        "adapted": {"transfer": 96, "all weights": 64},
-        "refined": {"transfer": 96, "all weights": 64, "scalers": 64},
-        "nonlinear": {"transfer": 96, "all weights": 128, "scalers": 64},
-        "final": {"transfer": 96, "all weights": 128, "scalers": 64},
+        "transfer": {"transfer": 96},
+        "linear": {"transfer": 96, "linear": 64},
+        "adapted": {"transfer": 96, "linear": 64},
+        "refined": {"transfer": 96, "linear": 64, "refined": 64},
+        "final": {"transfer": 96, "linear": 64, "refined": 64, "nonlinear": 64},
     }
+    trained = {"calibrate": "nothing", "transfer": "mechanism", "linear": "all", "adapted": "nothing"}
+    trained |= {"refined": "mechanism", "nonlinear": "all"}
     for name, tokens in expected.items():
         record = read_record(out / name)
         assert record["tokens"] == tokens, name
         assert record["teacher"] == "teacher" and record["recipe"]["attention"]["window"] == 64, name
-        assert base_is_teacher(record) == (name == "start"), name
+        assert record["trained"].items() <= trained.items() and record["trained"].keys() >= tokens.keys(), name
+        assert base_is_teacher(record) == (name == "transfer"), name
     assert reference(out / "adapted", inputs, tmp_path / "report")[0] == OWN
 
 
@@ -197,9 +237,11 @@ def test_training_from_a_converted_model_measures_anew(inputs, tmp_path):
     settings = {
         "model_name_or_path": str(final), "output_dir": str(tmp_path / "out"), "device": "cpu",
         "data": {"dataset": str(inputs / "text.jsonl"), "sequence_length": 32, "cache_dir": str(tmp_path / "cache")},
-        "training": {"max_steps": 1, "batch_size": 1, "tokens_per_step": 32},
+        "stages": {
+            "training": {"kind": "train", "weights": "all", "max_steps": 1, "batch_size": 1, "tokens_per_step": 32}
+        }, "evaluation": None,
     }  # fmt: skip
-    record = read_record(pretrain(settings).final)
-    assert record["tokens"] == {"transfer": 5, "all weights": 32} and not record["evaluation"]
+    record = read_record(linearize.run(settings).final)
+    assert record["tokens"] == {"transfer": 5, "training": 32} and not record["evaluation"]
     assert record["validation"]["perplexity"] and record["recipe"]["attention"]["window"] == 4
-    assert record["recipe"]["training"]["max_steps"] == 1
+    assert record["recipe"]["stages"]["training"]["max_steps"] == 1

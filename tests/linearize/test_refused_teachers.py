@@ -13,7 +13,7 @@ import linearize
 from linearize import UserError
 from linearize.cli import main
 from linearize.conversion import load_student
-from linearize.runs.pipeline import plan
+from linearize.runs.engine import plan
 
 QUANTISED = {
     "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
@@ -39,7 +39,7 @@ def test_every_way_to_quantise_is_refused(tmp_path, method):
 
 
 @pytest.mark.parametrize(
-    "kind", ["run", "dry run", "cli", "encoder", "pretrain", "distillation", "landmark", "gain cell", "glue", "staged"]
+    "kind", ["run", "dry run", "cli", "encoder", "stock", "distillation", "landmark", "gain cell", "glue", "staged"]
 )
 def test_every_kind_of_run_refuses_a_quantised_teacher(tmp_path, capsys, kind):
     settings = QUANTISED["bitsandbytes"]
@@ -49,16 +49,26 @@ def test_every_kind_of_run_refuses_a_quantised_teacher(tmp_path, capsys, kind):
     make_teacher().config.save_pretrained(plain)
     text, out = write_text(tmp_path / "text.jsonl", 4), tmp_path / "out"
     common = {"output_dir": str(out), "device": "cpu", "data": {"dataset": str(text), "sequence_length": 32}}
-    stages = {"model_name_or_path": str(plain), "distillation": {"teacher": decoder}}
+    steps = {"kind": "train", "weights": "all", "max_steps": 1, "batch_size": 1, "tokens_per_step": 32}
+    layers = {"stages": {"transfer": {"kind": "transfer", "max_steps": 1}}}
+    whole = {"stages": {"training": steps}}
+    taught = {"model_name_or_path": str(plain), "stages": {"training": {**steps, "teacher": decoder}}}
+    sentences = {"stages": {"distillation": {**steps, "objective": "embeddings"}}}
+    cells, landmarks, stock = (
+        {"attention": {"type": "gain_cell"}},
+        {"attention": {"type": "landmark"}},
+        {"attention": None},
+    )
+    common |= {"model_name_or_path": decoder}
     runs = {
-        "run": lambda: linearize.run({**common, "model_name_or_path": decoder}),
-        "dry run": lambda: plan({**common, "model_name_or_path": decoder}),
-        "encoder": lambda: linearize.run_encoder({**common, "model_name_or_path": encoder}),
-        "pretrain": lambda: linearize.pretrain({**common, "model_name_or_path": decoder}),
-        "distillation": lambda: linearize.pretrain({**common, **stages}),
-        "landmark": lambda: linearize.run_landmark({**common, "model_name_or_path": decoder}),
-        "gain cell": lambda: linearize.run_gain_cell({**common, "model_name_or_path": decoder}),
-        "staged": lambda: linearize.run_gain_cell({**common, **stages}),
+        "run": lambda: linearize.run({**common, **layers}),
+        "dry run": lambda: plan({**common, **layers}),
+        "encoder": lambda: linearize.run({**common, **sentences, "model_name_or_path": encoder}),
+        "stock": lambda: linearize.run({**common, **stock, **whole}),
+        "distillation": lambda: linearize.run({**common, **stock, **taught}),
+        "landmark": lambda: linearize.run({**common, **landmarks, **whole}),
+        "gain cell": lambda: linearize.run({**common, **cells, **layers}),
+        "staged": lambda: linearize.run({**common, **cells, **taught}),
         "glue": lambda: linearize.run_glue({"models": [encoder], "output_dir": str(out), "device": "cpu"}),
     }
     if kind == "cli":
@@ -110,8 +120,6 @@ def test_a_run_saves_what_its_teacher_generates_with(tmp_path, monkeypatch):
     result = linearize.run(settings)
     assert load_student(result.final).generation_config.eos_token_id == 2
     # Of the stock model too, which all-weights training saves as the yardstick.
-    training = {"max_steps": 1, "batch_size": 1, "tokens_per_step": 32}
-    common = {name: settings[name] for name in ("device", "data")}
-    linearize.pretrain(
-        {**common, "model_name_or_path": str(teacher), "output_dir": str(tmp_path / "more"), "training": training}
-    )
+    training = {"kind": "train", "weights": "all", "max_steps": 1, "batch_size": 1, "tokens_per_step": 32}
+    stock = {"attention": None, "output_dir": str(tmp_path / "more"), "stages": {"training": training}}
+    linearize.run({**settings, **stock})

@@ -14,11 +14,11 @@ import linearize
 from linearize.cli import main
 from linearize.config.record import read_record
 from linearize.config.sizes import parse_budget, parse_bytes, parse_share
-from linearize.config.yaml_io import resolve
 from linearize.data.sequences import TokenBlocks
 from linearize.errors import UserError
 from linearize.hardware.state_bytes import layer_bytes
-from linearize.runs.pipeline import plan
+from linearize.runs.engine import plan
+from linearize.runs.settings import resolve_run
 from linearize.stages import select_measure
 from linearize.stages.select_measure import layer_tables, measured_pieces
 from linearize.stages.select_place import largest, place
@@ -49,13 +49,14 @@ def test_other_sizes_are_refused_in_a_sentence(text):
     [(4, 4), ("4", 4), ("10%", "10%"), ([4], [4]), ("[4]", [4]), ("0,-1", [0, -1]), (-1, [-1]), ("", [])],
 )
 def test_softmax_layers_are_a_list_a_number_or_a_share(value, kept):
-    assert resolve({"softmax_layers": value}).softmax_layers == kept
+    config = {"model_name_or_path": "a/teacher", "stages": {}, "softmax_layers": value}
+    assert resolve_run(config).softmax_layers == kept
 
 
 @pytest.mark.parametrize("value", [0, "0", "few", 0.5, "0%", "200%"])
 def test_other_softmax_layers_are_refused(value):
     with pytest.raises(UserError, match="softmax_layers is"):
-        resolve({"softmax_layers": value})
+        resolve_run({"model_name_or_path": "a/teacher", "stages": {}, "softmax_layers": value})
 
 
 # ---- the greedy rule
@@ -206,6 +207,11 @@ def measurements(monkeypatch):
     return counted
 
 
+def only(config: dict, *names: str) -> dict:
+    """The settings with these stages alone."""
+    return {**config, "stages": {name: config["stages"][name] for name in names}}
+
+
 def flags(inputs, out, *more):
     given = {
         "--data": inputs / "text.jsonl",
@@ -232,7 +238,7 @@ def state_of(model, tokens: int) -> list[int]:
 
 
 def test_a_run_with_a_budget(config, tmp_path, measurements, capsys):
-    config = {**config, "softmax_layers": 1, "evaluation": {"max_tokens": 256}, "finetune": None}
+    config = {**only(config, "transfer"), "softmax_layers": 1, "evaluation": {"max_tokens": 256}}
     result = linearize.run(config)
     shown = capsys.readouterr().out
     out, final = tmp_path / "out", tmp_path / "out" / "final"
@@ -255,9 +261,8 @@ def test_a_run_with_a_budget(config, tmp_path, measurements, capsys):
         assert (folder / "selection.png").read_bytes().startswith(b"\x89PNG")
     assert len(measurements) == 1
     # Its own config and no other resumes it, and nothing is measured again; nor by a run that went on from it.
-    resumed = linearize.run(
-        {**config, "resume_from_checkpoint": True, "finetune": {"max_steps": 1, "tokens_per_step": 32}}
-    )
+    longer = {**config["stages"], "finetune": {"kind": "train", "max_steps": 1, "tokens_per_step": 32}}
+    resumed = linearize.run({**config, "resume_from_checkpoint": True, "stages": longer})
     assert len(measurements) == 1 and resumed.record["selection"] == result.record["selection"]
     assert AutoModelForCausalLM.from_pretrained(final).config.mixer_types == kept
     with pytest.raises(UserError, match="holds a run with other settings .state_budget"):
@@ -313,8 +318,8 @@ def layer_bytes_of(inputs, window: int) -> int:
 def test_a_run_from_a_written_selection(inputs, config, tmp_path, capsys):
     mixers = {"far": {"type": "linear", "window": 16}, "near": {"type": "linear", "window": 4, "sinks": 2}}
     named = {"mixer_types": ["near", "softmax", "far", "near"], "mixers": mixers}
-    rest = {name: config[name] for name in ("model_name_or_path", "dtype", "device", "output_dir", "data", "transfer")}
-    settings = {**rest, **named, "finetune": None, "evaluation": {"max_tokens": 256}}
+    rest = {name: config[name] for name in ("model_name_or_path", "dtype", "device", "output_dir", "data")}
+    settings = {**rest, **named, "stages": only(config, "transfer")["stages"], "evaluation": {"max_tokens": 256}}
     table = plan(settings).tables()[0]
     assert ["attention", "2 layers near, 1 layers softmax, 1 layers far"] in table.rows
     result = linearize.run(settings)
@@ -330,7 +335,7 @@ def test_a_run_from_a_written_selection(inputs, config, tmp_path, capsys):
 
 
 def test_softmax_layers_by_number_alone_keep_the_window(config, measurements):
-    config = {**config, "state_budget": None, "softmax_layers": 2, "transfer": None, "finetune": None}
+    config = {**only(config), "state_budget": None, "softmax_layers": 2}
     assert ["selection", "2 softmax layers by their divergence"] in plan(config).tables()[0].rows
     result = linearize.run(config)
     types = linearize.load_student(result.final).config.mixer_types
@@ -342,10 +347,11 @@ def test_softmax_layers_by_number_alone_keep_the_window(config, measurements):
 
 def test_a_run_onto_cosine_attention_with_a_budget(config):
     attention = {"type": "cosine", "window": 8, "sinks": 2}
-    config = {**config, "attention": attention, "state_budget": "28KB", "finetune": None, "softmax_layers": [1]}
+    config = {**only(config, "calibrate", "transfer"), "attention": attention}
+    config |= {"state_budget": "28KB", "softmax_layers": [1]}
     result = linearize.run(config)
     student = linearize.load_student(result.final, dtype=torch.float32)
-    assert student.config.mixer_types[1] == "softmax" and result.calibration is not None
+    assert student.config.mixer_types[1] == "softmax" and result.record["calibration"]["sequences"] > 0
     assert {settings["type"] for settings in student.config.mixers.values()} == {"cosine"}
     held = state_of(student, 64)
     assert sum(held) == result.record["selection"]["state_bytes"] <= 28_000
@@ -354,7 +360,7 @@ def test_a_run_onto_cosine_attention_with_a_budget(config):
 
 def test_a_run_onto_salient_attention_with_a_budget(config):
     attention = {"type": "salient", "sinks": 2}
-    config = {**config, "attention": attention, "state_budget": "28KB", "transfer": None, "finetune": None}
+    config = {**only(config), "attention": attention, "state_budget": "28KB"}
     result = linearize.run({**config, "softmax_layers": [1]})
     student = linearize.load_student(result.final, dtype=torch.float32)
     selection = result.record["selection"]

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import yaml
 from data_toys import flat, make_config, write_texts
 from tiny_models import make_gpt2, make_mistral
 from tiny_runs import make_bert_directory, make_teacher_directory, tiny_config, write_text
@@ -9,7 +10,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from linearize.cli import main
-from linearize.config.encoder import EncoderDataConfig
+from linearize.config.settings import DataConfig
 from linearize.data import prepare_data
 from linearize.data.rows import prepare_rows
 from linearize.data.vocabulary import vocabulary_size
@@ -30,7 +31,7 @@ def test_ids_with_holes_do_not_wrap(tmp_path):
     train, _ = prepare_data(make_config(tmp_path, path, sequence_length=8, validation_documents=0), tokenizer)
     assert set(flat(train)) == {0, 7, (1 << 16) + 3, (1 << 16) + 9}
     rows, _ = prepare_rows(
-        EncoderDataConfig(dataset=path, sequence_length=8, validation_documents=0, cache_dir=str(tmp_path / "cache")),
+        DataConfig(dataset=path, sequence_length=8, validation_documents=0, cache_dir=str(tmp_path / "cache")),
         tokenizer,
     )
     assert np.max(rows.input_ids) == (1 << 16) + 9
@@ -51,15 +52,16 @@ def root(tmp_path_factory):
     return root
 
 
-COMMANDS = {
-    "gain-cell": "gpt2",
-    "landmark": "mistral",
-    "encoder": "bert",
-    "glue": "bert",
-    "pretrain": "llama",
-    "evaluate": "llama",
-    "evaluate an encoder": "bert",
+TRAINING = {"kind": "train", "weights": "all", "batch_size": 1, "tokens_per_step": 32, "max_steps": 1}
+RUNS = {
+    "gain cell": ("gpt2", {"attention": {"type": "gain_cell"}, "stages": {"linear": TRAINING}}),
+    "landmark": ("mistral", {"attention": {"type": "landmark"}, "stages": {"training": TRAINING}}),
+    "encoder": ("bert", {"stages": {"distillation": {**TRAINING, "objective": "embeddings"}}}),
+    "stock": ("llama", {"attention": None, "stages": {"training": TRAINING}}),
+    "transfer": ("llama", {}),
 }
+"""What runs start from, and what they do that the tiny run does not."""
+COMMANDS = {"glue": "bert", "evaluate": "llama", "evaluate an encoder": "bert"}
 
 
 def refused(capsys, rows, *arguments):
@@ -74,22 +76,20 @@ def test_every_command_names_both_sizes(root, tmp_path, capsys, command):
     model = root / COMMANDS[command]
     rows = vocabulary_size(AutoTokenizer.from_pretrained(model)) - 2
     text, out = root / "text.jsonl", tmp_path / "out"
-    data = ["--data.dataset", text, "--data.cache_dir", root / "cache", "--data.sequence_length", "32"]
     options = ["--output_dir", out, "--device", "cpu"]
     arguments = {
-        "pretrain": ["pretrain", "--model_name_or_path", model, *data, *options],
         "evaluate": ["evaluate", model, "--text", text, "--device", "cpu"],
         "evaluate an encoder": ["evaluate", model, "--text", text, "--device", "cpu"],
         "glue": ["glue", "--models", model, "--tasks", "sst2", "--data.sequence_length", "32", *options],
-    }.get(command, [command, "--model_name_or_path", model, *data, *options])
-    refused(capsys, rows, *arguments)
+    }
+    refused(capsys, rows, *arguments[command])
 
 
-def test_a_run_names_both_sizes(root, tmp_path, capsys):
-    import yaml
-
-    settings = tiny_config(root / "llama", root / "text.jsonl", tmp_path / "out", root / "cache")
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_names_both_sizes(root, tmp_path, capsys, kind):
+    model, changes = RUNS[kind]
+    settings = tiny_config(root / model, root / "text.jsonl", tmp_path / "out", root / "cache") | changes
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
-    rows = vocabulary_size(AutoTokenizer.from_pretrained(root / "llama")) - 2
+    rows = vocabulary_size(AutoTokenizer.from_pretrained(root / model)) - 2
     refused(capsys, rows, "run", tmp_path / "config.yaml")
     assert not (tmp_path / "out").exists()

@@ -122,5 +122,8 @@ def _unknown(name: str, values: Mapping[str, Any]) -> str:
         ", ".join(f"{key} {' or '.join(_choices(kind, key))}" for key in SELECTORS[1:] if _choices(kind, key))
         for kind in of_kind
     )
+    if not shown:
+        extra = " and ".join(key for key in SELECTORS[1:] if values.get(key) is not None)
+        return f"Stage {name} is of kind {given}, which has no {extra}: leave it out."
     asked = ", ".join(f"{key} {values[key]}" for key in SELECTORS[1:] if values.get(key) is not None)
     return f"Stage {name} is of kind {given} with {asked}; there is {shown}."

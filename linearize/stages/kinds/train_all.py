@@ -94,6 +94,7 @@ class TrainAll(Stage):
             **context.options(),
         )
         figures = {
+            "parameters": model.num_parameters(),
             "tokens_per_second": done.tokens_per_second,
             "losses": done.losses,
             "validation": done.validation,
@@ -103,7 +104,7 @@ class TrainAll(Stage):
         }
         measured = {name: figures[name] for name in ("perplexity", "accuracy")}
         record = {
-            "parameters": model.num_parameters(),
+            "parameters": figures["parameters"],
             "validation": {**measured, "tokens": done.perplexity_tokens},
         }
         return Outcome(model, done.steps, done.tokens, done.seconds, done.peak_memory_bytes, figures, record)
