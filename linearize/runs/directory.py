@@ -3,7 +3,8 @@
 config.yaml                  every setting, resolved
 selection.{json,yaml,png}    where windows and softmax layers are chosen by measuring
 logs/STAGE.jsonl             losses, STAGE_validation.jsonl; evaluation.json: what has been measured so far;
-                             inputs.json: digests of what the run is made of
+                             inputs.json: digests of what the run is made of; stages.json: what its stages did;
+                             ended.yaml: the settings that final was made with
 plots/*.png
 checkpoints/STAGE/step-N
 STAGE/                       the repository after a stage that another one follows
@@ -17,6 +18,7 @@ report.json, report.md       figures of all stages, of the models between them a
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 from collections.abc import Mapping
@@ -34,6 +36,10 @@ from linearize.stages.identity import STEPS, StageState, changed_settings, requi
 CONFIG = "config.yaml"
 REPORT, TABLES = "report.json", "report.md"
 INPUTS = Path("logs", "inputs.json")
+DONE = Path("logs", "stages.json")
+ENDED = Path("logs", "ended.yaml")
+PARTIAL = re.compile(r"\..+\.(tmp|old)-\d+")
+"""Names of what was being written when a run was killed (`linearize.files`)."""
 YARDSTICK, CONVERTED = "yardstick", "converted"
 CONTENTS = (CONFIG, *FILES, "logs", "plots", "checkpoints", YARDSTICK, CONVERTED, "adapter", FINAL, REPORT, TABLES)
 FREE_TO_CHANGE = (
@@ -150,6 +156,8 @@ class RunDirectory:
                     shutil.rmtree(target)
                 else:
                     target.unlink(missing_ok=True)
+        if self.config.resume_from_checkpoint:
+            self._clear_away()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -159,6 +167,14 @@ class RunDirectory:
         write_config(self.config, self.path / CONFIG)
         if inputs is not None:
             write_file(noted, (json.dumps(inputs, indent=1) + "\n").encode())
+
+    def _clear_away(self) -> None:
+        """Delete what a killed run has left half-written."""
+        for path in [path for path in self.path.rglob(".*") if PARTIAL.fullmatch(path.name)]:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
 
 
 class StagesDirectory(RunDirectory):
@@ -205,9 +221,10 @@ class StagesDirectory(RunDirectory):
         return resolve_run(self.path / CONFIG)
 
     def stage_states(self) -> dict[str, StageState]:
-        """How far each stage of the run that lies there is. Once the yardstick has begun, which trains as long as all
-        stages, their lengths are settled."""
+        """How far each stage of the run that lies there is. One that left its repository is not taken up again; once
+        the yardstick has begun, which trains as long as all stages, their lengths are settled."""
         states = super().stage_states()
+        states |= {name: StageState.CLOSED for name in states if (self.of_stage(name) / "config.json").is_file()}
         if self._has_begun(f"checkpoints/{YARDSTICK}"):
             trained = [name for name, stage in self.config.stages.items() if trains_language(stage)]
             states |= {name: StageState.SETTLED for name in trained if states[name] is not StageState.CLOSED}
@@ -218,10 +235,11 @@ class StagesDirectory(RunDirectory):
         return self.has_ended() and not self.asks_for_more()
 
     def asks_for_more(self) -> bool:
-        """Whether the settings have another stage, or other steps, than the run that lies there."""
-        if not (self.path / CONFIG).is_file():
-            return False
-        names = differences(self.stored(), self.config)
+        """Whether the settings have another stage, or other steps, than those that the repository in `final` was made
+        with; also where a run was killed before it could note them."""
+        if not (self.path / ENDED).is_file():
+            return True
+        names = differences(resolve_run(self.path / ENDED), self.config)
         return any(name in self.config.stages or name.rpartition(".")[2] in STEPS for name in names)
 
     def has_ended(self) -> bool:

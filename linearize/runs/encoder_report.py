@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 STUDENT = "student"
 ARMS = {"softmax": "student, window and sinks alone", "linear": "student, linear branch alone"}
+FINISHED = (STUDENT, *ARMS.values())
+"""Rows of the finished model."""
 
 
 class EncoderReport:
@@ -32,6 +34,7 @@ class EncoderReport:
         masking: What to hide in them; None: no stage learns that.
         path: Where the rows are kept.
         keep: Whether rows that lie there belong to this run.
+        ended: Whether those of a finished student do too; else it was one of fewer steps.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class EncoderReport:
         path: Path,
         *,
         keep: bool,
+        ended: bool = False,
     ) -> None:
         sizes = {"pairs": config.pairs, "batch_size": config.batch_size, "max_length": max_length}
         self.config, self.rows, self.masking = config, rows, masking
@@ -55,7 +59,8 @@ class EncoderReport:
             else None
         )
         same = kept is not None and (kept.sentences, kept.pairs) == (self.report.sentences, self.report.pairs)
-        self.kept = {row.name: row for row in kept.rows} if kept is not None and same else {}
+        old = () if ended else FINISHED
+        self.kept = [row for row in kept.rows if row.name not in (TEACHER, *old)] if kept is not None and same else []
 
     @property
     def report(self) -> EmbeddingReport:
@@ -67,9 +72,7 @@ class EncoderReport:
         are compared with."""
         from linearize.evaluation.masked import masked_perplexity
 
-        if name != TEACHER and name in self.kept:
-            if self.kept[name] not in self.report.rows:
-                self.report.rows.append(self.kept[name])
+        if any(row.name == name for row in self.report.rows):
             return
         masked, size = None, self.config.batch_size
         used = arm if is_student(model) else None
@@ -78,6 +81,8 @@ class EncoderReport:
         row = self.evaluation.measure(name, model, used, masked)
         figures = f"cosine {row.cosine:.4f}, recall@1 {row.recall:.4f}"
         print(f"{name}: {figures}" + (f", masked perplexity {masked:.2f}" if masked is not None else ""), flush=True)
+        if name == TEACHER:
+            self.report.rows += self.kept
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_file(self.path, (json.dumps(self.report.to_dict(), indent=1) + "\n").encode())
 
@@ -86,12 +91,6 @@ class EncoderReport:
         self.measure(TEACHER, model, "teacher")
         if self.config.controls and is_student(model):
             self.measure(CONVERTED, model, "mixed")
-
-    def go_on(self, teacher: Any) -> None:
-        """The teacher, and what an earlier call measured of the student before and between its stages."""
-        self.measure(TEACHER, teacher, "teacher")
-        last = (TEACHER, STUDENT, *ARMS.values())
-        self.report.rows += [row for name, row in self.kept.items() if name not in last]
 
     def after_stage(self, name: str, model: Any) -> None:
         """The student between the stages."""

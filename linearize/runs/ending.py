@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from linearize.config.yaml_io import write_config
 from linearize.failures import stage
 from linearize.files import write_file
-from linearize.runs.directory import REPORT, TABLES, YARDSTICK
+from linearize.runs.directory import ENDED, REPORT, TABLES, YARDSTICK
 
 if TYPE_CHECKING:
     from linearize.runs.engine import RunOfStages
@@ -40,6 +41,7 @@ def keep(run: RunOfStages, model: Any) -> Any:
         model = run.models.whole(model, base)
         if run.repository != run.directory.final:  # else a run goes on at its evaluation
             save(run, model, run.directory.final, outcome.files if outcome else None)
+            write_config(run.directory.config, run.directory.path / ENDED)
     for done in run.result.stages.values():
         done.model = None
     return model
@@ -97,8 +99,7 @@ def write_report(run: RunOfStages, measures: Any) -> None:
     from linearize.runs.curves import plot_curves
 
     path = run.directory.path
-    kept = _earlier_stages(path / REPORT, run)
-    done = {**kept, **run.figures}
+    done = run.figures
     order = [YARDSTICK, *(current.name for current in run.plan.stages)]
     content: dict[str, Any] = {
         "stages": {name: done[name] for name in order if name in done},
@@ -113,21 +114,6 @@ def write_report(run: RunOfStages, measures: Any) -> None:
         text.append(measures.report.markdown())
     write_file(path / TABLES, "\n".join(text).encode())
     plot_curves(content["stages"], path)
-
-
-def _earlier_stages(path: Path, run: RunOfStages) -> dict[str, Any]:
-    """Figures of the stages that an earlier call ran, from the report that is there or the record."""
-    known: dict[str, Any] = {}
-    if path.is_file() and run.config.resume_from_checkpoint:
-        known = json.loads(path.read_text(encoding="utf-8")).get("stages") or {}
-    record = run.record or {}
-    for current in run.plan.stages:
-        tokens = (record.get("tokens") or {}).get(current.name)
-        if tokens is not None and current.name not in known:
-            seconds = (record.get("seconds") or {}).get(current.name)
-            known[current.name] = {"kind": current.values.kind, "trained": current.what, "tokens": tokens}
-            known[current.name] |= {} if seconds is None else {"seconds": seconds}
-    return known
 
 
 def _stages_table(stages: Mapping[str, Any]) -> str:

@@ -10,6 +10,7 @@ inside a stage its checkpoints do.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from linearize.failures import stage
+from linearize.files import write_file
 from linearize.processes import from_main_process
 from linearize.runs.attention import complete
-from linearize.runs.directory import CONVERTED, YARDSTICK, StagesDirectory
+from linearize.runs.directory import CONVERTED, DONE, YARDSTICK, StagesDirectory
 from linearize.runs.settings import RunConfig, resolve_run
 from linearize.stages.kinds import make_stage
 from linearize.stages.kinds.base import Context, Outcome, Stage
@@ -114,11 +116,10 @@ class RunOfStages:
         self._select()
         done = self._stages_done()
         whole = self._whole_yardstick()  # it trains before the student takes its place in memory
-        model = (
-            self._load(done) if whole is None else None
-        )  # what cannot be read is refused before anything is written
+        # What cannot be read is refused before anything is written.
+        model = self._load(done) if whole is None else None
         self._prepare_directory()
-        measures = self._measures()
+        measures = self._measures(done)
         if whole is not None:
             self._train_whole_yardstick(whole, measures)
             model = self._load(done)
@@ -257,16 +258,19 @@ class RunOfStages:
                 inputs["validation"] = data_identity(self.texts.validation)
         keeps = train is not None or config.evaluation is not None
         from_main_process(lambda: self.directory.prepare(inputs if keeps else None))
+        if (earlier := self.directory.path / DONE).is_file() and config.resume_from_checkpoint:
+            self.figures = json.loads(earlier.read_text(encoding="utf-8"))
         if self.models.selection is not None and self.state.is_main_process:
             self.models.selection.save(self.directory.path)
 
-    def _measures(self) -> Any:
+    def _measures(self, done: int) -> Any:
         """What measures the models; None on the other processes or when there is nothing to measure."""
         from linearize.runs.texts import make_measures
 
         if self.config.evaluation is None or not self.state.is_main_process:
             return None
-        measures = make_measures(self.plan, self.texts, self.directory)
+        ended = done == len(self.plan.stages) and self.directory.final.is_dir()
+        measures = make_measures(self.plan, self.texts, self.directory, ended=ended)
         if measures is not None and self.models.selection is not None:
             if (note := self.models.selection.sentence()) not in measures.report.notes:
                 measures.report.notes.append(note)
@@ -309,7 +313,8 @@ class RunOfStages:
         return model
 
     def _measure_start(self, measures: Any, model: Any, done: int) -> None:
-        """The references. Of a run that goes on later they are there, but for an encoder's teacher."""
+        """The references. Of a run that goes on later they are there, but for an encoder's teacher, and perhaps the
+        model after the stage that was the last one done."""
         from linearize.config.record import base_is_teacher
 
         if not done:
@@ -318,7 +323,9 @@ class RunOfStages:
             if (self.directory.yardstick / "config.json").is_file():
                 measures.after_yardstick(self.models.of_yardstick(), " + training on the same tokens")
         elif self.plan.start.encoder:
-            measures.go_on(self.models.placed(self.models.teacher("base")))
+            measures.before_training(self.models.placed(self.models.teacher("base")))
+        if 0 < done < len(self.plan.stages):
+            measures.after_stage(self.plan.stages[done - 1].label, model)
 
     # --- the yardstick
 
@@ -438,6 +445,8 @@ class RunOfStages:
             "peak_memory_bytes": outcome.peak_memory_bytes,
             **outcome.figures,
         }
+        if self.state.is_main_process:
+            write_file(self.directory.path / DONE, (json.dumps(self.figures, indent=1) + "\n").encode())
         self.result.stages[current.name] = outcome
         if current.name != YARDSTICK:
             self.record = self._record(current, outcome)

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 CONVERTED = "student after conversion"
 MODEL = "model"
 """A stock one that was trained."""
+FINISHED = (STUDENT, SOFTMAX_ARM, LINEAR_ARM, MODEL)
+"""Rows of the finished model."""
 QUANTIZED = (
     "All rows above the student's were measured on the quantised base, the student and its arms on full weights."
 )
@@ -52,6 +54,7 @@ class RunReport:
         path: Path,
         *,
         keep: bool,
+        ended: bool = False,
         texts: Sequence[by_length.LengthText] = (),
         trained: int = 0,
     ) -> None:
@@ -62,6 +65,7 @@ class RunReport:
             blocks: Held-out sequences.
             path: Where the rows are kept.
             keep: Whether rows that lie there belong to this run.
+            ended: Whether those of a finished student do too; else it was one of fewer steps.
             texts: To score by length; none: no figures by length.
             trained: Tokens of a training sequence.
         """
@@ -72,7 +76,11 @@ class RunReport:
         fresh = by_length.start_report(texts, trained) if texts else None
         kept = self.report.by_length
         if fresh is None or kept is None or kept.read != fresh.read:  # what a resumed run scores may be other text
-            self.report.by_length = fresh
+            self.report.by_length = kept = fresh
+        if not ended:
+            self.report.rows = [row for row in self.report.rows if row.name not in FINISHED]
+            if kept is not None:
+                kept.figures = [x for x in kept.figures if x.name != STUDENT and not x.name.startswith(f"{STUDENT}, ")]
 
     def measure(self, name: str, model: Any, arm: str | None) -> None:
         """Append the perplexity of one arm, unless it is there."""

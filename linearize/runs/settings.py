@@ -250,7 +250,10 @@ def make_stages(given: Mapping[str, Any]) -> dict[str, Any]:
     return stages
 
 
-RESERVED = ("yardstick", "base", "none", "final", "logs", "plots", "checkpoints", "adapter")
+RESERVED = (
+    *("yardstick", "base", "none", "final", "logs", "plots", "checkpoints", "adapter", "converted"),
+    *("inputs", "tasks"),
+)
 """Names of other things in a run's directory or among its teachers."""
 
 

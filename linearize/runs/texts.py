@@ -111,8 +111,12 @@ def _prepare_rows(plan: RunPlan, texts: RunTexts, state: Any) -> None:
         texts.held_out = held_out_documents(config.data)
 
 
-def make_measures(plan: RunPlan, texts: RunTexts, directory: StagesDirectory) -> Any:
-    """What measures the models of a run; None where there is nothing to compare them with."""
+def make_measures(plan: RunPlan, texts: RunTexts, directory: StagesDirectory, *, ended: bool) -> Any:
+    """What measures the models of a run; None where there is nothing to compare them with.
+
+    Args:
+        ended: Whether the finished model is there, so that what was measured of one is this one's.
+    """
     config = plan.config
     assert config.evaluation is not None
     keep = config.resume_from_checkpoint
@@ -126,6 +130,7 @@ def make_measures(plan: RunPlan, texts: RunTexts, directory: StagesDirectory) ->
             texts.held_out,
             directory.measurements,
             keep=keep,
+            ended=ended,
             texts=texts.by_length,
             trained=config.data.sequence_length,
         )
@@ -146,4 +151,5 @@ def make_measures(plan: RunPlan, texts: RunTexts, directory: StagesDirectory) ->
         masking,
         directory.measurements,
         keep=keep,
+        ended=ended,
     )

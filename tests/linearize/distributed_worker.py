@@ -75,8 +75,7 @@ STAGES = {
 
 def statistics(output_dir):
     """Moments after the scalers of gain cells, over the first 5 of 7 sequences: by scaler, mean and deviation."""
-    from linearize.runs.gain_cell import share_of
-    from linearize.stages.adaptation import collect_statistics
+    from linearize.stages.adaptation import collect_statistics, share_of
 
     mixer = {"type": "gain_cell", "window": 8, "cell": {"tile": 8}, "cell_kind": "linear"}
     model = make_student(make_teacher(), {"gain_cell": mixer})

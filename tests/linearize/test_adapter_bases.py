@@ -26,9 +26,11 @@ def inputs(tmp_path_factory):
     return root
 
 
-def ran(inputs, output, **changes):
+def ran(inputs, output, without=(), **changes):
     config = tiny_config(inputs / "teacher", inputs / "text.jsonl", output, inputs / "cache")
-    config["finetune"]["learning_rate"] = 1e-2
+    config["stages"]["finetune"]["learning_rate"] = 1e-2
+    for stage in without:
+        del config["stages"][stage]
     return linearize.run({**config, "evaluation": None, **changes})
 
 
@@ -52,25 +54,26 @@ def test_the_adapter_of_a_run_gives_its_model(inputs, tmp_path):
     adapter = tmp_path / "out" / "adapter"
     assert gap(adapter, result.final) < 1e-3
     assert gap(tmp_path / "out" / "checkpoints" / "finetune" / "step-3", result.final) < 1e-3
-    assert read_record(tmp_path / "out" / "transferred")["tokens"] == {"transfer": 192}
+    assert read_record(tmp_path / "out" / "transfer")["tokens"] == {"transfer": 192}
     card = ModelCard.load(adapter / "README.md")
     assert card.data.library_name == "peft" and card.data.base_model is None
-    assert "transferred" in card.text and str(tmp_path) not in card.content and '"adapter"' in card.text
+    assert "transfer" in card.text and str(tmp_path) not in card.content and '"adapter"' in card.text
 
 
 def test_without_stage_1_the_converted_teacher_is_its_base(inputs, tmp_path):
-    result = ran(inputs, tmp_path / "out", transfer=None)
+    result = ran(inputs, tmp_path / "out", without=["transfer"])
     assert gap(tmp_path / "out" / "adapter", result.final) < 1e-3
-    assert read_record(tmp_path / "out" / "transferred")["tokens"] == {}
+    record = read_record(tmp_path / "out" / "converted")
+    assert record["recipe"] and not record.get("tokens")
 
 
 def test_a_converted_source_is_its_base(inputs, tmp_path):
-    first = ran(inputs, tmp_path / "first", finetune=None)
+    first = ran(inputs, tmp_path / "first", without=["finetune"])
     source = {"model_name_or_path": str(first.final), "attention": {}}
-    result = ran(inputs, tmp_path / "out", transfer=None, **source)
+    result = ran(inputs, tmp_path / "out", without=["transfer"], **source)
     assert base_of(tmp_path / "out" / "adapter") == str(first.final)
     assert gap(tmp_path / "out" / "adapter", result.final) < 1e-3
-    assert not (tmp_path / "out" / "transferred").exists()
+    assert not {"transfer", "converted"} & {path.name for path in (tmp_path / "out").iterdir()}
 
 
 def test_an_adapter_on_an_unsaved_model_says_so(tmp_path):

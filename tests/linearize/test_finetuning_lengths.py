@@ -14,9 +14,10 @@ from tiny_students import HYBRID, MAKERS
 from linearize import UserError
 from linearize.cli import main
 from linearize.config.settings import DataConfig, FinetuneConfig
-from linearize.config.yaml_io import resolve, write_config
+from linearize.config.yaml_io import write_config
 from linearize.data.sequences import TokenBlocks, epoch_order, prepare_data
 from linearize.runs.plan import make_plan
+from linearize.runs.settings import resolve_run
 from linearize.stages.adapters import add_adapters
 from linearize.stages.finetune_lengths import JoinedRows, StepLengths, check_state_passing, pieces, training_rows
 from linearize.stages.finetuning import finetune
@@ -270,8 +271,8 @@ def workspace(tmp_path_factory):
 
 def config_of(workspace, out, tmp_path, **finetune):
     values = tiny_config(workspace / "teacher", workspace / "text.jsonl", out, workspace / "cache")
-    values["finetune"] |= finetune
-    write_config(resolve(values), tmp_path / "tiny.yaml")
+    values["stages"]["finetune"] |= finetune
+    write_config(resolve_run(values), tmp_path / "tiny.yaml")
     return str(tmp_path / "tiny.yaml")
 
 
@@ -279,7 +280,7 @@ def test_the_plan_counts_the_longest(workspace, tmp_path):
     """Steps and memory are those of data with rows as long."""
     values = tiny_config(workspace / "teacher", workspace / "text.jsonl", tmp_path, workspace / "cache")
     plans = [
-        make_plan(resolve(values, changes)).stages[1]
+        make_plan(resolve_run(values, changes)).of("finetune")
         for changes in ({"finetune.sequence_length": [32, 64]}, {"data.sequence_length": 64}, {})
     ]
     assert plans[0].forecast == plans[1].forecast != plans[2].forecast and plans[0].steps == plans[1].steps

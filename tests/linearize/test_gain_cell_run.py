@@ -9,9 +9,8 @@ from tiny_runs import make_teacher_directory, tiny_config, write_text
 from transformers import AutoModelForCausalLM
 
 import linearize
-from linearize.config.yaml_io import resolve
 from linearize.errors import UserError
-from linearize.runs.plan import make_plan
+from linearize.runs import engine
 
 SMALL = {"tile": 8, "score_saturation": 20.0, "output_saturation": 10.0}
 TEACHERS = {"llama": make_teacher, "gpt2": make_gpt2}
@@ -23,7 +22,7 @@ def settings(request, tmp_path):
     teacher = make_teacher_directory(tmp_path / "teacher", make=make)
     config = tiny_config(teacher, write_text(tmp_path / "text.jsonl"), tmp_path / "out", tmp_path / "cache")
     config["attention"] = {"type": "gain_cell", "window": 16, "cell": SMALL, "cell_kind": "linear"}
-    config["transfer"]["branch"] = "mixed"
+    config["stages"]["transfer"]["branch"] = "mixed"
     return config
 
 
@@ -44,12 +43,11 @@ def test_a_run_leaves_a_repository(settings, tmp_path):
 
 
 def test_the_plan_counts_the_scalers_and_forecasts_nothing(settings):
-    plan = make_plan(resolve(settings))
-    transfer = plan.stages[0]
+    transfer = engine.plan(settings).of("transfer")
     assert transfer.forecast is None and transfer.trained == {"mechanism": 2 * 2 * (4 + 2 + 2 + 4)}
 
 
 def test_branches_that_are_not_there_are_named(settings):
-    settings["transfer"]["branch"] = "both"
+    settings["stages"]["transfer"]["branch"] = "both"
     with pytest.raises(UserError, match="set transfer.branch to mixed"):
         linearize.run(settings)

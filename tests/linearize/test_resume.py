@@ -17,13 +17,14 @@ from tiny_runs import make_teacher_directory, tiny_config, write_text
 import linearize
 from linearize import failures
 from linearize.cli import main
-from linearize.config.settings import RunConfig, TransferConfig
+from linearize.config.settings import TransferConfig
 from linearize.config.yaml_io import resolve
 from linearize.conversion.importers import checkpoint_files
 from linearize.data.sequences import TokenBlocks
 from linearize.errors import Terminated, UserError
 from linearize.evaluation.glue.settings import GlueRunConfig
 from linearize.runs.glue import GlueDirectory
+from linearize.runs.settings import resolve_run
 from linearize.stages.finetuning import finetune
 from linearize.stages.identity import StageState, base_identity, changed_settings, data_identity
 from linearize.stages.transfer import transfer_attention
@@ -126,6 +127,10 @@ def test_finetuning_refuses_others_and_goes_on_at_the_rate_of_now(tmp_path):
 # ---- settings
 
 
+STAGES = {
+    "transfer": {"kind": "transfer", "tokens": 1000},
+    "finetune": {"kind": "train", "weights": "lora", "tokens": 1000},
+}
 WAITING = dict.fromkeys(("transfer", "finetune"), StageState.WAITING)
 BEGUN = {**WAITING, "transfer": StageState.OPEN}
 LATER = {"transfer": StageState.CLOSED, "finetune": StageState.OPEN}
@@ -150,7 +155,8 @@ LATER = {"transfer": StageState.CLOSED, "finetune": StageState.OPEN}
     ],
 )
 def test_settings_are_compared_stage_by_stage(changes, stages, refused):
-    found = changed_settings(RunConfig(), resolve(RunConfig(), changes), stages, ("device",))
+    old = resolve_run({"model_name_or_path": "teacher", "stages": STAGES})
+    found = changed_settings(old, resolve_run(old, changes), stages, ("device",))
     assert set(refused) <= set(found)
     assert all(name in refused or name.startswith("data.") for name in found)
 
@@ -172,6 +178,12 @@ def test_a_table_of_glue_keeps_its_batch():
 # ---- runs
 
 
+def changed_stages(config, **changes):
+    """The settings of a run with others in some of its stages."""
+    stages = {name: {**stage, **changes.get(name, {})} for name, stage in config["stages"].items()}
+    return {**config, "stages": stages}
+
+
 @pytest.fixture
 def config(tmp_path):
     make_teacher_directory(tmp_path / "teacher")
@@ -185,7 +197,7 @@ def call(tmp_path, capsys):
     """`linearize run` on settings and flags; the exit code and what is said on stderr."""
 
     def run(settings, *flags):
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
         capsys.readouterr()
         code = main(["run", str(tmp_path / "config.yaml"), *map(str, flags)])
         return code, "".join(x for x in capsys.readouterr().err.splitlines() if x.startswith("linearize: "))
@@ -217,18 +229,18 @@ def test_a_run_goes_on_as_its_advice_says(call, config, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         at_step("transfer", 3, fail(torch.OutOfMemoryError("CUDA out of memory")), patch)
-        code, sentence = call({**config, "transfer": {**config["transfer"], "batch_size": 2}})
+        code, sentence = call(changed_stages(config, transfer={"batch_size": 2}))
     assert code == 2 and "lower transfer.batch_size (now 2)" in sentence and "load_in_4bit" in sentence
     assert latest_checkpoint(out / "checkpoints" / "transfer").name == "step-2"
-    changed = {**config, "transfer": {**config["transfer"], "batch_size": 1}}
-    changed["finetune"] = {**config["finetune"], "lora_rank": 2}  # of a stage that has not begun
+    # The rank is of a stage that has not begun.
+    changed = changed_stages(config, transfer={"batch_size": 1}, finetune={"lora_rank": 2})
     with monkeypatch.context() as patch:
         at_step("finetune", 3, fail(UserError("finetuning stopped: the loss is nan")), patch)
         code, sentence = call(changed, "--resume_from_checkpoint")
-    assert code == 2 and "nan" in sentence
+    assert code == 2 and "nan" in sentence, sentence
     assert latest_checkpoint(out / "checkpoints" / "finetune").name == "step-2"
-    repository = linearize.load_student(out / "transferred")
-    assert json.loads((out / "transferred" / "linearize.json").read_text())["tokens"] == {"transfer": 192}
+    repository = linearize.load_student(out / "transfer")
+    assert json.loads((out / "transfer" / "linearize.json").read_text())["tokens"] == {"transfer": 192}
     tensors = load_file(out / "checkpoints" / "transfer" / "step-3" / "mixers.safetensors")
     assert all(torch.equal(tensors[name], x) for name, x in repository.mixer_state_dict().items())
 
@@ -245,7 +257,7 @@ def test_a_run_goes_on_as_its_advice_says(call, config, tmp_path, monkeypatch):
 
 
 def test_a_run_refuses_what_changed_under_its_names(call, config, tmp_path):
-    config["finetune"] = None
+    config["stages"]["finetune"] = None
     assert call(config)[0] == 0
     shutil.rmtree(tmp_path / "out" / "final")
     text = (tmp_path / "text.jsonl").read_text()
@@ -278,7 +290,7 @@ def test_sigterm_between_stages_leaves_nothing_half_written(call, config, tmp_pa
         signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(linearize.hub.repository, "write_record", terminated)
-    assert call({**config, "finetune": None})[0] == 143
+    assert call(config | {"stages": {"transfer": config["stages"]["transfer"]}})[0] == 143
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.yaml", "logs", "plots", "checkpoints"}
 
 
