@@ -115,7 +115,8 @@ def check_inference(model):
 
 def stage(commands):
     text_and_teacher()
-    dry, run, resumed = commands
+    dry, run, resumed, tests = commands
+    command(tests)
     printed = command(dry)
     assert "counted" in printed and "4 heads counted" in printed and not Path("counting").exists()
     assert "counted: 4 heads\n" in command(run)
