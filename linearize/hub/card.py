@@ -66,6 +66,10 @@ ARCHITECTURES = {
 """Stock `model_type` -> how it is written."""
 
 
+TRAINED = {"mechanism": "the mechanism", "lora": "adapters of low rank", "all": "all weights"}
+"""What a stage trained, by the record -> as the card says it."""
+
+
 def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
     """The card as Markdown with its metadata block.
 
@@ -338,8 +342,10 @@ def training_section(record: Mapping[str, Any]) -> str:
         from linearize.evaluation.placement import selection_sentence
 
         lines.append(f"- {selection_sentence(selection)}")
+    kinds = record.get("trained") or {}  # none in records of before stages had names
     for stage, tokens in (record.get("tokens") or {}).items():
-        lines.append(f"- {stage}: {tokens:,} tokens")
+        what = TRAINED.get(kinds.get(stage))
+        lines.append(f"- {stage}: {tokens:,} tokens" + (f", {what} trained" if what else ""))
     versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
     lines.append(f"- versions: {versions}")
     if record.get("selection"):
