@@ -141,7 +141,8 @@ def finetune(
     adapter = opened.output / (YARDSTICK if arm == "teacher" else ADAPTER)
     if opened.is_main:
         plot = opened.output / "plots" / f"{config.section}_loss.png"
-        plot_losses(read_log(opened.log_path), plot, with_kl=bool(config.kl_weight))
+        what = "Yardstick, LoRA on the softmax teacher" if arm == "teacher" else "LoRA"
+        plot_losses(read_log(opened.log_path), plot, title=what, with_kl=bool(config.kl_weight))
         save_adapter(adapted, adapter, tokenizer=tokenizer)
     PartialState().wait_for_everyone()
     steps, peak = opened.plan.steps, memory.bytes()
@@ -195,12 +196,13 @@ def gradient_checkpointing(base: Any, enabled: bool) -> Iterator[None]:
         disable()
 
 
-def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, *, with_kl: bool) -> None:
+def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, *, title: str, with_kl: bool) -> None:
     """Draws the loss over the steps, and beside it the divergence, which is much smaller.
 
     Args:
         records: The log, as `read_log` gives it.
         path: The PNG.
+        title: What was trained.
         with_kl: Whether the teacher had a part in the loss.
     """
     if not records or not has_matplotlib():
@@ -215,7 +217,8 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, *, with_kl: bo
     for axes, curves in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for key, label in curves.items():
             axes.plot(steps, [record[key] for record in records], label=label, marker="." if len(steps) == 1 else "")
-        axes.set(title="Finetuning", xlabel="step", ylabel="nats per supervised token")
+        axes.set(title=title, xlabel="step", ylabel="nats per supervised token")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     write_figure(figure, path)

@@ -147,7 +147,7 @@ def test_presets_are_valid():
         (["--transfer.branch", "both"], "set transfer.branch to mixed"),
         (["--scalers.sequences", "0"], "at least 1"),
         (["--refined.teacher", "nonlinear"], "comes after it"),
-        (["--refined.weights", "lora"], "--refined.weights"),
+        (["--refined.weights", "lora"], "Unknown setting teacher"),
         (["--adapted.damping", "2"], "at most 1"),
         (["--linear.colour", "1"], "colour"),
         (["--yardstick", "none"], "but none is trained"),

@@ -199,7 +199,7 @@ def test_every_valid_pair_resumes_bit_for_bit(pair, root, trained, monkeypatch):
         run(tiny(root, *pair, name))
     assert (root / name / "checkpoints" / "training" / "step-7").is_dir() and not (root / name / "final").exists()
     rest = run(tiny(root, *pair, name, resume_from_checkpoint=True))
-    ours, theirs = (load_file(run.final / "architecture.safetensors") for run in (rest, whole))
+    ours, theirs = (load_file(run.final / "model.safetensors") for run in (rest, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert (
         report_of(rest).losses == report_of(whole).losses and report_of(rest).validation == report_of(whole).validation
@@ -393,7 +393,7 @@ def test_an_encoder_goes_on_from_a_checkpoint(root, trained):
     assert record["tokens"] == {"training": 8 * 1024} and record["teacher"] is None
     assert record["validation"]["accuracy"] == report_of(after).accuracy
     assert report_of(after).perplexity < report_of(first).perplexity
-    with pytest.raises(UserError, match="has 64 positions"):
+    with pytest.raises(UserError, match="context is 64 tokens"):
         longer = {"data__sequence_length": 128, "training__tokens_per_step": 2048}
         run(tiny(root, "bert", name="longer", **longer, **changes))
 
