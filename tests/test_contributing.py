@@ -102,10 +102,13 @@ def test_a_stage_is_one_file_and_one_line():
     assert len(created) == 1 and [len(block.code.splitlines()) for block in edited] == [1]
 
 
-def test_every_file_that_the_guides_name_is_there():
+def test_every_file_and_test_that_the_guides_name_is_there():
     """What a guide adds aside."""
     added = {block.path for title in SECTIONS.values() for block in parse(section(title))[0] if block.how is None}
     prose = FENCE.sub("", GUIDE)
     named = set(re.findall(r"`((?:linearize|modeling|kernels|tests|recipes|scripts|docs)/[\w./]+\.\w+)`", prose))
     assert len(named) > 30
     assert [name for name in sorted(named - added) if not (ROOT / name).is_file()] == []
+    code = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    tests = set(re.findall(r"`(test_\w+)`", prose))
+    assert tests and [name for name in sorted(tests) if f"def {name}(" not in code] == []
