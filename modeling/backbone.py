@@ -41,7 +41,16 @@ else:
 
 logger = logging.getLogger(__name__)
 
-OWN_PARAMETERS = (CosineScales, DecayGate, FeatureMap, LandmarkKeys, LandmarkTokens, RangeScaler, WindowMix)
+OWN_PARAMETERS = (
+    CosineScales,
+    DecayGate,
+    FeatureMap,
+    LandmarkKeys,
+    LandmarkTokens,
+    RangeScaler,
+    WindowMix,
+)
+"""Modules of the mechanisms that have parameters: `reset_parameters` initialises them."""
 STOCK_LOSS: Any = PreTrainedModel.loss_function
 ARMS = ("mixed", "teacher", "softmax", "linear")
 

@@ -179,5 +179,9 @@ class MixerConfigMixin:
         softmax: Any = softmax_layer(self.softmax_window)._layer_type
         return [types.get(name, softmax) for name in self.mixer_types]
 
+    @layer_types.setter
+    def layer_types(self, value: Any) -> None:
+        """Nothing: a stock config with a field of this name sets it, and ours follow from the mixers."""
+
     def validate_layer_type(self) -> None:
         """Replaces the stock whitelist of layer types; `prepare_mixers` has checked ours."""

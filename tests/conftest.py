@@ -19,6 +19,7 @@ from tiny_models import make_student, make_teacher, perturb
 LONGEST = (
     "tests/recipes/test_recipes.py",
     "tests/test_readme.py",
+    "tests/test_contributing.py",
     "tests/modeling/test_students.py",
     "tests/linearize/test_pretraining_models.py",
     "tests/linearize/test_glue.py",

@@ -56,7 +56,13 @@ print(tokenizer.decode(inputs.input_ids[0, place]))""",
 }
 """Auto class -> the Hub's name of the task, and what a reader copies."""
 IMPORT = "from transformers import pipeline\n"
-ARCHITECTURES = {"gpt2": "GPT-2", "gptj": "GPT-J", "llama": "Llama", "mistral": "Mistral", "bert": "BERT"}
+ARCHITECTURES = {
+    "gpt2": "GPT-2",
+    "gptj": "GPT-J",
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "bert": "BERT",
+}
 """Stock `model_type` -> how it is written."""
 
 

@@ -8,26 +8,33 @@ train_all.py          all weights or the mechanism, by the model's own loss
 train_embeddings.py   an encoder's, by the teacher's embeddings
 base.py               what all of them are
 
-A new kind: a file with a subclass of `Stage`, and its name here. Nothing heavy is imported at the top.
+A new kind: a file with a subclass of `Stage`, and its line here. Nothing heavy is imported at the top of a file.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import importlib
+import pkgutil
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from linearize.config.values import choices, field_types, require
 from linearize.errors import UserError
-from linearize.stages.kinds.adapt import Adapt
 from linearize.stages.kinds.base import Stage
-from linearize.stages.kinds.calibrate import Calibrate
-from linearize.stages.kinds.train_all import TrainAll
-from linearize.stages.kinds.train_embeddings import TrainEmbeddings
-from linearize.stages.kinds.train_lora import TrainLora
-from linearize.stages.kinds.transfer import Transfer
 
-KINDS: tuple[type[Stage], ...] = (Calibrate, Transfer, Adapt, TrainLora, TrainAll, TrainEmbeddings)
+
+def _find_kinds() -> Iterator[type[Stage]]:
+    """The kinds in the files of this folder."""
+    for file in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{file.name}")
+        for kind in vars(module).values():
+            own = isinstance(kind, type) and issubclass(kind, Stage) and kind.__module__ == module.__name__
+            if own and hasattr(kind, "settings"):  # `Stage` has none
+                yield kind
+
+
+KINDS: tuple[type[Stage], ...] = tuple(_find_kinds())
 SELECTORS = ("kind", "weights", "objective")
 """Settings by which the class is found, in this order."""
 
