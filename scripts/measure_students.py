@@ -31,6 +31,7 @@ from transformers import AutoTokenizer
 
 from linearize.config.settings import FinetuneConfig, TransferConfig
 from linearize.conversion import convert
+from linearize.conversion.students import load_model
 from linearize.data.sequences import TokenBlocks
 from linearize.evaluation import state_bytes
 from linearize.runs.attention import complete, read_model
@@ -45,6 +46,7 @@ LENGTH, BUCKETS = 1024, (0, 1024, 2048, 4096, 8192)
 BUDGET, SMALL = "344KB/layer", "200KB/layer"
 UNIFORM = {"type": "salient", "sinks": 4}
 COSINE = {"type": "cosine", "sinks": 4, "directions": "projections", "gate": "token"}
+LANDMARK = {"type": "landmark", "top_k": 14, "selection": "head", "block_weight": "tokens"}
 LEARNED: dict[str, dict[str, Any]] = {
     "lolcats": {
         **{"type": "linear", "window": 64, "sinks": 0, "magnitude": False, "initialization": "identity_first"},
@@ -60,11 +62,12 @@ LEARNED: dict[str, dict[str, Any]] = {
     "cosine_rotated": {"type": "cosine", "window": 250, "sinks": 4},
     "cosine_pure_rotated": {"type": "cosine", "window": 0, "sinks": 0},
     "gain_cell": {"type": "gain_cell", "window": 1024, "cell_kind": "linear"},
-    "landmark": {"type": "landmark", "top_k": 14, "selection": "head", "block_weight": "tokens"},
+    "landmark": LANDMARK,
+    "landmark_exact": {**LANDMARK, "landmark_key": "bounds", "key_parts": 63},
 }
 """Arms whose mechanism learns or is fitted before LoRA."""
-GROWING = ("landmark",)
-"""Of these, the one without a bounded state: attention transfer has nothing to teach it, and past the teacher's
+GROWING = ("landmark", "landmark_exact")
+"""Of these, those without a bounded state: attention transfer has nothing to teach it, and past the teacher's
 positions it reads with a cache (`linearize evaluate --passkey`), not in one call."""
 TRAINING: dict[str, dict[str, Any]] = {
     "longer": {"sequence_length": 4 * LENGTH, "batch_size": 2},
@@ -93,6 +96,7 @@ def main() -> None:
     parser.add_argument("--lengths", default="1024,4096,8192,32768")
     parser.add_argument("--scored", type=int, default=65_536)
     parser.add_argument("--select_tokens", type=int, default=16_384)
+    parser.add_argument("--save", type=Path, help="where trained students go, a directory each")
     args = parser.parse_args()
     args.lengths = [int(length) for length in args.lengths.split(",")]
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -197,6 +201,8 @@ def train(args) -> None:
         result = finetune(model, rows, config, output_dir=out, seed=args.seed, arm=arm, device=args.device)
         found |= {"seconds": round(result.seconds), "loss": result.losses[-20:]}
         student = result.model.merge_and_unload().eval().requires_grad_(False)
+        if args.save:
+            save(args, student, name, arm)
         found["bytes"] = {x.tokens: x.student for x in state_bytes(student.config, args.lengths, torch.bfloat16)}
         arms = ("teacher",) if arm == "teacher" else [x for x in ("mixed", "softmax") if x in student.arms()]
         for part in arms:
@@ -223,14 +229,24 @@ def finetune_settings(args, name: str) -> FinetuneConfig:
 
 def learn(args, model: Any, name: str, kind: str) -> None:
     """Calibration and attention transfer, as the mechanism has them."""
-    if kind in ("cosine", "landmark"):
+    if kind == "cosine" or name == "landmark":
         calibrate(model, blocks(args), args.calibrated, 8)
-    if kind in GROWING:
+    if name in GROWING:
         return
     steps = args.transfer_steps
     stage = {"max_steps": steps, "batch_size": 8, "tokens_per_step": 8 * LENGTH, "save_steps": 10**6}
     config = TransferConfig(**stage, branch="both" if kind == "linear" else "mixed")
     transfer_attention(model, blocks(args), config, output_dir=args.data / f"run_{name}_{args.seed}")
+
+
+def save(args, student: Any, name: str, arm: str) -> None:
+    """The trained student with its tokenizer; of the teacher's arm the softmax model."""
+    trained = student.state_dict()
+    if arm == "teacher":
+        student = load_model(args.model, dtype=args.dtype)
+        student.load_state_dict({key: trained[key] for key in student.state_dict()})
+    student.save_pretrained(args.save / f"{name}_{args.seed}")
+    AutoTokenizer.from_pretrained(args.tokenizer or args.model).save_pretrained(args.save / f"{name}_{args.seed}")
 
 
 def _device(args) -> str:
