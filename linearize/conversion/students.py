@@ -232,7 +232,7 @@ def refuse_encoder(source: str, config: PreTrainedConfig) -> None:
     if is_encoder(config):
         raise UserError(
             f"{source} is an encoder, which predicts no next token: train it with `linearize run minilm_linear`, and "
-            "measure its embeddings with `linearize evaluate DIRECTORY --text FILE`"
+            "measure its embeddings with `linearize evaluate DIRECTORY --data FILE`"
         )
     backbone = BACKBONES.get(config.model_type.removeprefix(PREFIX))
     if backbone is not None and backbone.auto_class(config.architectures) is not AutoModelForCausalLM:
