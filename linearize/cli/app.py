@@ -31,7 +31,7 @@ from linearize.cli.vectors import export_vectors
 from linearize.config.yaml_io import flat_names
 from linearize.errors import UserError
 from linearize.evaluation.glue.settings import GlueRunConfig
-from linearize.failures import command, stage
+from linearize.failures import EXIT_USER_ERROR, command, say, stage
 from linearize.paths import expand_words
 from linearize.runs import settings as run_settings
 
@@ -42,6 +42,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": underscored},
 )
+ENDED = ("pretrain", "gain-cell", "landmark", "encoder")
+"""Commands of one kind of run, before there was one for all."""
 WITHOUT_MODELS = ("presets",)
 """Commands that need no models."""
 
@@ -187,6 +189,12 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
     words = [ALL if word == underscored(ALL) else word for word in words]
     if words and not words[0].startswith("-"):
         words[0] = words[0].replace("_", "-")
+    if words and words[0] in ENDED:
+        say(
+            f"The command {words[0]} ended: every run is `linearize run PRESET [MODEL] --data FILE` "
+            "(`linearize presets` lists them)."
+        )
+        return EXIT_USER_ERROR
     asked = words or completed_words()
     values = values_asked_for(asked, default_config)
     _prepare(asked, values)

@@ -105,7 +105,9 @@ class LayerChoice:
             not layered or (self.mixer_types is not None and self.mixers is not None),
             "mixer_types and mixers belong together: give both, or attention and softmax_layers.",
         )
-        plain = self.attention == {"type": "linear"} and self.softmax_layers == [] and self.state_budget is None
+        plain = (
+            self.attention in (None, {"type": "linear"}) and self.softmax_layers == [] and self.state_budget is None
+        )
         require(
             not layered or plain,
             "mixer_types says what the layers have: leave attention, softmax_layers and state_budget out.",

@@ -5,6 +5,7 @@ documents.py      2. records to token ids (chat.py: chats and the tokens that ar
 packing.py        3. ids to sequences on disk (texts.py: texts kept apart in a row)
 sequences.py      4. training and validation sequences of a decoder: `prepare_data`
 rows.py           4. rows of whole sentences, of an encoder
+estimate.py       how many tokens a text has, before it is prepared
 masking.py        which tokens an encoder does not see; vocabulary.py, whether ids fit a model
 """
 

@@ -17,6 +17,7 @@ ARMS = ("mixed", "teacher", "softmax", "linear")
 TEACHER = "teacher"
 OWN_WEIGHTS = "its weights with softmax attention"
 STUDENT = "student"
+CONVERTED = "student after conversion"
 SOFTMAX_ARM = "student, softmax arm alone"
 LINEAR_ARM = "student, linear arm alone"
 ROW_NAMES = {"mixed": STUDENT, "softmax": SOFTMAX_ARM, "linear": LINEAR_ARM}

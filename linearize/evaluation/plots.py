@@ -35,6 +35,8 @@ def plot_arms(
     if not perplexities:
         return
     reference = reference if reference in perplexities else min(perplexities, key=perplexities.__getitem__)
+    from matplotlib.ticker import LogLocator
+
     figure, axes = _figure(height=1.2 + 0.42 * len(perplexities))
     names, values, start = list(perplexities), list(perplexities.values()), perplexities[reference]
     colours = ["tab:grey" if name in untrained else "tab:blue" for name in names]
@@ -47,9 +49,13 @@ def plot_arms(
         offset = {"xytext": (4, 0), "textcoords": "offset points", "va": "center"}
         axes.annotate(f"{value:.4g}", (max(value, start), place), **offset)
     axes.invert_yaxis()
-    axes.set_xlabel(f"held-out perplexity, bars from {start:.4g} ({reference}), log scale")
+    grey = ", grey: untrained" if any(name in untrained for name in names if name != reference) else ""
+    axes.set_xlabel(f"held-out perplexity, bars from {start:.4g} ({reference}), log scale{grey}")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    if room > 3:  # labels of all of a decade's lines would run into each other
+        axes.xaxis.set_minor_locator(LogLocator(subs=(2, 3, 5, 7)))
     axes.xaxis.set_minor_formatter(lambda value, _: f"{value:g}" if room < 10 else "")
+    axes.tick_params(axis="x", which="both", pad=4)
     _save(figure, path)
 
 

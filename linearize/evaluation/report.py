@@ -15,6 +15,7 @@ from typing import Any
 
 from linearize.errors import UserError
 from linearize.evaluation.arms import (
+    CONVERTED,
     LINEAR_ARM,
     OWN_WEIGHTS,
     SOFTMAX_ARM,
@@ -181,7 +182,7 @@ class Report:
         if self.rows:
             paths.append(folder / "evaluation_arms.png")
             values = {row.name: row.perplexity for row in self.rows}
-            untrained = [name for name in (self.reference, self.control) if name is not None]
+            untrained = [name for name in (self.reference, self.control, CONVERTED) if name is not None]
             plot_arms(values, paths[-1], reference=self.reference, untrained=untrained)
         if self.by_length is not None and self.by_length.figures:
             paths.append(folder / "evaluation_by_length.png")
@@ -193,13 +194,13 @@ class Report:
 
     def _perplexity_table(self) -> Table:
         reference, control = self.row(self.reference), self.row(self.control)
-        header = ["", "perplexity", f"/ {self.reference}"]
+        header = ["", "perplexity", *([f"/ {self.reference}"] if reference else [])]
         header += ["/ control"] if control else []
         header += [f"first {self.reach}\ntokens", "after\nthem"] if self.reach else []
         rows = []
         for row in self.rows:
             cells = [row.name, format_number(row.perplexity)]
-            cells.append(f"{row.perplexity / reference.perplexity:.3f}" if reference else "-")
+            cells += [f"{row.perplexity / reference.perplexity:.3f}"] if reference else []
             cells += [f"{row.perplexity / control.perplexity:.3f}"] if control else []
             cells += [format_number(row.inside), format_number(row.past)] if self.reach else []
             rows.append(cells)

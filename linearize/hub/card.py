@@ -60,6 +60,10 @@ ARCHITECTURES = {"gpt2": "GPT-2", "gptj": "GPT-J", "llama": "Llama", "mistral": 
 """Stock `model_type` -> how it is written."""
 
 
+TRAINED = {"mechanism": "the mechanism", "lora": "adapters of low rank", "all": "all weights"}
+"""What a stage trained, by the record -> as the card says it."""
+
+
 def model_card(name: str, record: Mapping[str, Any], config: Any) -> str:
     """The card as Markdown with its metadata block.
 
@@ -196,7 +200,8 @@ def _figures(record: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str, s
             yield text, "recall", "recall@1", found.recall
             yield text, "perplexity", "masked perplexity", found.masked_perplexity
     for name in ("perplexity", "accuracy"):
-        yield text, name, name, (record.get("validation") or {}).get(name)
+        shown = f"validation {name}" if record.get("evaluation") else name  # beside the table's, of other tokens
+        yield text, name, shown, (record.get("validation") or {}).get(name)
     for score in (record.get("tasks") or {}).get("scores", ()):
         name = score["metric"] if score["filter"] == "none" else f"{score['metric']} ({score['filter']})"
         yield {"dataset_type": score["task"], "dataset_name": score["task"]}, score["metric"], name, score["value"]
@@ -307,16 +312,16 @@ def evaluation_section(record: Mapping[str, Any]) -> str:
 
 
 def validation_sentence(record: Mapping[str, Any]) -> str:
-    """What was measured at the end of a training from random weights, if anything was."""
+    """What was measured at the end of the training of all weights, if anything was."""
     measured = record.get("validation") or {}
     if measured.get("perplexity") is None:
         return ""
     perplexity, tokens = measured["perplexity"], measured["tokens"]
     if measured.get("accuracy") is None:
-        return f"Perplexity of {tokens:,} tokens of the validation text: {perplexity:.2f}."
+        return f"At the end of training, perplexity of {tokens:,} tokens of the validation text: {perplexity:.2f}."
     return (
-        f"Of {tokens:,} hidden tokens of the validation text {measured['accuracy']:.1%} are found; their perplexity "
-        f"is {perplexity:.2f}."
+        f"At the end of training, {measured['accuracy']:.1%} of {tokens:,} hidden tokens of the validation text are "
+        f"found; their perplexity is {perplexity:.2f}."
     )
 
 
@@ -332,8 +337,16 @@ def training_section(record: Mapping[str, Any]) -> str:
         from linearize.evaluation.placement import selection_sentence
 
         lines.append(f"- {selection_sentence(selection)}")
-    for stage, tokens in (record.get("tokens") or {}).items():
-        lines.append(f"- {stage}: {tokens:,} tokens")
+    tokens, whats = record.get("tokens") or {}, record.get("trained") or {}
+    kinds = {
+        name: (stage or {}).get("kind") for name, stage in ((record.get("recipe") or {}).get("stages") or {}).items()
+    }
+    for stage in dict.fromkeys([*whats, *tokens]):  # the record has them in order
+        if stage in tokens:
+            what = f", {TRAINED[whats[stage]]} trained" if whats.get(stage) in TRAINED else ""
+            lines.append(f"- {stage}: {tokens[stage]:,} tokens{what}")
+        elif kinds.get(stage) == "adapt":
+            lines.append(f"- {stage}: scalers fitted to statistics, no gradients")
     versions = ", ".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
     lines.append(f"- versions: {versions}")
     if record.get("selection"):

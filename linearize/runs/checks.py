@@ -76,7 +76,8 @@ def check_triton_takes(teacher: Any, config: RunConfig) -> None:
     """Refuse the fused backend on a GPU where its kernels take no linear attention of these settings."""
     import torch
 
-    if config.op_backend != "triton" or config.mechanism["type"] != "linear" or not torch.cuda.is_available():
+    linear = config.attention is not None and config.attention["type"] == "linear"
+    if config.op_backend != "triton" or not linear or not torch.cuda.is_available():
         return
     if reason := memory.why_not_fused(teacher, config):
         raise UserError(f"op_backend is triton, but {reason}: set op_backend to auto or chunked.")

@@ -94,9 +94,10 @@ def _evaluate(run: RunOfStages, model: Any, measures: Any) -> None:
 
 
 def write_report(run: RunOfStages, measures: Any) -> None:
-    """`report.json` and `report.md`: what the stages did and what was measured, and the curves of all of them."""
+    """`report.json` and `report.md`: what the run was, what its stages did and what was measured, with plots."""
     from linearize.config.record import library_versions
     from linearize.runs.curves import plot_curves
+    from linearize.runs.page import page
 
     path = run.directory.path
     done = run.figures
@@ -109,18 +110,6 @@ def write_report(run: RunOfStages, measures: Any) -> None:
         name = "embeddings" if run.plan.start.encoder else "evaluation"
         content[name] = measures.report.to_dict()
     write_file(path / REPORT, (json.dumps(content, indent=1) + "\n").encode())
-    text = [_stages_table(content["stages"])]
-    if measures is not None:
-        text.append(measures.report.markdown())
-    write_file(path / TABLES, "\n".join(text).encode())
-    plot_curves(content["stages"], path)
-
-
-def _stages_table(stages: Mapping[str, Any]) -> str:
-    """What each stage did, as a table of Markdown."""
-    lines = ["### Stages", "", "| stage | trains | steps | tokens | seconds |", "| --- | --- | ---: | ---: | ---: |"]
-    for name, done in stages.items():
-        steps, seconds = done.get("steps"), done.get("seconds")
-        cells = [name, done["trained"], f"{steps:,}" if steps else "", f"{done['tokens']:,}" if done["tokens"] else ""]
-        lines.append("| " + " | ".join([*cells, f"{seconds:,.0f}" if seconds else ""]) + " |")
-    return "\n".join(lines) + "\n"
+    plot_curves(content["stages"], path, hidden=run.plan.start.encoder)
+    figures = "" if measures is None else measures.report.markdown()
+    write_file(path / TABLES, page(run.plan, content["stages"], figures, path).encode())

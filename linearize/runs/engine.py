@@ -325,7 +325,7 @@ class RunOfStages:
         elif self.plan.start.encoder:
             measures.before_training(self.models.placed(self.models.teacher("base")))
         if 0 < done < len(self.plan.stages):
-            measures.after_stage(self.plan.stages[done - 1].label, model)
+            measures.after_stage(self._label(self.plan.stages[done - 1]), model)
 
     # --- the yardstick
 
@@ -426,8 +426,12 @@ class RunOfStages:
                 model = self.models.after(place)
         mark_base(model, self.base)
         if measures is not None:
-            self._measure(lambda: measures.after_stage(current.label, model))
+            self._measure(lambda: measures.after_stage(self._label(current), model))
         return model
+
+    def _label(self, current: Stage) -> str:
+        """What its row is called: by the kind of the stage, and where there are several of it by its name."""
+        return current.name if [x.label for x in self.plan.stages].count(current.label) > 1 else current.label
 
     def _note(self, current: Stage, outcome: Outcome) -> None:
         """Say what a stage did, and keep it for record and report."""

@@ -17,6 +17,7 @@ from linearize.conversion.quantization import is_quantized
 from linearize.evaluation import by_length
 from linearize.evaluation.arms import has_branches, is_student
 from linearize.evaluation.report import (
+    CONVERTED,
     LINEAR_ARM,
     OWN_WEIGHTS,
     SHARE_TOKENS,
@@ -33,7 +34,6 @@ from linearize.hardware.memory import Forecast, format_bytes
 if TYPE_CHECKING:
     from linearize.evaluation import TaskReport
 
-CONVERTED = "student after conversion"
 MODEL = "model"
 """A stock one that was trained."""
 FINISHED = (STUDENT, SOFTMAX_ARM, LINEAR_ARM, MODEL)

@@ -154,6 +154,11 @@ class RunConfig(LayerChoice, RunSettings):
             self.model_name_or_path is None,
             "architecture and model_name_or_path are both set, but the model has a shape of its own: leave one out.",
         )
+        require(
+            isinstance(self.softmax_layers, list) and self.state_budget is None,
+            "softmax_layers and state_budget have layers chosen by measuring, and random weights have nothing to "
+            "measure: list the layers, such as [0], and leave state_budget out.",
+        )
         positions, length = self.architecture.n_positions, self.data.sequence_length
         require(
             positions is None or positions >= length,

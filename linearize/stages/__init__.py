@@ -7,6 +7,7 @@ adaptation.py     range scalers fitted to statistics
 select.py         measures layers and places windows (select_measure.py, select_place.py, select_plan.py)
 finetuning.py     LoRA (adapters.py) with a teacher (distillation.py); finetuning_trainer.py, finetune_lengths.py
 full_training.py  all weights, or the mechanism alone (full_trainers.py)
+opening.py        how the stages with a Trainer begin; trial.py, a measured micro-batch before they do
 encoder_training.py, glue_training.py
 identity.py       what a stage was made of, and what may differ when it goes on
 pairs.py          which stages a mechanism on a backbone can have

@@ -405,6 +405,7 @@ def plot_adaptation(report: AdaptationReport, path: str | os.PathLike[str]) -> N
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
         axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle("The adapted cells' scalers, fitted to the statistics of the cells before", fontsize=11)
     if all(0 < residual < math.inf for residual in report.residuals):
         figure.axes[0].set_yscale("log")
     write_figure(figure, path)

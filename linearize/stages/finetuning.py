@@ -179,7 +179,8 @@ def _train(adapted: AdaptedModel, opened: OpenStage) -> list[float]:
 
 def _plot(opened: OpenStage) -> None:
     path = opened.output / "plots" / f"{opened.config.section}_loss.png"
-    plot_losses(read_log(opened.log_path), path, with_kl=bool(opened.config.kl_weight))
+    what = "Yardstick, LoRA on the softmax teacher" if opened.run["arm"] == "teacher" else "LoRA"
+    plot_losses(read_log(opened.log_path), path, title=what, with_kl=bool(opened.config.kl_weight))
 
 
 @contextmanager
@@ -202,12 +203,13 @@ def gradient_checkpointing(base: Any, enabled: bool) -> Iterator[None]:
         disable()
 
 
-def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, *, with_kl: bool) -> None:
+def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, *, title: str, with_kl: bool) -> None:
     """Draws the loss over the steps, and beside it the divergence, which is much smaller.
 
     Args:
         records: The log, as `read_log` gives it.
         path: The PNG.
+        title: What was trained.
         with_kl: Whether the teacher had a part in the loss.
     """
     if not records or not has_matplotlib():
@@ -222,7 +224,8 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path: Path, *, with_kl: bo
     for axes, curves in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for key, label in curves.items():
             axes.plot(steps, [record[key] for record in records], label=label, marker="." if len(steps) == 1 else "")
-        axes.set(title="Finetuning", xlabel="step", ylabel="nats per supervised token")
+        axes.set(title=title, xlabel="step", ylabel="nats per supervised token")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     write_figure(figure, path)

@@ -228,6 +228,7 @@ def plot_transfer(records: Sequence[Mapping[str, Any]], layers: Sequence[int], p
     curve_axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
     curve_axes.yaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
     curve_axes.yaxis.set_minor_locator(NullLocator())
+    curve_axes.xaxis.get_major_locator().set_params(integer=True)
     layer_axes.set(title=f"By layer at step {last['step']}", xlabel="layer", ylabel="loss")
     every = math.ceil(len(layers) / 16)
     layer_axes.set_xticks(range(0, len(layers), every), [str(layer) for layer in layers[::every]])

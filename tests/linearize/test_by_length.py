@@ -275,6 +275,10 @@ def test_a_run_gives_the_figures_everywhere(inputs, tmp_path, monkeypatch, capsy
         assert "Perplexity by length, trained at 32: news.txt" in where and "The student is worse than" in where
     assert str(inputs) not in (result.final / "linearize.json").read_text()
     assert (tmp_path / "out" / "plots" / "evaluation_by_length.png").is_file()
+    page = (tmp_path / "out" / "report.md").read_text()
+    assert page.startswith("# teacher with linear attention\n\n- model: ") and "- again: `linearize run " in page
+    headings = [page.index(f"### {name}") for name in ("Stages", "Held-out perplexity", "Plots")]
+    assert headings == sorted(headings) and "](plots/evaluation_by_length.png)" in page
 
 
 def test_it_can_be_switched_off_and_bounded(inputs, tmp_path):

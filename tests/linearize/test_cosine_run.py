@@ -124,7 +124,7 @@ def test_the_branch_that_trains_is_the_mechanism_s(make_settings, attention, bra
     assert resolve_run(settings).stages["transfer"].branch is None
     assert complete(resolve_run(settings)).stages["transfer"].branch == branch
     assert plan(settings).of("transfer").settings.branch == branch
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     capsys.readouterr()
     assert main(["run", str(tmp_path / "config.yaml"), "--dry_run"]) == 0
     assert f"{branch}: " in capsys.readouterr().out
@@ -164,7 +164,7 @@ def test_a_calibration_alone(make_settings, tmp_path):
 def test_the_commands_calibrate_once(make_settings, tmp_path, capsys):
     """A converted model before its first stage, and not one that has been fitted."""
     settings = make_settings()
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     flags = ["--config", str(tmp_path / "config.yaml")]
     assert main(["convert", settings["model_name_or_path"], str(tmp_path / "start"), *flags]) == 0
     assert "calibration" not in read_record(tmp_path / "start")
@@ -241,7 +241,7 @@ def test_the_evaluation_has_the_arms_of_a_window_alone():
     ],
 )
 def test_bad_input_is_one_sentence(make_settings, flags, sentence, tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(make_settings()))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(make_settings(), sort_keys=False))
     capsys.readouterr()
     assert main(["run", str(tmp_path / "config.yaml"), *flags]) == 2
     error = capsys.readouterr().err

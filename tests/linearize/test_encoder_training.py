@@ -431,7 +431,7 @@ def test_a_run_leaves_figures_and_a_repository(settings, tmp_path, capsys):
 
 def test_the_command_and_the_evaluation(settings, tmp_path, capsys):
     settings |= {"stages": {"transfer": settings["stages"]["transfer"]}, "evaluation": None}
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     assert main(["run", str(tmp_path / "tiny.yaml"), "--transfer.max_steps", "2"]) == 0
     final, text = str(tmp_path / "out" / "final"), str(DEMO_TEXT / "README.md")
     text = shutil.copy(text, tmp_path / "text.txt")
@@ -512,7 +512,7 @@ def test_bad_input_is_one_sentence(change, sentence, data, tmp_path, capsys):
         "stages": {name: {"max_steps": 1, **stage} for name, stage in stages.items()},
         "evaluation": {"pairs": 4},
     }
-    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings))
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
     capsys.readouterr()
     assert main(["run", str(tmp_path / "tiny.yaml"), *(word.format(**places) for word in flags)]) == 2
     error = capsys.readouterr().err

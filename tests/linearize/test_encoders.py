@@ -37,8 +37,9 @@ from linearize.hub.sentence_files import sentence_transformer_files
 ROOT = Path(__file__).parents[2]
 LINEAR = {"type": "linear", "window": 4, "sinks": 2}
 TEXT = "the river ran past a small red house where two old cats slept"
-RUN = ["--transfer.max_steps", "1", "--finetune.max_steps", "1", "--output_dir", "{out}"]
-"""The stages that a run has where none are named."""
+STEP = ["--finetune.max_steps", "1", "--data.sequence_length", "64"]
+RUN = ["--output_dir", "{out}", "--transfer.max_steps", "1", *STEP]
+"""With the stages that a run has where none are named."""
 HEADS = {
     "base": (BertModel, "AutoModel", "feature-extraction"),
     "masked": (BertForMaskedLM, "AutoModelForMaskedLM", "fill-mask"),
@@ -272,7 +273,7 @@ def test_sentence_transformers_embeds_without_the_package(attention, teacher, tm
     [
         (["convert", "{teacher}", "{out}", "--attention.type", "gain_cell"], "choose one of linear"),
         (["run", "--model_name_or_path", "{teacher}", *RUN], "train it with `linearize run minilm_linear`"),
-        (["finetune", "{converted}", "{out}", "--finetune.max_steps", "1"], "linearize run minilm_linear"),
+        (["finetune", "{converted}", "{out}", *STEP], "train it with `linearize run minilm_linear`"),
         (["chat", "{converted}", "--prompt", "hello"], "predicts no next token"),
         (["info", "{teacher}", "--hardware", "gain-cell"], "which gain cells cannot run"),
         (["run", "bert_base_linear", "{converted}", "--data.sequence_length", "64"], "no head that finds hidden"),

@@ -16,7 +16,7 @@ from linearize.cli import main
 from linearize.config.settings import DataConfig, FinetuneConfig
 from linearize.config.yaml_io import write_config
 from linearize.data.sequences import TokenBlocks, epoch_order, prepare_data
-from linearize.runs.plan import make_plan
+from linearize.runs import engine
 from linearize.runs.settings import resolve_run
 from linearize.stages.adapters import add_adapters
 from linearize.stages.finetune_lengths import JoinedRows, StepLengths, check_state_passing, pieces, training_rows
@@ -257,8 +257,8 @@ def test_rows_that_do_not_follow_each_other_are_refused():
 
 def test_a_growing_state_is_refused():
     with pytest.raises(UserError, match="landmark attention keeps every block"):
-        check_state_passing(["linear", "landmark"], None, 32)
-    check_state_passing(["softmax", *(mixer["type"] for mixer in MIXERS.values())], 64, 32)
+        check_state_passing(settings(), ["linear", "landmark"], None, 32)
+    check_state_passing(settings(), ["softmax", *(mixer["type"] for mixer in MIXERS.values())], 64, 32)
 
 
 @pytest.fixture(scope="module")
@@ -280,7 +280,7 @@ def test_the_plan_counts_the_longest(workspace, tmp_path):
     """Steps and memory are those of data with rows as long."""
     values = tiny_config(workspace / "teacher", workspace / "text.jsonl", tmp_path, workspace / "cache")
     plans = [
-        make_plan(resolve_run(values, changes)).of("finetune")
+        engine.plan(values, changes).of("finetune")
         for changes in ({"finetune.sequence_length": [32, 64]}, {"data.sequence_length": 64}, {})
     ]
     assert plans[0].forecast == plans[1].forecast != plans[2].forecast and plans[0].steps == plans[1].steps

@@ -38,14 +38,16 @@ def test_the_precision_of_a_stage_is_its_settings(tmp_path, monkeypatch, found):
 def test_float32_trains_in_float32_under_a_launcher_of_bfloat16(tmp_path, monkeypatch):
     teacher, text = make_teacher_directory(tmp_path / "teacher"), write_text(tmp_path / "text.jsonl")
     common = {
-        "model_name_or_path": str(teacher), "device": "cpu",
+        "model_name_or_path": str(teacher), "device": "cpu", "attention": None, "evaluation": None,
         "data": {"dataset": str(text), "sequence_length": 32, "cache_dir": str(tmp_path / "cache")},
     }  # fmt: skip
     training = {"max_steps": 2, "batch_size": 1, "tokens_per_step": 32, "learning_rate": 1e-2, "logging_steps": 1}
+    training |= {"kind": "train", "weights": "all"}
 
     def losses(name, precision):
-        run = {**common, "output_dir": str(tmp_path / name), "training": {**training, "precision": precision}}
-        return linearize.pretrain(run).report.losses
+        stages = {"training": {**training, "precision": precision}}
+        result = linearize.run({**common, "output_dir": str(tmp_path / name), "stages": stages})
+        return result.stages["training"].figures["losses"]
 
     expected, half = losses("plain", "float32"), losses("half", "bfloat16")
     monkeypatch.setenv(PRECISION, "bf16")
@@ -67,14 +69,16 @@ def test_what_would_split_or_compile_the_model_is_refused_first(tmp_path, monkey
     nothing = {"model_name_or_path": str(tmp_path / "nothing"), "output_dir": str(tmp_path / "out"), "device": "cpu"}
     model = make_teacher_directory(tmp_path / "teacher")
     monkeypatch.setenv(variable, value)
-    staged = {**nothing, "model_name_or_path": str(model)}
-    runs = {
-        linearize.run: nothing,
-        linearize.pretrain: nothing,
-        linearize.run_gain_cell: staged,
-        linearize.run_glue: {"models": [str(tmp_path / "nothing")], "output_dir": str(tmp_path / "out")},
-    }
-    for run, given in runs.items():
+    all_weights = {"stages": {"training": {"kind": "train", "weights": "all", "max_steps": 1}}, "attention": None}
+    random = {"architecture": {}, "output_dir": str(tmp_path / "out"), "device": "cpu"}
+    runs = [
+        (linearize.run, {**nothing, "stages": {"transfer": {"kind": "transfer", "max_steps": 1}}}),
+        (linearize.run, {**nothing, **all_weights}),
+        (linearize.run, {**random, **all_weights}),
+        (linearize.run, {**nothing, **all_weights, "model_name_or_path": str(model)}),
+        (linearize.run_glue, {"models": [str(tmp_path / "nothing")], "output_dir": str(tmp_path / "out")}),
+    ]
+    for run, given in runs:
         with pytest.raises(UserError, match=sign):
             run(given)
     assert not (tmp_path / "out").exists()

@@ -98,3 +98,24 @@ def test_text_of_ones_own_is_not_called_the_data(tmp_path, config, own):
     recipe = {"data": {"dataset": "someone/texts", **own.get("data", {})}, "evaluation": own.get("evaluation")}
     (result,) = load(tmp_path, config, evaluation=rows(12.5), recipe=recipe).data.eval_results
     assert (result.dataset_type, result.dataset_name) == ("text", "held-out text")
+
+
+def test_every_stage_says_what_it_trained(tmp_path, config):
+    tokens = {"warm": 5, "tuned": 6, "last": 7, "transfer": 8}
+    trained = {"fit": "nothing", "warm": "mechanism", "tuned": "lora", "last": "all"}
+    text = load(tmp_path, config, tokens=tokens, trained=trained).text
+    assert "- warm: 5 tokens, the mechanism trained\n- tuned: 6 tokens, adapters of low rank trained\n" in text
+    assert "- last: 7 tokens, all weights trained\n- transfer: 8 tokens\n" in text and "- fit" not in text
+
+
+def test_a_record_of_before_stages_has_its_card(tmp_path, config):
+    """Its recipe has the settings of each stage at the top, and it does not say what they trained."""
+    settings = {"transfer": {"tokens": 20, "loss": "mse"}, "finetune": {"lora_rank": 8}, "calibration_sequences": 8}
+    recipe = {**RECORD["recipe"], **settings}
+    calibration = {"sequences": 8, "measure": "error", "before": 0.5, "after": 0.25}
+    card = load(tmp_path, config, recipe=recipe, tokens={"transfer": 20, "finetune": 9}, calibration=calibration)
+    assert (
+        "- calibration: 8 sequences, error 0.500 -> 0.250\n- transfer: 20 tokens\n- finetune: 9 tokens\n" in card.text
+    )
+    assert "loss: mse" in card.text and "lora_rank: 8" in card.text and card.data.datasets == ["someone/texts"]
+    assert "Nothing has been trained" not in card.text

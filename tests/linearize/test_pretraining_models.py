@@ -199,7 +199,7 @@ def test_every_valid_pair_resumes_bit_for_bit(pair, root, trained, monkeypatch):
         run(tiny(root, *pair, name))
     assert (root / name / "checkpoints" / "training" / "step-7").is_dir() and not (root / name / "final").exists()
     rest = run(tiny(root, *pair, name, resume_from_checkpoint=True))
-    ours, theirs = (load_file(run.final / "architecture.safetensors") for run in (rest, whole))
+    ours, theirs = (load_file(run.final / "model.safetensors") for run in (rest, whole))
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert (
         report_of(rest).losses == report_of(whole).losses and report_of(rest).validation == report_of(whole).validation
@@ -393,7 +393,7 @@ def test_an_encoder_goes_on_from_a_checkpoint(root, trained):
     assert record["tokens"] == {"training": 8 * 1024} and record["teacher"] is None
     assert record["validation"]["accuracy"] == report_of(after).accuracy
     assert report_of(after).perplexity < report_of(first).perplexity
-    with pytest.raises(UserError, match="has 64 positions"):
+    with pytest.raises(UserError, match="context is 64 tokens"):
         longer = {"data__sequence_length": 128, "training__tokens_per_step": 2048}
         run(tiny(root, "bert", name="longer", **longer, **changes))
 
@@ -444,8 +444,9 @@ def test_a_trained_wordpiece_marks_texts():
         ("gpt2", ["--attention", "{type: linear, windw: 3}"], "Unknown setting attention.windw"),
         ("gpt2", ["--attention.type", "linear", "--attention.feature_dim", "64"], "feature_dim 64 is wider"),
         ("gpt2", ["--softmax_layers", "0"], "softmax_layers is set, but without attention"),
-        ("gpt2", ["--attention", "linear", "--softmax_layers", "5"], "softmax_layers names layer 5"),
-        ("gpt2", ["--attention", "landmark", "--softmax_layers", "1"], "landmark attention goes with no softmax"),
+        ("gpt2", ["--attention", "linear", "--softmax_layers", "[5]"], "softmax_layers names layer 5"),
+        ("gpt2", ["--attention", "landmark", "--softmax_layers", "[1]"], "landmark attention goes with no softmax"),
+        ("gpt2", ["--attention", "linear", "--softmax_layers", "1"], "random weights have nothing to measure"),
         ("gpt2", ["--mixer_types", "softmax,near"], "mixer_types and mixers belong together"),
         ("gpt2", ["--mixer_types", "near", "--mixers", "{near: {type: linear}}"], "mixer_types names 1 layers"),
         ("gpt2", ["--mixer_types", "softmax,near", "--mixers", "{near: 3}"], "mixers.near must be a section"),

@@ -89,6 +89,12 @@ def without_times(value):
     return [without_times(x) for x in value] if isinstance(value, list) else value
 
 
+def lines(path):
+    """The lines of a log, without times; one a step, as a run that is resumed at the end of a stage measures again."""
+    records = [without_times(json.loads(line)) for line in path.read_text().splitlines()]
+    return list({record["step"]: record for record in records}.values())
+
+
 def same(found, expected):
     """The same weights, figures and logs, and nothing half-written beside them."""
     for path in expected.rglob("*.safetensors"):
@@ -101,8 +107,7 @@ def same(found, expected):
     reports = [without_times(json.loads((root / "report.json").read_text())) for root in (found, expected)]
     assert reports[0] == reports[1]
     for path in (expected / "logs").glob("*.jsonl"):
-        logs = [[without_times(json.loads(x)) for x in (y / "logs" / path.name).read_text().splitlines()]
-                for y in (found, expected)]  # fmt: skip
+        logs = [lines(root / "logs" / path.name) for root in (found, expected)]
         assert logs[0] == logs[1], path.name
     assert sorted(x.name for x in found.iterdir()) == sorted(x.name for x in expected.iterdir())
     assert not [x for x in found.rglob(".*") if PARTIAL.fullmatch(x.name)]

@@ -17,10 +17,8 @@ from transformers import BertForMaskedLM
 
 from linearize import failures, files
 from linearize.config.yaml_io import to_values
-from linearize.runs.encoder import run_encoder
+from linearize.runs.engine import run
 from linearize.runs.glue import run_glue
-from linearize.runs.landmark import run_landmark
-from linearize.runs.pretraining import pretrain
 from linearize.training.log import TrainingLog
 from linearize.training.stage_trainer import StageTrainer
 
@@ -36,6 +34,7 @@ def common(root, **changes):
         "output_dir": str(root / "out"),
         "device": "cpu",
         "data": {**data, "cache_dir": str(root / "cache")},
+        "evaluation": None,
         **changes,
     }
 
@@ -46,27 +45,27 @@ STEPS = {
     "tokens_per_step": 64,
     "logging_steps": 1,
     "save_steps": 1,
-    "warmup_steps": 0,
 }
+FULL = {"kind": "train", "weights": "all", **STEPS, "warmup_steps": 0}
 
 
 def pretraining(root):
     make_teacher_directory(root / "teacher", make=make_gpt2)
-    return pretrain, common(root, training=STEPS), "checkpoints/pretrain"
+    return run, common(root, attention=None, stages={"training": FULL}), "checkpoints/training"
 
 
 def encoder(root):
     make_bert_directory(root / "teacher", kind=BertForMaskedLM)
     attention = {"type": "linear", "window": 3, "sinks": 1}
-    stages = {"transfer": {**STEPS, "max_steps": 1}, "mlm": STEPS, "distillation": None, "evaluation": None}
-    return run_encoder, common(root, attention=attention, **stages), "checkpoints/mlm"
+    stages = {"transfer": {"kind": "transfer", **STEPS, "max_steps": 1}, "mlm": {**FULL, "objective": "masked"}}
+    return run, common(root, attention=attention, stages=stages), "checkpoints/mlm"
 
 
 def landmark(root):
     make_teacher_directory(root / "teacher")
-    attention = {"block_size": 8, "top_k": 2}
-    settings = common(root, attention=attention, training=STEPS, train_teacher=False, calibration_sequences=2)
-    return run_landmark, settings, "landmark/checkpoints/pretrain"
+    attention = {"type": "landmark", "block_size": 8, "top_k": 2}
+    stages = {"calibrate": {"kind": "calibrate", "sequences": 2}, "landmark": {**FULL, "teacher": "base"}}
+    return run, common(root, attention=attention, stages=stages), "checkpoints/landmark"
 
 
 def glue(root):

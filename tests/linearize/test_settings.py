@@ -257,7 +257,7 @@ def test_every_field_has_a_docstring_and_a_flag():
         assert set(field_help(settings)) == {field.name for field in dataclasses.fields(settings)}
     values = run_values("minilm_linear")
     parameters = setting_parameters([field.name for field in dataclasses.fields(RunConfig)], RunConfig)
-    parameters += stage_parameters(stage_types(values))
+    parameters += stage_parameters(stage_types(values), values["stages"])
     flags = {parameter.name.replace("__dot__", ".") for parameter in parameters}
     asked = {f"{stage}.{name}" for stage in ("transfer", "distillation") for name in ("kind", "objective")}
     assert set(flat_names(values)) - {"data", "select", "tokenizer"} - asked <= flags

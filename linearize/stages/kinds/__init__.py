@@ -40,14 +40,11 @@ def _choices(kind: type[Stage], name: str) -> tuple[str, ...]:
 
 def find_kind(values: Mapping[str, Any]) -> type[Stage] | None:
     """The class of a stage with these settings; None where there is none."""
-    fitting = list(KINDS)
-    for name in SELECTORS:
-        asked = values.get(name)
-        if asked is not None:
-            fitting = [kind for kind in fitting if asked in _choices(kind, name)]
-        elif name != "kind":
-            defaulted = [kind for kind in fitting if _default(kind, name) == DEFAULTS.get(name)]
-            fitting = defaulted or fitting
+    given = {name: values[name] for name in SELECTORS if values.get(name) is not None}
+    fitting = [kind for kind in KINDS if all(asked in _choices(kind, name) for name, asked in given.items())]
+    for name, usual in DEFAULTS.items():
+        if name not in given:
+            fitting = [kind for kind in fitting if _default(kind, name) == usual] or fitting
     return fitting[0] if fitting and values.get("kind") is not None else None
 
 

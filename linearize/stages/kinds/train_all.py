@@ -47,6 +47,11 @@ class TrainAll(Stage):
             raise UserError(
                 f"{self.name}.weights is mechanism, but all other weights are random: set model_name_or_path."
             )
+        if self.values.teacher is not None and any(x.get("include_landmark_in_loss") for x in start.mechanisms):
+            raise UserError(
+                "attention.include_landmark_in_loss is the published loss, without a teacher: set "
+                f"{self.name}.teacher to none."
+            )
         if self.values.weights != "all" and not start.mechanisms:
             raise UserError(f"{self.name}.weights is {self.values.weights}, but no layer is converted: set it to all.")
 
