@@ -91,7 +91,8 @@ def _parameter(name: str, annotation: Any, help_text: str, default: str, panel: 
     else:
         declaration, kind = f"--{name}", list[str] | None if is_list(annotation) else str | None
     allowed = choices(annotation)
-    shown = help_text + (f" One of {', '.join(allowed)}." if allowed and len(allowed) <= 6 else "")
+    listed = not allowed or len(allowed) > 6 or all(choice in help_text for choice in allowed)
+    shown = help_text + ("" if listed else f" One of {', '.join(allowed)}.")
     shown += f" [default: {default}]" if default else ""
     option = typer.Option(
         None,

@@ -6,6 +6,7 @@ Plain text, whose names are never cut, however narrow the terminal.
 from __future__ import annotations
 
 import re
+import textwrap
 from itertools import groupby
 from typing import Any
 
@@ -21,6 +22,8 @@ MAIN = (
 SHORTER = {"model_name_or_path": "model", "data.dataset": "data"}
 """Setting -> the command's own parameter that says the same."""
 VALUE = "VALUE"
+NAME_COLUMN = 30
+"""Characters of a name that has its meaning beside it."""
 ABBREVIATED = ("e.g", "i.e")
 ASIDE = re.compile(r" \([^()]*\)")
 OF_A_STAGE = ("tokens", "sequences", "learning_rate")
@@ -64,7 +67,7 @@ class Command(TyperCommand):
         """Write the arguments, then the flags of each section."""
         shown = [(parameter, parameter.get_help_record(context)) for parameter in self.get_params(context)]
         records = [
-            (_panel(parameter), (self._names(parameter, record[0]), record[1].replace("[required]", "").rstrip()))
+            (_panel(parameter), (self._names(parameter, record[0]), record[1].replace("[required]", "")))
             for parameter, record in shown
             if record is not None
         ]
@@ -72,7 +75,7 @@ class Command(TyperCommand):
         records.sort(key=lambda pair: order.index(pair[0]))
         for panel, group in groupby(records, key=lambda pair: pair[0]):
             with formatter.section(panel):
-                formatter.write_dl([record for _, record in group])
+                _write_rows(formatter, [record for _, record in group])
         if self.hides:
             formatter.write_paragraph()
             formatter.write_text(f"All settings: {context.command_path} {ALL}")
@@ -93,6 +96,17 @@ class Command(TyperCommand):
     def hides(self) -> bool:
         """Whether the short help leaves flags out."""
         return any(getattr(parameter, "hidden", False) for parameter in self.params)
+
+
+def _write_rows(formatter: Any, rows: list[tuple[str, str]]) -> None:
+    """Names and what they mean in two columns; unlike typer's, a name with hyphens stays on its line."""
+    column = max((len(name) for name, _ in rows if len(name) <= NAME_COLUMN), default=NAME_COLUMN) + 2
+    margin, indent = " " * formatter.current_indent, " " * (formatter.current_indent + column)
+    wrapper = textwrap.TextWrapper(formatter.width - len(indent), break_on_hyphens=False, break_long_words=False)
+    for name, text in rows:
+        lines = wrapper.wrap(" ".join(text.split()))
+        first = name.ljust(column) + lines.pop(0) if lines and len(name) <= NAME_COLUMN else name
+        formatter.write("".join(f"{line}\n" for line in (margin + first, *(indent + line for line in lines))))
 
 
 def _argument(parameter: Any) -> str:

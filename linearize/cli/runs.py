@@ -131,7 +131,7 @@ def run(
         str | None, typer.Argument(metavar="MODEL", help="What to start from; short for --model_name_or_path.")
     ] = None,
     *,
-    config: Annotated[str | None, typer.Option("--config", hidden=True)] = None,
+    config: Config = None,
     data: Data = None,
     dry_run: DryRun = False,
     overrides: dict[str, Any],

@@ -194,7 +194,7 @@ class GlueRunConfig(RunSettings):
     """Continue the run in `output_dir`: what is finished is not run again. Models, tasks, seeds and learning rates may
     be added."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """The process's GPU, else the CPU; or one of them."""
+    """auto, cpu or cuda: auto is the process's GPU, else the CPU."""
     data: GlueDataConfig = field(default_factory=GlueDataConfig)
     """The tasks' examples."""
     training: GlueTrainingConfig = field(default_factory=GlueTrainingConfig)
