@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -43,7 +44,10 @@ def info(
     else:
         from linearize.evaluation import info as describe
 
-        description = describe(converted_in(find_model(model, revision), weights=False))
+        found = find_model(model, revision)
+        description = describe(converted_in(found, weights=False))
+        if not found.on_disk:
+            description = replace(description, path=found.name)
     if json_output:
         print(json.dumps(description.to_dict(), indent=2))
     else:

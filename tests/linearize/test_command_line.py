@@ -221,6 +221,24 @@ def test_a_pushed_run_is_its_final_model(models, monkeypatch, capsys):
     assert "linearize convert" in capsys.readouterr().err
 
 
+def test_a_model_of_the_hub_is_fetched_to_be_shown_or_pushed(models, monkeypatch, capsys):
+    """Without its weights, where they say nothing."""
+    fetched, pushed = [], []
+
+    def fetch(name, *, revision, allow_patterns):
+        fetched.append((name, revision, allow_patterns))
+        return str(models / "run" / "final")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("linearize.cli.loading.read_config", lambda found: None)
+    monkeypatch.setattr("linearize.hub.repository.push", lambda directory, *others, **more: pushed.append(directory))
+    assert main(["info", "me/model@v1"]) == 0
+    assert "me/model@v1" in capsys.readouterr().out
+    assert main(["push", "me/model", "you/model", "--revision", "v2"]) == 0
+    assert fetched == [("me/model", "v1", ["*.json", "README.md"]), ("me/model", "v2", None)]
+    assert pushed == [models / "run" / "final"]
+
+
 def test_the_package_runs_as_a_module_and_a_name_of_it_loads_late():
     run = [sys.executable, "-m", "linearize", "--version"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
