@@ -9,6 +9,7 @@ from linearize.errors import UserError
 from linearize.hardware import memory
 
 if TYPE_CHECKING:
+    from linearize.runs.plan import RunPlan
     from linearize.runs.settings import RunConfig
     from linearize.stages.kinds.base import Start
 
@@ -31,6 +32,16 @@ def check_lengths(start: Start) -> None:
             raise UserError(
                 f"{name} is {length}, but the teacher's context is {limit} tokens{room}: set it to {limit} or lower."
             )
+
+
+def check_yardstick(start: Start) -> None:
+    """Refuse to train all weights of a teacher that is not there."""
+    settings = start.config.yardstick_settings() if start.config.yardstick is not None else None
+    if settings is not None and settings.weights != "lora" and start.converted:
+        raise UserError(
+            f"yardstick trains the teacher, and {start.config.model_name_or_path} is converted: leave it out, or "
+            "start from the teacher."
+        )
 
 
 def check_data(start: Start) -> None:
@@ -100,3 +111,24 @@ def check_triton() -> None:
         reason = unavailable(torch.empty(0, device="cuda" if torch.cuda.is_available() else "cpu")) or ""
     if reason:
         raise UserError(f"op_backend is triton, but {reason}: set op_backend to auto or chunked.")
+
+
+def check_memory(plan: RunPlan, state: Any) -> None:
+    """Refuse training of all weights that cannot fit, before the first stage."""
+    from linearize.conversion.quantization import refuse_quantized
+    from linearize.conversion.students import load_config
+    from linearize.hardware.memory_full import check_full_training
+
+    start, config = plan.start, plan.config
+    name = config.model_name_or_path or f"this {config.architecture.type}"  # type: ignore[union-attr]
+    for current in plan.stages:
+        if current.what not in ("all", "mechanism") or current.values.kind != "train":
+            continue
+        taught = "base" if current.values.objective == "embeddings" else current.values.teacher
+        teacher = None
+        if taught is not None:
+            own = taught in ("base", "yardstick") or taught in config.stages
+            teacher = start.model if own else load_config(taught)
+            if not own:
+                refuse_quantized(taught, teacher)
+        check_full_training(name, start.student, state, teacher=teacher, trains_all=current.what == "all")

@@ -23,7 +23,7 @@ import shlex
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from linearize.config.record import FINAL, read_record
 from linearize.config.selection import FILES
@@ -32,6 +32,9 @@ from linearize.config.yaml_io import differences, read_mapping, resolve, write_c
 from linearize.errors import UserError
 from linearize.runs.settings import resolve_run, trains_language
 from linearize.stages.identity import STEPS, StageState, changed_settings, require_same_inputs
+
+if TYPE_CHECKING:
+    from linearize.runs.plan import RunPlan
 
 CONFIG = "config.yaml"
 REPORT, TABLES = "report.json", "report.md"
@@ -277,3 +280,15 @@ class StagesDirectory(RunDirectory):
             named = f" --teacher {shlex.quote(teacher)}" if teacher else ""
             return [f"linearize info {final}", evaluate + named, push]
         return [f"linearize chat {final}", evaluate, push]
+
+
+def stages_done(plan: RunPlan, directory: StagesDirectory) -> int:
+    """How many stages, from the first on, a resumed run need not run again: the last of them left its repository."""
+    if not directory.config.resume_from_checkpoint:
+        return 0
+    names = [current.name for current in plan.stages]
+    if directory.final.is_dir() and not directory.asks_for_more():
+        return len(names)
+    left = [directory.of_stage(name) / "config.json" for name in names]
+    there = [place for place, path in enumerate(left) if path.is_file()]
+    return there[-1] + 1 if there else 0

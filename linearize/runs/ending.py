@@ -11,6 +11,7 @@ from linearize.config.yaml_io import write_config
 from linearize.failures import stage
 from linearize.files import write_file
 from linearize.runs.directory import ENDED, REPORT, TABLES, YARDSTICK
+from linearize.runs.records import record_of
 
 if TYPE_CHECKING:
     from linearize.runs.engine import RunOfStages
@@ -28,12 +29,12 @@ def save(run: RunOfStages, model: Any, place: Path, files: Mapping[str, bytes] |
     more, source = dict(files or {}), run.config.model_name_or_path
     if run.plan.start.encoder and source is not None:
         more |= sentence_transformer_files(source, revision=run.config.revision)
-    save_final(model, run.tokenizer, place, run.record or run.unrecorded(), more)
+    save_final(model, run.tokenizer, place, run.record or record_of(run), more)
 
 
 def keep(run: RunOfStages, model: Any) -> Any:
     """Save the model after the last stage, and give it in full weights."""
-    run.record = run.record or run.unrecorded()
+    run.record = run.record or record_of(run)
     base = run.repository or run.config.model_name_or_path or ""
     last = run.plan.stages[-1].name if run.plan.stages else None
     outcome = run.result.stages.get(last) if last else None
@@ -109,7 +110,8 @@ def write_report(run: RunOfStages, measures: Any) -> None:
     if measures is not None:
         name = "embeddings" if run.plan.start.encoder else "evaluation"
         content[name] = measures.report.to_dict()
-    write_file(path / REPORT, (json.dumps(content, indent=1) + "\n").encode())
     plot_curves(content["stages"], path, hidden=run.plan.start.encoder)
     figures = "" if measures is None else measures.report.markdown()
     write_file(path / TABLES, page(run.plan, content["stages"], figures, path).encode())
+    # Last: where it is, the run has ended.
+    write_file(path / REPORT, (json.dumps(content, indent=1) + "\n").encode())

@@ -21,7 +21,9 @@ from linearize.failures import stage
 from linearize.files import write_file
 from linearize.processes import from_main_process
 from linearize.runs.attention import complete
-from linearize.runs.directory import CONVERTED, DONE, YARDSTICK, StagesDirectory
+from linearize.runs.checks import check_memory
+from linearize.runs.directory import CONVERTED, DONE, YARDSTICK, StagesDirectory, stages_done
+from linearize.runs.records import record_of
 from linearize.runs.settings import RunConfig, resolve_run
 from linearize.stages.kinds import make_stage
 from linearize.stages.kinds.base import Context, Outcome, Stage
@@ -111,10 +113,10 @@ class RunOfStages:
             return self._complete()
         self.plan = make_plan(config, self.state.num_processes)
         self.config = self.plan.config
-        self._check_memory()
+        check_memory(self.plan, self.state)
         self._prepare_data()
         self._select()
-        done = self._stages_done()
+        done = from_main_process(lambda: stages_done(self.plan, self.directory))
         whole = self._whole_yardstick()  # it trains before the student takes its place in memory
         # What cannot be read is refused before anything is written.
         model = self._load(done) if whole is None else None
@@ -152,7 +154,7 @@ class RunOfStages:
         self.directory.check()
         self.plan = make_plan(self.config, self.state.num_processes)
         self.config = config = self.plan.config
-        self._check_memory()
+        check_memory(self.plan, self.state)
         tokenizer = None
         if config.architecture is None:
             tokenizer = load_model_tokenizer(config.source, revision=config.revision)
@@ -196,34 +198,13 @@ class RunOfStages:
 
             check_token(self.config.push_to_hub)
 
-    def _check_memory(self) -> None:
-        """Refuse training of all weights that cannot fit, before the first stage."""
-        from linearize.conversion.quantization import refuse_quantized
-        from linearize.conversion.students import load_config
-        from linearize.hardware.memory_full import check_full_training
-
-        start, config = self.plan.start, self.config
-        name = config.model_name_or_path or f"this {config.architecture.type}"  # type: ignore[union-attr]
-        for current in self.plan.stages:
-            if current.what not in ("all", "mechanism") or current.values.kind != "train":
-                continue
-            taught = "base" if current.values.objective == "embeddings" else current.values.teacher
-            teacher = None
-            if taught is not None:
-                own = taught in ("base", YARDSTICK) or taught in config.stages
-                teacher = start.model if own else load_config(taught)
-                if not own:
-                    refuse_quantized(taught, teacher)
-            check_full_training(name, start.student, self.state, teacher=teacher, trains_all=current.what == "all")
-
     def _prepare_data(self) -> None:
         """Tokenizer and text."""
+        from linearize.runs.models import RunModels
         from linearize.runs.texts import prepare_texts
 
         self.texts = prepare_texts(self.plan, self.state)
         self.tokenizer = self.texts.tokenizer
-        from linearize.runs.models import RunModels
-
         self.models = RunModels(self.plan, self.directory, self.state.device, self.tokenizer)
         if self.texts.train is not None:
             what = "rows" if self.plan.start.encoder else "sequences"
@@ -276,22 +257,6 @@ class RunOfStages:
                 measures.report.notes.append(note)
         return measures
 
-    def _stages_done(self) -> int:
-        """How many stages, from the first on, a resumed run need not run again: the last of them left its
-        repository."""
-        if not self.config.resume_from_checkpoint:
-            return 0
-
-        def find() -> int:
-            names = [current.name for current in self.plan.stages]
-            if self.directory.final.is_dir() and not self.directory.asks_for_more():
-                return len(names)
-            left = [self.directory.of_stage(name) / "config.json" for name in names]
-            there = [place for place, path in enumerate(left) if path.is_file()]
-            return there[-1] + 1 if there else 0
-
-        return from_main_process(find)
-
     def _load(self, done: int) -> Any:
         """The model as the stages that are done left it."""
         from linearize.config.record import read_record
@@ -341,14 +306,8 @@ class RunOfStages:
 
     def _train_whole_yardstick(self, current: Stage, measures: Any) -> None:
         """All weights of the softmax teacher."""
-        from linearize.errors import UserError
         from linearize.stages.identity import mark_base
 
-        if self.plan.start.converted:
-            raise UserError(
-                f"yardstick trains the teacher, and {self.config.model_name_or_path} is converted: leave it out, or "
-                "start from the teacher."
-            )
         place = self.directory.yardstick
         if not (place / "config.json").is_file():
             teacher = self.models.placed(self.models.teacher("base"))
@@ -453,50 +412,7 @@ class RunOfStages:
             write_file(self.directory.path / DONE, (json.dumps(self.figures, indent=1) + "\n").encode())
         self.result.stages[current.name] = outcome
         if current.name != YARDSTICK:
-            self.record = self._record(current, outcome)
-
-    def _record(self, current: Stage, outcome: Outcome) -> dict[str, Any]:
-        """The record of the model after a stage."""
-        from linearize.config.record import loaded_commit, make_record
-
-        source, name, more = self.config.model_name_or_path, current.name, dict(outcome.record)
-        record = make_record(
-            source,
-            earlier=self.record,
-            revision=None if source is None else loaded_commit(source, self.config.revision),
-            recipe=self._recipe(),
-            tokens={name: outcome.tokens} if outcome.tokens else None,
-            trained={name: current.what},
-            seconds={name: outcome.seconds} if outcome.steps else None,
-            peak_memory_bytes={name: outcome.peak_memory_bytes} if outcome.steps else None,
-            selection=self.models.selection.summary() if self.models.selection else None,
-            calibration=more.pop("calibration", None),
-        )
-        return record | more
-
-    def _recipe(self) -> dict[str, Any]:
-        """The settings of this run; of a model converted before, its attention and the stages that it went through."""
-        from linearize.config.record import stages_of
-        from linearize.config.selection import OF_THE_CONVERSION
-        from linearize.config.yaml_io import to_values
-
-        recipe, earlier = to_values(self.asked), (self.record or {}).get("recipe") or {}
-        if self.plan.start.converted:
-            for name in OF_THE_CONVERSION:
-                recipe[name] = earlier.get(name)
-            recipe["stages"] = {**stages_of(earlier), **recipe["stages"]}
-            if "imported" in earlier:
-                recipe["imported"] = earlier["imported"]
-        return recipe
-
-    def unrecorded(self) -> dict[str, Any]:
-        """The record of a run without stages."""
-        from linearize.config.record import loaded_commit, make_record
-
-        source = self.config.model_name_or_path
-        selection = self.models.selection.summary() if self.models.selection else None
-        revision = None if source is None else loaded_commit(source, self.config.revision)
-        return make_record(source, earlier=self.record, revision=revision, recipe=self._recipe(), selection=selection)
+            self.record = record_of(self, current, outcome)
 
     def _base_of_adapter(self, model: Any) -> tuple[str, str | None]:
         """The repository that adapters on a model belong on, which is saved for them unless it is there."""

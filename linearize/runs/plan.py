@@ -14,7 +14,7 @@ from linearize.errors import UserError
 from linearize.hardware import memory
 from linearize.hardware.shape import Shape
 from linearize.runs.attention import check_attention, mixers_of, read_model
-from linearize.runs.checks import check_data, check_environment, check_lengths, check_triton_takes
+from linearize.runs.checks import check_data, check_environment, check_lengths, check_triton_takes, check_yardstick
 from linearize.runs.forecast import RunForecast, duration
 from linearize.stages.kinds import make_stage
 from linearize.stages.kinds.base import Stage, StagePlan, Start
@@ -170,6 +170,7 @@ def make_plan(config: RunConfig, num_processes: int = 1) -> RunPlan:
     start, selection = plan_start(config, num_processes)
     config = start.config
     check_data(start)
+    check_yardstick(start)
     check_lengths(start)
     check_triton_takes(start.model, start.forecast_settings)
     stages = [make_stage(name, settings) for name, settings in config.stages.items()]

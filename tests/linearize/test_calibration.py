@@ -166,7 +166,7 @@ def test_texts_within_the_window_leave_the_cosine_branch_out():
 def test_the_report_is_written(tmp_path):
     report = calibrate(make(make_teacher(), "pure"), rows(), 6)
     save_calibration(report, tmp_path, "calibrate")
-    written = json.loads((tmp_path / "logs" / "calibration.json").read_text())
+    written = json.loads((tmp_path / "logs" / "calibrate.json").read_text())
     assert written["sequences"] == 6 and len(written["values"]["exponents"]) == 3
     assert report.summary()["after"] < report.summary()["before"]
     assert report.sentence().startswith("calibration: 6 sequences, squared error")

@@ -56,10 +56,12 @@ class TrainEmbeddings(Stage):
     def run(self, model: Any, context: Context) -> Outcome:
         """Train in place, beside a frozen copy of the teacher."""
         from linearize.stages.encoder_training import distill_embeddings
+        from linearize.training.log import read_log
 
         teacher = context.load_teacher("base")
         if context.state.is_main_process:
             count = f"{teacher.num_parameters():,}"
             print(f"{self.name}: {count} frozen parameters of the teacher in memory", flush=True)
         done = distill_embeddings(model, teacher, context.train, self.values, **context.options())
-        return Outcome(model, done.steps, done.tokens, done.seconds, done.peak_memory_bytes, {"losses": done.losses})
+        figures = {"losses": [(record["step"], record["loss"]) for record in read_log(done.log_path)]}
+        return Outcome(model, done.steps, done.tokens, done.seconds, done.peak_memory_bytes, figures)
