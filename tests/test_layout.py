@@ -36,6 +36,8 @@ OUTSIDE = ("configs", "demo_text")
 OWED: dict[tuple[str, str], str] = {}
 """(file, what it imports) that run upward still -> why. The list only shrinks."""
 PAGE_LINES = 20
+FUNCTION_LINES = 60
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def _files() -> dict[str, Path]:
@@ -204,6 +206,19 @@ def _names(module: str) -> set[str]:
 
 def test_no_files_import_each_other_in_a_circle():
     assert circles() == []
+
+
+def test_functions_of_the_rooms_are_short():
+    """`modeling` and `kernels` have a style of their own."""
+    long = []
+    for module, path in MODULES.items():
+        if room(module) in ("modeling", "kernels"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            lines = node.end_lineno - node.lineno + 1 if isinstance(node, FUNCTIONS) else 0
+            if lines > FUNCTION_LINES:
+                long.append((module, node.name, lines))
+    assert long == []
 
 
 ROOM_PAGES = sorted(

@@ -23,9 +23,9 @@ from linearize.cli.flags import complete, normalise, underscored, with_settings
 from linearize.cli.help import ALL, Command
 from linearize.cli.importing import importer
 from linearize.cli.info import info
-from linearize.cli.loading import Directory
+from linearize.cli.loading import Model, Output, Revision, converted_in, find_model
 from linearize.cli.presets import presets
-from linearize.cli.runs import COMMANDS, Config, Output, values_asked_for
+from linearize.cli.runs import Config, finetune, glue, run, transfer, values_asked_for
 from linearize.cli.select import select
 from linearize.cli.vectors import export_vectors
 from linearize.config.yaml_io import flat_names
@@ -47,17 +47,15 @@ ENDED = ("pretrain", "gain-cell", "landmark", "encoder")
 WITHOUT_MODELS = ("presets",)
 """Commands that need no models."""
 
-app.add_typer(importer, name="import")
-app.add_typer(differ, name="diff")
 
-
-@app.command()
 @command
 @with_settings(
     "attention", "softmax_layers", "mixer_types", "mixers", "sliding_window", "revision", "dtype", "overwrite"
 )
 def convert(
-    model: Annotated[str, typer.Argument(help="The teacher: a Hub id, a directory or a .gguf file.")],
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="The teacher: a Hub id (ID@REVISION), a directory or a .gguf file.")
+    ],
     output: Output,
     *,
     config: Config = None,
@@ -75,7 +73,9 @@ def convert(
     from linearize.runs.settings import resolve_run, run_values
 
     named = {**run_values(config), "stages": {}, "yardstick": None}
-    settings = resolve_run(named, {**overrides, "model_name_or_path": model, "output_dir": output})
+    found = find_model(model, overrides.get("revision"))
+    model, fixed = found.source, {"revision": found.revision, "output_dir": output}
+    settings = resolve_run(named, {**overrides, **fixed, "model_name_or_path": model})
     _check_output(output, settings.overwrite)
     if settings.attention is None and settings.mixers is None:
         raise UserError("attention is softmax, which the model has already: choose another type.")
@@ -96,17 +96,11 @@ def convert(
     )
 
 
-app.command()(evaluate)
-app.command("export-vectors")(export_vectors)
-app.command()(chat)
-app.command()(info)
-
-
-@app.command()
 @command
 def push(
-    directory: Directory,
-    repo_id: Annotated[str, typer.Argument(help="NAME or OWNER/NAME on the Hub.")],
+    model: Model,
+    repo_id: Annotated[str, typer.Argument(metavar="ID", help="NAME or OWNER/NAME on the Hub.")],
+    revision: Revision = None,
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="Visibility of a repository that is made.")
     ] = None,
@@ -118,6 +112,7 @@ def push(
     """Upload a converted model to the Hub."""
     from linearize.hub.repository import push as upload
 
+    directory = converted_in(find_model(model, revision), weights=True)
     print(f"Pushed to {upload(directory, repo_id, private=private, token=token, message=message)}")
 
 
@@ -138,10 +133,23 @@ def start(
     """Before every command."""
 
 
-app.command()(select)
-app.command()(presets)
-for _name, _function in COMMANDS.items():
-    app.command(_name)(_function)
+for _name, _function in {
+    "run": run,
+    "presets": presets,
+    "convert": convert,
+    "select": select,
+    "transfer": transfer,
+    "finetune": finetune,
+    "evaluate": evaluate,
+    "chat": chat,
+    "info": info,
+    "push": push,
+    "glue": glue,
+    "export-vectors": export_vectors,
+}.items():
+    app.command(_name, cls=Command)(_function)
+app.add_typer(importer, name="import")
+app.add_typer(differ, name="diff")
 
 
 def _check_output(output: str, overwrite: bool) -> None:
@@ -159,7 +167,6 @@ def _prepare(words: Sequence[str], values: dict[str, Any]) -> None:
     """
     speaks = bool({"-h", "--help"} & set(words))
     for declared in app.registered_commands:
-        declared.cls = Command
         if words and words[0] == (declared.name or getattr(declared.callback, "__name__", "")) and declared.callback:
             complete(declared.callback, run_settings.stage_types(values), values["stages"], short=speaks)
     if words and words[0][0] != "-" and words[0] not in WITHOUT_MODELS and not speaks:
@@ -179,6 +186,7 @@ def main(argv: Sequence[str] | None = None, *, default_config: str | None = None
         default_config: What a command of `runs.py` takes when neither a config nor a run to resume is named.
     """
     words = expand_words(list(sys.argv[1:] if argv is None else argv))
+    words = [ALL if word == underscored(ALL) else word for word in words]
     if words and not words[0].startswith("-"):
         words[0] = words[0].replace("_", "-")
     if words and words[0] in ENDED:

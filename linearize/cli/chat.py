@@ -7,14 +7,15 @@ from typing import Annotated, Any
 import typer
 
 from linearize.cli.context_flags import tokens
-from linearize.cli.loading import Device, Directory, Dtype, load
+from linearize.cli.loading import Device, Dtype, Found, Model, Revision, find_model, load
 from linearize.errors import UserError
 from linearize.failures import command
 
 
 @command
 def chat(
-    directory: Directory,
+    model: Model,
+    revision: Revision = None,
     prompt: Annotated[
         str | None, typer.Option("--prompt", help="Answer this and end, instead of a conversation.")
     ] = None,
@@ -25,24 +26,25 @@ def chat(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """Talk with a converted model.
+    """Talk with a model, converted or not.
 
     Through its chat template if it has one.
     """
+    found = find_model(model, revision)
     chat_with_model(
-        directory, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, device=device
+        found, prompt=prompt, max_new_tokens=max_new_tokens, temperature=temperature, dtype=dtype, device=device
     )
 
 
 def chat_with_model(
-    source: str, *, prompt: str | None, max_new_tokens: int, temperature: float, dtype: str, device: str
+    found: Found, *, prompt: str | None, max_new_tokens: int, temperature: float, dtype: str, device: str
 ) -> None:
     """Answer one prompt, or hold a conversation until the input ends."""
     if max_new_tokens < 1 or temperature < 0:
         raise UserError("--max_new_tokens must be at least 1 and --temperature must not be negative.")
     if prompt is not None and not prompt.strip():
         raise UserError("--prompt is empty: give a text to answer, or leave it out for a conversation.")
-    model, tokenizer, _ = load(source, dtype, device)
+    model, tokenizer, _ = load(found, dtype, device)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     messages: list[dict[str, str]] = []
     if prompt is not None:

@@ -27,7 +27,7 @@ NaturalLengths = Annotated[
     str | None,
     typer.Option(
         "--natural",
-        help="Retrieval of a fact from ordinary text (--text, default the demo's) by a question in other words, at "
+        help="Retrieval of a fact from ordinary text (--data, default the demo's) by a question in other words, at "
         "these prompt lengths.",
     ),
 ]
@@ -35,7 +35,7 @@ PerplexityLengths = Annotated[
     str | None,
     typer.Option(
         "--context_perplexity",
-        help="Perplexity of the same tokens of long documents (--text, default the demo's) under contexts of these "
+        help="Perplexity of the same tokens of long documents (--data, default the demo's) under contexts of these "
         "lengths; --max_tokens are scored at each.",
     ),
 ]
@@ -43,7 +43,7 @@ ByLength = Annotated[
     str | None,
     typer.Option(
         "--by_length",
-        help="Perplexity at 1, 4 and 8 times this trained length (1k, or auto: as the record has it) of each --text "
+        help="Perplexity at 1, 4 and 8 times this trained length (1k, or auto: as the record has it) of each --data "
         "(default the demo's): a student's arms, the teacher, and a plain window of as many bytes. At most "
         "--max_tokens of each, on a CPU 8192 unless given.",
     ),

@@ -7,6 +7,7 @@ that the names, the choices and the help are written once, where the settings ar
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import functools
 import inspect
@@ -14,19 +15,22 @@ import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import typer
 
-from linearize.cli.help import clause, is_main
+from linearize.cli.help import SHORTER, clause, is_main
 from linearize.config.values import FALSE, NOTHING, TRUE, choices, field_types, options, section_type
 from linearize.runs.settings import RunConfig
 
 NO = "no_"
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
 FLAGS = "flags_of_settings"
 """Where a command keeps what makes its flags."""
 OWN = "parameters_of_its_own"
 """Where it keeps those that it declares."""
+MAIN_FLAGS = "flags_of_the_short_help"
+"""Where it keeps the names of those that its short help shows, where it has a list of its own."""
 OF_THE_KIND = ("kind", "weights", "objective")
 """Settings of a stage that say what it is: flags where its class leaves a choice."""
 
@@ -87,7 +91,8 @@ def _parameter(name: str, annotation: Any, help_text: str, default: str, panel: 
     else:
         declaration, kind = f"--{name}", list[str] | None if is_list(annotation) else str | None
     allowed = choices(annotation)
-    shown = help_text + (f" One of {', '.join(allowed)}." if allowed and len(allowed) <= 6 else "")
+    listed = not allowed or len(allowed) > 6 or all(choice in help_text for choice in allowed)
+    shown = help_text + ("" if listed else f" One of {', '.join(allowed)}.")
     shown += f" [default: {default}]" if default else ""
     option = typer.Option(
         None,
@@ -95,9 +100,8 @@ def _parameter(name: str, annotation: Any, help_text: str, default: str, panel: 
         help=shown,
         rich_help_panel=panel,
         show_default=False,
-        metavar=None if is_flag(annotation) else "VALUE",
     )
-    return inspect.Parameter(identifier, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind)
+    return inspect.Parameter(identifier, KEYWORD, default=option, annotation=kind)
 
 
 def stage_parameters(stages: Mapping[str, type], values: Mapping[str, Any]) -> list[inspect.Parameter]:
@@ -197,6 +201,38 @@ def with_settings(
     return decorate
 
 
+def with_options(kind: type, main: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Give a command a flag for each field of a dataclass, as its annotation says (`Annotated[..., typer.Option()]`).
+
+    The command must take a keyword `options`: a value of the dataclass. Its own parameters keep their flags.
+
+    Args:
+        kind: The dataclass.
+        main: Fields of the short help.
+    """
+
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        taken = inspect.signature(command, eval_str=True).parameters.values()
+        own = [parameter for parameter in taken if parameter.name != "options"]
+        hints = typing.get_type_hints(kind, include_extras=True)
+        fields = dataclasses.fields(kind)
+
+        def flags() -> list[inspect.Parameter]:
+            kinds = {name: Annotated[get_args(hint)[0], copy.copy(get_args(hint)[1])] for name, hint in hints.items()}
+            return [inspect.Parameter(f.name, KEYWORD, default=f.default, annotation=kinds[f.name]) for f in fields]
+
+        @functools.wraps(command)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            options = kind(**{field.name: kwargs.pop(field.name) for field in fields})
+            return command(*args, options=options, **kwargs)
+
+        _sign(call, [*own, *flags()])
+        vars(call).update({OWN: own, MAIN_FLAGS: main, FLAGS: lambda *_: flags()})
+        return call
+
+    return decorate
+
+
 def complete(
     command: Callable[..., Any], stages: Mapping[str, type], values: Mapping[str, Any], *, short: bool = False
 ) -> None:
@@ -211,11 +247,13 @@ def complete(
     if flags is None:
         return
     parameters = flags(stages, values, not short)
-    for parameter in parameters:
+    own = {parameter.name for parameter in vars(command)[OWN]}
+    chosen = vars(command).get(MAIN_FLAGS)
+    for parameter in parameters if short else ():
         name = parameter.name.replace("__dot__", ".")
-        if short:
-            parameter.default.hidden = not is_main(name, stages)
-            parameter.default.help = clause(parameter.default.help)
+        option = parameter.default if chosen is None else get_args(parameter.annotation)[1]
+        shown = is_main(name, stages) and SHORTER.get(name) not in own if chosen is None else name in chosen
+        option.hidden, option.help = not shown, clause(option.help)
     _sign(command, [*vars(command)[OWN], *parameters])
 
 

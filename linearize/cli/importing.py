@@ -8,38 +8,38 @@ from typing import Annotated, Any
 
 import typer
 
-from linearize.cli.loading import Dtype, choose_dtype
+from linearize.cli.help import Command
+from linearize.cli.loading import Dtype, Output, Overwrite, Revision, choose_dtype
 from linearize.failures import command, stage
 
-importer = typer.Typer(help="Checkpoints of published research code.", no_args_is_help=True)
-
-Output = Annotated[str, typer.Argument(help="Directory to write.")]
-Revision = Annotated[str | None, typer.Option("--revision", help="Of the checkpoint on the Hub.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the directory.")]
+importer = typer.Typer(help="Convert checkpoints of published research code.", no_args_is_help=True)
 
 
-@importer.command("gain-cell")
+@importer.command("gain-cell", cls=Command)
 @command
 def import_gain_cell(
-    source: Annotated[str, typer.Argument(help="The checkpoint (.pt) of the published gain-cell code.")],
+    source: Annotated[
+        str, typer.Argument(metavar="SRC", help="The checkpoint (.pt) of the published gain-cell code.")
+    ],
     output: Output,
     tokenizer: Annotated[
         str | None, typer.Option("--tokenizer", help="Directory or Hub id of the tokenizer to save along.")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a converted repository of a checkpoint of the published gain-cell code (GPT-2)."""
+    """A checkpoint of the published gain-cell code (GPT-2)."""
     from linearize.conversion.sources import check_output
 
     check_output(output, overwrite)
     import_published_gain_cell(source, output, tokenizer)
 
 
-@importer.command("landmark")
+@importer.command("landmark", cls=Command)
 @command
 def import_landmark(
     source: Annotated[
-        str, typer.Argument(help="The checkpoint of the published landmark code (Llama): a directory or a Hub id.")
+        str,
+        typer.Argument(metavar="SRC", help="The checkpoint (Llama): a directory or a Hub id."),
     ],
     output: Output,
     mem_id: Annotated[
@@ -59,13 +59,13 @@ def import_landmark(
     ] = None,
     tokenizer: Annotated[
         str | None,
-        typer.Option("--tokenizer", help="Directory or Hub id of the tokenizer, where SOURCE has none to be read."),
+        typer.Option("--tokenizer", help="Directory or Hub id of the tokenizer, where SRC has none to be read."),
     ] = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a converted repository of a checkpoint of the published landmark code (Llama)."""
+    """A checkpoint of the published landmark code (Llama)."""
     from linearize.conversion.sources import check_output
 
     check_output(output, overwrite)
@@ -82,21 +82,22 @@ def import_landmark(
     )
 
 
-@importer.command("cosine")
+@importer.command("cosine", cls=Command)
 @command
 def import_cosine(
     source: Annotated[
-        str, typer.Argument(help="The checkpoint of the published cosine code (BERT, GPT-J): a directory or a Hub id.")
+        str,
+        typer.Argument(metavar="SRC", help="The checkpoint (BERT, GPT-J): a directory or a Hub id."),
     ],
     output: Output,
     tokenizer: Annotated[
-        str | None, typer.Option("--tokenizer", help="Directory or Hub id of the tokenizer, where SOURCE has none.")
+        str | None, typer.Option("--tokenizer", help="Directory or Hub id of the tokenizer, where SRC has none.")
     ] = None,
     revision: Revision = None,
     dtype: Dtype = "auto",
     overwrite: Overwrite = False,
 ) -> None:
-    """Make a converted repository of a checkpoint of the published cosine-attention code (BERT or GPT-J)."""
+    """A checkpoint of the published cosine code (BERT, GPT-J)."""
     from linearize.conversion.sources import check_output
 
     check_output(output, overwrite)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
 
 from linearize.cli.context_flags import tokens
-from linearize.cli.loading import model_of, read_config
+from linearize.cli.loading import Found, Model, Revision, converted_in, find_model, read_config
 from linearize.errors import UserError
 from linearize.failures import command
 
@@ -16,12 +17,8 @@ HARDWARE = ("gain-cell",)
 
 @command
 def info(
-    model: Annotated[
-        str,
-        typer.Argument(
-            help="Directory of a converted model or of a run; with --hardware any Hub id or directory too."
-        ),
-    ],
+    model: Model,
+    revision: Revision = None,
     hardware: Annotated[
         str | None, typer.Option("--hardware", help="gain-cell: estimate what the attention costs on this hardware.")
     ] = None,
@@ -34,28 +31,30 @@ def info(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
 ) -> None:
-    """Show layers, mechanisms, and the bytes of the state.
+    """Show a model's layers and the bytes of its state.
 
-    Against the teacher's KV cache; or what hardware would cost.
+    Against the teacher's KV cache; or with --hardware what the attention of any model would cost there.
     """
     import json
 
     if hardware is not None:
-        description: Any = estimate_model(model, hardware, window=window, cell=cell)
+        description: Any = estimate_model(find_model(model, revision), hardware, window=window, cell=cell)
     elif window is not None or cell is not None:
         raise UserError("--window and --cell are of the hardware estimate: give --hardware gain-cell too.")
     else:
-        from linearize.config.record import find_converted
         from linearize.evaluation import info as describe
 
-        description = describe(find_converted(model))
+        found = find_model(model, revision)
+        description = describe(converted_in(found, weights=False))
+        if not found.on_disk:
+            description = replace(description, path=found.name)
     if json_output:
         print(json.dumps(description.to_dict(), indent=2))
     else:
         description.show()
 
 
-def estimate_model(source: str, hardware: str, *, window: int | None, cell: str | None) -> Any:
+def estimate_model(found: Found, hardware: str, *, window: int | None, cell: str | None) -> Any:
     """The hardware report of a model, stock or converted."""
     from linearize.conversion.gain_cells import load_cell
     from linearize.hardware import hardware_report
@@ -65,7 +64,7 @@ def estimate_model(source: str, hardware: str, *, window: int | None, cell: str 
     if hardware not in HARDWARE:
         raise UserError(f"--hardware is {hardware!r}, but it must be one of {', '.join(HARDWARE)}.")
     chosen = None if cell is None else load_cell(cell)
-    config = read_config(model_of(source))
+    config, source = read_config(found), found.name
     if is_encoder(config):
         raise UserError(f"{source} is an encoder, which gain cells cannot run: their ring holds earlier tokens alone.")
     if gain_cell_layers(config) and (window is not None or cell is not None):

@@ -1,21 +1,137 @@
-"""The model that a command is about, with the flags that say which, in what type and where."""
+"""The model that a command is about, and the flags that are spelt alike in all commands."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from linearize.config.record import is_converted
+from linearize.config.record import FINAL
 from linearize.errors import UserError
 from linearize.failures import stage
+from linearize.paths import user_path
 
 DTYPES = ("auto", "bfloat16", "float16", "float32")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+SMALL_FILES = ("*.json", "README.md")
+"""What a model says of itself without its weights."""
 
-Directory = Annotated[str, typer.Argument(help="Directory of a converted model, or of a run.")]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Directory of a model or of a run, or a Hub id, also as ID@REVISION.")
+]
+Output = Annotated[str, typer.Argument(metavar="OUT", help="Directory to write.")]
+Revision = Annotated[str | None, typer.Option("--revision", help="Branch, tag or commit of the model on the Hub.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, bfloat16, float16 or float32.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite/--no_overwrite", help="Replace what is there.", show_default=False)
+]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model as a command was given it."""
+
+    name: str
+    """What the user called it."""
+    source: str
+    """Directory, `.gguf` file or Hub id that loads."""
+    revision: str | None
+    """On the Hub; None: its newest, or a model on this disk."""
+
+    @property
+    def on_disk(self) -> bool:
+        """Whether it is here, and not on the Hub."""
+        return Path(self.source).exists()
+
+    def repository(self, *, weights: bool) -> Path:
+        """A directory that holds it; of a model on the Hub it is fetched.
+
+        Args:
+            weights: All of it; False: what it says of itself suffices.
+
+        Raises:
+            UserError: It cannot be fetched.
+        """
+        if self.on_disk:
+            return Path(self.source)
+        from huggingface_hub import snapshot_download
+
+        from linearize.load_errors import explained
+
+        read_config(self)  # says in a sentence what is wrong with the name
+        with explained(self.source):
+            patterns = None if weights else list(SMALL_FILES)
+            return Path(snapshot_download(self.source, revision=self.revision, allow_patterns=patterns))
+
+
+def find_model(name: str, revision: str | None = None) -> Found:
+    """The model that a word of the command line names.
+
+    Args:
+        name: A directory of a model, or of a run, whose final model is meant; a `.gguf` file; a Hub id, also as
+            ID@REVISION.
+        revision: What `--revision` gives.
+
+    Raises:
+        UserError: There is none of that name, as far as this disk can tell.
+    """
+    path = Path(user_path(name))
+    if path.exists():
+        if revision is not None:
+            raise UserError(
+                f"--revision {revision} is of a model on the Hub, but {path} is a local one: leave it out."
+            )
+        return Found(name, str(_model_in(path)), None)
+    source, at, named = name.rpartition("@")
+    if at and revision is not None:
+        raise UserError(f"{name} and --revision {revision} both name a revision: give one of them.")
+    source, revision = (source, named) if at else (name, revision)
+    if not HUB_ID.fullmatch(source):
+        raise UserError(
+            f"There is no model {name}: looked for a directory of a model or of a run and for a .gguf file, and it is "
+            "no Hub id (NAME or OWNER/NAME): check the name."
+        )
+    return Found(name, source, revision)
+
+
+def _model_in(path: Path) -> Path:
+    """The model of a path that exists: its own, or the final one of a run."""
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"{path} is a file: give the directory of a model or of a run, a Hub id, or a .gguf file.")
+        return path
+    for place in (path, path / FINAL):
+        if (place / "config.json").is_file():
+            return place
+    raise UserError(
+        f"{path} holds no model: looked for config.json in it and in {path / FINAL}; make one with `linearize convert "
+        "MODEL OUT`, or end the run."
+    )
+
+
+def converted_in(found: Found, *, weights: bool) -> Path:
+    """A directory that holds a converted model.
+
+    Args:
+        weights: As in `Found.repository`.
+
+    Raises:
+        UserError: It is not converted.
+    """
+    from linearize.config.record import find_converted
+
+    return find_converted(found.repository(weights=weights))
+
+
+def record_of(found: Found) -> dict[str, Any]:
+    """The record of a model; empty where it has none."""
+    from linearize.config.record import read_record
+
+    return read_record(found.source, revision=found.revision)
 
 
 def choose_device(name: str) -> Any:
@@ -38,7 +154,7 @@ def choose_dtype(name: str) -> Any:
     return name if name == "auto" else getattr(torch, name)
 
 
-def load(source: str, dtype: str, device: str, contexts: Any = None) -> tuple[Any, Any, bool]:
+def load(found: Found, dtype: str, device: str, contexts: Any = None) -> tuple[Any, Any, bool]:
     """A model with its tokenizer, on its device, and whether it is a converted one.
 
     Args:
@@ -52,34 +168,33 @@ def load(source: str, dtype: str, device: str, contexts: Any = None) -> tuple[An
 
     weights = choose_dtype(dtype)
     place = choose_device(device)
-    source = model_of(source)
-    config = read_config(source)
+    source = found.source
+    config = read_config(found)
     refuse_encoder(source, config)
     converted = hasattr(config, "mixer_types")
     scaled = _scaled_config(source, config, contexts)
-    tokenizer = load_model_tokenizer(source)
+    tokenizer = load_model_tokenizer(source, revision=found.revision)
     with stage("loading the model", "choose a smaller --dtype"):
         if converted:
-            model = load_student(source, dtype=weights)
+            model = load_student(source, dtype=weights, revision=found.revision)
         else:
             with explained(source):
-                model = AutoModelForCausalLM.from_pretrained(source, dtype=weights, **scaled)
+                options = {"dtype": weights, "revision": found.revision, **scaled}
+                model = AutoModelForCausalLM.from_pretrained(source, **options)
         if scaled:
             check_scaled(model, source)
         return model.to(place).eval(), tokenizer, converted
 
 
-def model_of(source: str) -> str:
-    """The converted model of a run directory; any other source as it is."""
-    if Path(source).is_dir() and not is_converted(source) and is_converted(Path(source) / "final"):
-        return str(Path(source) / "final")
-    return source
+def read_config(found: Found) -> Any:
+    """The configuration of a model.
 
-
-def read_config(source: str) -> Any:
+    Raises:
+        UserError: It cannot be read.
+    """
     from linearize.conversion.students import load_config
 
-    return load_config(source)
+    return load_config(found.source, revision=found.revision)
 
 
 def _scaled_config(source: str, config: Any, contexts: Any) -> dict[str, Any]:

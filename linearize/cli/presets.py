@@ -17,7 +17,9 @@ INDENT = " " * 4
 
 @command
 def presets(
-    name: Annotated[str | None, typer.Argument(help="Print this one, as a file to start from.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Print this one, as a file to start from.")
+    ] = None,
 ) -> None:
     """List the shipped presets, or print one.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize.cli.flags import with_settings
-from linearize.cli.loading import Directory
+from linearize.cli.loading import Found, Model, Output, find_model
 from linearize.config.presets import find_preset
 from linearize.config.values import field_types
 from linearize.config.yaml_io import left_behind, resolve
@@ -19,13 +19,10 @@ from linearize.evaluation.glue.settings import GlueRunConfig
 from linearize.failures import command, is_main_process
 from linearize.runs.settings import RunConfig, resolve_run, run_values
 
-Config = Annotated[
-    str | None, typer.Option("--config", metavar="VALUE", help="YAML file or preset, in place of the first argument.")
-]
+Config = Annotated[str | None, typer.Option("--config", help="YAML file or preset, in place of the first argument.")]
 Data = Annotated[
-    list[str] | None, typer.Option("--data", metavar="VALUE", help="Text to train on: path(s) or a Hub id.")
+    list[str] | None, typer.Option("--data", help="Text to run on: a file, repeated for more, or a Hub id.")
 ]
-Output = Annotated[str, typer.Argument(help="Directory to write.")]
 DryRun = Annotated[bool, typer.Option("--dry_run", help="Check everything and print the plan, then end.")]
 TRAINING = (
     "seed",
@@ -37,6 +34,8 @@ TRAINING = (
     "resume_from_checkpoint",
     "report_to",
     "op_backend",
+    "revision",
+    "push_to_hub",
 )
 SHORT = {
     "transfer": {"calibrate": {"kind": "calibrate"}, "transfer": {"kind": "transfer"}},
@@ -152,7 +151,7 @@ def run(
         overrides = {"overwrite": False, **overrides}
     chosen = named or stored or context.obj
     if model is not None:
-        overrides = {**overrides, "model_name_or_path": model}
+        overrides = {**overrides, **start_of(find_model(model, overrides.get("revision")))}
     overrides = with_data(overrides, data)
     said(chosen, run_values(chosen), overrides, RunConfig)
     run_or_plan(resolve_run(chosen, overrides), dry_run)
@@ -168,7 +167,7 @@ def _stored(overrides: Mapping[str, Any]) -> str | None:
 @command
 @with_settings("data", *TRAINING, stages=True)
 def transfer(
-    directory: Directory,
+    model: Model,
     output: Output,
     *,
     data: Data = None,
@@ -177,13 +176,13 @@ def transfer(
     overrides: dict[str, Any],
 ) -> None:
     """Train the mechanism alone to give each layer's output."""
-    _one_stage("transfer", directory, output, data, config, overrides, dry_run)
+    _one_stage("transfer", model, output, config, with_data(overrides, data), dry_run)
 
 
 @command
 @with_settings("data", *TRAINING, stages=True)
 def finetune(
-    directory: Directory,
+    model: Model,
     output: Output,
     *,
     data: Data = None,
@@ -192,23 +191,24 @@ def finetune(
     overrides: dict[str, Any],
 ) -> None:
     """Train a LoRA, and the mechanism along."""
-    _one_stage("finetune", directory, output, data, config, overrides, dry_run)
+    _one_stage("finetune", model, output, config, with_data(overrides, data), dry_run)
+
+
+def start_of(found: Found) -> dict[str, Any]:
+    """Settings of a run that say what it starts from."""
+    return {"model_name_or_path": found.source, "revision": found.revision}
 
 
 def _one_stage(
-    name: str,
-    directory: str,
-    output: str,
-    data: list[str] | None,
-    config: str | None,
-    overrides: dict[str, Any],
-    dry_run: bool,
+    name: str, model: str, output: str, config: str | None, overrides: dict[str, Any], dry_run: bool
 ) -> None:
     """One stage on a converted model, as a run of it alone."""
-    from linearize.config.record import find_converted
-    from linearize.conversion.students import load_config
+    from linearize.cli.loading import read_config
 
-    source = str(find_converted(directory))
+    found = find_model(model, overrides.get("revision"))
+    start = read_config(found)
+    if not hasattr(start, "mixer_types"):
+        raise UserError(f"{found.source} holds no converted model: make one with `linearize convert MODEL OUT`.")
     values = run_values(config)
     kind = SHORT[name][name]
     given = [stage for stage in values["stages"].values() if isinstance(stage, Mapping)]
@@ -216,16 +216,15 @@ def _one_stage(
     if config is not None and not fitting:
         raise UserError(f"{config} has no stage that `linearize {name}` runs: leave --config out.")
     # One stage must not change the type of the weights that the stage before saved.
-    stored = str(load_config(source).dtype).removeprefix("torch.")
+    stored = str(start.dtype).removeprefix("torch.")
     if config is None and stored in ("bfloat16", "float16", "float32"):
         overrides = {"dtype": stored, **overrides}
     first = {"calibrate": given[0]} if given and given[0].get("kind") == "calibrate" else {}
     values = {**values, "stages": {**first, name: dict(fitting[0] if config is not None else kind)}}
-    fixed = {"model_name_or_path": source, "output_dir": output, "evaluation": None, "yardstick": None}
+    fixed = {**start_of(found), "output_dir": output, "evaluation": None, "yardstick": None}
     for conversion in ("attention", "softmax_layers", "state_budget", "mixer_types", "mixers", "architecture"):
         values.pop(conversion, None)
-    overrides = with_data({**overrides, **fixed}, data)
-    run_or_plan(resolve_run(values, overrides), dry_run)
+    run_or_plan(resolve_run(values, {**overrides, **fixed}), dry_run)
 
 
 @command
@@ -241,6 +240,3 @@ def glue(context: typer.Context, *, config: Config = None, overrides: dict[str, 
     if stored is not None:
         overrides = {"overwrite": False, **overrides}
     linearize.run_glue(resolve(config or stored or context.obj, overrides, settings=GlueRunConfig))
-
-
-COMMANDS = {"run": run, "transfer": transfer, "finetune": finetune, "glue": glue}

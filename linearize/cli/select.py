@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from linearize.cli.flags import with_settings
+from linearize.cli.loading import Found, choose_device, find_model, read_config, record_of
 from linearize.cli.runs import Config, Data, said, with_data
 from linearize.errors import UserError
 from linearize.failures import command, stage
@@ -24,7 +25,10 @@ FLAGS = (
 def select(
     model: Annotated[
         str,
-        typer.Argument(help="The teacher: a Hub id, a directory or a .gguf file; or an untrained conversion of it."),
+        typer.Argument(
+            metavar="MODEL",
+            help="The teacher: a Hub id (ID@REVISION), a directory or a .gguf file; or an untrained conversion of it.",
+        ),
     ],
     *,
     data: Data = None,
@@ -33,7 +37,9 @@ def select(
 ) -> None:
     """Place windows and softmax layers under a budget of state.
 
-    linearize select MODEL --state_budget 7MB --softmax_layers 4 --data text.jsonl --output_dir DIR
+    \b
+    linearize select MODEL --state_budget 7MB --data text.jsonl --output_dir out
+    linearize select MODEL --softmax_layers 4 --data text.jsonl --output_dir out
     """
     from linearize.conversion.students import load_model_tokenizer
     from linearize.data.sequences import prepare_data
@@ -46,7 +52,7 @@ def select(
     if "data.dataset" not in overrides and not (named.get("data") or {}).get("dataset"):
         raise UserError("There is no text to measure on: give --data FILE, or a config that names data.dataset.")
     attention = named.get("attention") or any(name.startswith("attention") for name in overrides)
-    teacher, revision, own = _teacher_of(model, overrides.get("revision"))
+    teacher, revision, own = _teacher_of(find_model(model, overrides.get("revision")))
     if own is not None and not attention:
         overrides["attention"] = own
     fixed = {"model_name_or_path": teacher, "revision": revision, "evaluation": None}
@@ -73,22 +79,19 @@ def select(
     )
 
 
-def _teacher_of(model: str, revision: str | None) -> tuple[str, str | None, dict[str, Any] | None]:
+def _teacher_of(found: Found) -> tuple[str, str | None, dict[str, Any] | None]:
     """The teacher, its revision and None; of an untrained conversion those that it was made from, and its attention.
 
     Raises:
         UserError: the conversion has trained, or nothing says what it was made from.
     """
-    from linearize.config.record import read_record
-    from linearize.conversion.students import load_config
-
-    config: Any = load_config(model, revision=revision)
+    config = read_config(found)
     if not hasattr(config, "mixer_types"):
-        return model, revision, None
-    record = read_record(model, revision=revision)
+        return found.source, found.revision, None
+    record = record_of(found)
     if any((record.get("tokens") or {}).values()) or not record.get("teacher_on_hub"):
         raise UserError(
-            f"{model} is converted already, and its layers are measured on its teacher: give the teacher to "
+            f"{found.name} is converted already, and its layers are measured on its teacher: give the teacher to "
             "linearize select."
         )
     first = next(iter(config.mixers.values()), None)
@@ -108,7 +111,6 @@ def _load(settings: Any, attention: dict[str, Any]) -> Any:
     """The untrained student with one attention in every layer, on its device."""
     import torch
 
-    from linearize.cli.loading import choose_device
     from linearize.conversion.quantization import quantization_config
     from linearize.conversion.students import convert
 

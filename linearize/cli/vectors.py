@@ -7,31 +7,43 @@ from typing import Annotated
 import typer
 
 from linearize.cli.context_flags import tokens
-from linearize.cli.loading import Device, Directory, Dtype, check_context, load
+from linearize.cli.loading import (
+    Device,
+    Dtype,
+    Found,
+    Model,
+    Overwrite,
+    Revision,
+    check_context,
+    find_model,
+    load,
+)
 from linearize.errors import UserError
 from linearize.failures import command
 
 
 @command
 def export_vectors(
-    directory: Directory,
-    output: Annotated[str, typer.Argument(help="The .npz file to write.")],
+    model: Model,
+    output: Annotated[str, typer.Argument(metavar="FILE", help="The .npz file to write.")],
     layer: Annotated[int, typer.Option("--layer", help="Index of the layer, from 0.")] = 0,
     head: Annotated[int, typer.Option("--head", help="Query head of the layer, from 0.")] = 0,
     length: Annotated[int, typer.Option("--tokens", parser=tokens, help="Tokens of the text.")] = 64,
     text: Annotated[
-        str | None, typer.Option("--text", help="Text to run (.txt, .jsonl, .parquet); default some sentences.")
+        str | None,
+        typer.Option("--data", "--text", help="Text to run (.txt, .jsonl, .parquet), else some sentences."),
     ] = None,
     dtype: Dtype = "auto",
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    revision: Revision = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Write test vectors of one head of gain cells.
 
     What it stores, reads and converts, for circuit simulation.
     """
     export_test_vectors(
-        directory,
+        find_model(model, revision),
         output,
         layer=layer,
         head=head,
@@ -44,7 +56,7 @@ def export_vectors(
 
 
 def export_test_vectors(
-    source: str,
+    found: Found,
     output: str,
     *,
     layer: int,
@@ -63,7 +75,7 @@ def export_test_vectors(
     if tokens < 2:
         raise UserError(f"--tokens is {tokens}, but it must be at least 2.")
     check_vectors_path(output, overwrite)
-    model, tokenizer, _ = load(source, dtype, device)
+    model, tokenizer, _ = load(found, dtype, device)
     check_context(model, "tokens", tokens)
     if text is not None:
         input_ids = load_text_blocks(text, tokenizer, tokens, tokens)[0]["input_ids"]

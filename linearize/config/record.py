@@ -120,17 +120,7 @@ def make_record(
         selection: `stages.select.Selection.summary()`.
     """
     before = {name: value for name, value in (earlier or {}).items() if name not in OF_THESE_WEIGHTS}
-    if before:
-        start = {}
-    else:
-        name = None if teacher is None else os.fspath(teacher)
-        start = {
-            "teacher": published_name(name),
-            "teacher_revision": revision,
-            "teacher_on_hub": name is not None and not os.path.exists(name),
-        }
-        if earlier is not None:
-            start["unrecorded"] = True
+    start = {} if before else _origin(teacher, revision, unrecorded=earlier is not None)
     measured = {"embeddings": embeddings, "calibration": calibration, "selection": selection}
     return {
         **before,
@@ -145,6 +135,17 @@ def make_record(
         **{part: dict(values) for part, values in measured.items() if values},
         "versions": library_versions(),
     }
+
+
+def _origin(teacher: str | os.PathLike[str] | None, revision: str | None, *, unrecorded: bool) -> dict[str, Any]:
+    """What a model was made from; `unrecorded`: it goes on from a model of which nothing says that."""
+    name = None if teacher is None else os.fspath(teacher)
+    origin = {
+        "teacher": published_name(name),
+        "teacher_revision": revision,
+        "teacher_on_hub": name is not None and not os.path.exists(name),
+    }
+    return {**origin, "unrecorded": True} if unrecorded else origin
 
 
 def _by_stage(

@@ -88,19 +88,7 @@ def convert(
     )
     options = {"dtype": dtype, "quantization_config": quantization_config, "device_map": device_map}
     options = {name: value for name, value in options.items() if value is not None}
-    with quiet_transformers(), explained(source):
-        if is_gguf(source):
-            weights = gguf_weights(source, teacher_config)
-            if dtype == "auto":
-                options["dtype"] = next(iter(weights.values())).dtype
-            where_from: str | None = None
-            extra: dict[str, Any] = {"state_dict": weights}
-        else:
-            where_from, extra = source, where
-        # from_pretrained returns a pair when asked for the loading report.
-        load: Any = backbone.model(teacher_config.architectures).from_pretrained
-        model, info = load(where_from, config=config, output_loading_info=True, **extra, **options)
-    check_loaded(source, info, model)
+    model = _load_weights(source, backbone, teacher_config, config, where, options)
     keep_differentiable(model)
     start_landmarks(model)
     model.name_or_path = source
@@ -109,6 +97,35 @@ def convert(
     if not is_gguf(source) and model.can_generate():
         take_generation_config(model, source, where)
     return model.eval()
+
+
+def _load_weights(
+    source: str, backbone: Backbone, teacher: Any, config: Any, where: dict[str, Any], options: dict[str, Any]
+) -> Any:
+    """The student with the teacher's weights.
+
+    Args:
+        teacher: Its config. config: The student's.
+        where: Revision and token on the Hub.
+        options: Of `from_pretrained`; the dtype `auto` is the file's.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or lacks weights.
+    """
+    with quiet_transformers(), explained(source):
+        if is_gguf(source):
+            weights = gguf_weights(source, teacher)
+            if options.get("dtype") == "auto":
+                options = {**options, "dtype": next(iter(weights.values())).dtype}
+            where_from: str | None = None
+            extra: dict[str, Any] = {"state_dict": weights}
+        else:
+            where_from, extra = source, where
+        # from_pretrained returns a pair when asked for the loading report.
+        load: Any = backbone.model(teacher.architectures).from_pretrained
+        model, info = load(where_from, config=config, output_loading_info=True, **extra, **options)
+    check_loaded(source, info, model)
+    return model
 
 
 def start_landmarks(model: Any) -> None:
@@ -215,7 +232,7 @@ def refuse_encoder(source: str, config: PreTrainedConfig) -> None:
     if is_encoder(config):
         raise UserError(
             f"{source} is an encoder, which predicts no next token: train it with `linearize run minilm_linear`, and "
-            "measure its embeddings with `linearize evaluate DIRECTORY --text FILE`"
+            "measure its embeddings with `linearize evaluate DIRECTORY --data FILE`"
         )
     backbone = BACKBONES.get(config.model_type.removeprefix(PREFIX))
     if backbone is not None and backbone.auto_class(config.architectures) is not AutoModelForCausalLM:

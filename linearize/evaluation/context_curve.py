@@ -218,6 +218,6 @@ def _long_documents(
     if not found:
         raise UserError(
             f"--context_perplexity asks for a context of {length_label(longest)} tokens, but the longest document of "
-            f"{source.name} has {most:,}: give --text with longer documents (a .txt file is one), or ask for less."
+            f"{source.name} has {most:,}: give --data with longer documents (a .txt file is one), or ask for less."
         )
     return found

@@ -128,11 +128,12 @@ def measure_contexts(model: Any, tokenizer: Any, plan: ContextPlan, **options: A
     return [measure() for measure in prepare_contexts(model, tokenizer, plan, **options)]
 
 
-def trained_length(given: str, source: str) -> int:
+def trained_length(given: str, source: str, revision: str | None = None) -> int:
     """The tokens that `--by_length` means.
 
     Args:
         given: a length as a person writes it, or auto: the one in the record of `source`.
+        revision: of `source` on the Hub.
 
     Raises:
         UserError: it is no length, or the record has none.
@@ -140,7 +141,7 @@ def trained_length(given: str, source: str) -> int:
     from linearize.config.record import read_record
 
     if given.strip().lower() == "auto":
-        recipe = read_record(source).get("recipe") or {}
+        recipe = read_record(source, revision=revision).get("recipe") or {}
         recorded = (recipe.get("data") or {}).get("sequence_length")
         if recorded is None:
             raise UserError(f"--by_length auto: {source} has no record of a trained length; give it, such as 1k.")

@@ -58,7 +58,7 @@ class Hay:
             if len(ids) >= tokens:
                 break
         if not ids:
-            raise UserError("--natural hides facts in text, and there is none: give --text FILE with some.")
+            raise UserError("--natural hides facts in text, and there is none: give --data FILE with some.")
         self.ids, self.ends, self.text = np.array(ids, dtype=np.int64), np.array(ends), "\n\n".join(texts)
         self._last = np.zeros(len(ids), dtype=bool)
         self._last[self.ends - 1] = True

@@ -287,39 +287,73 @@ def evaluate(
             "The original must be an untrained student, linearize.convert(teacher, attention): a stock model "
             "has none of its arms."
         )
-    own_weights = merged and original is None
-    source = original if original is not None else model
-    branches = has_branches(model)
-    report.reference = OWN_WEIGHTS if own_weights else TEACHER
-
-    def measure(name: str, measured: Any, arm: str) -> Row:
-        return report.add(name, perplexity(measured, blocks, arm=arm, batch_size=batch_size, description=name))
-
-    with contextlib.nullcontext() if source is original else adapters_off(model):
-        if controls:
-            measure(report.reference, source, "teacher")
-        if controls and branches and not own_weights:
-            report.control = control_name(model)
-            measure(report.control, source, "softmax")
-        if speed:
-            report.speed[report.reference] = measure_speed(source, arm="teacher")
+    arms = _Arms(report, model, blocks, original, own_weights=merged and original is None, batch_size=batch_size)
+    arms.measure_references(controls=controls, speed=speed)
     for name, result in (yardsticks or {}).items():
         report.add(name, result)
-    measure(STUDENT, model, "mixed")
-    if controls and branches:
-        control = report.row(report.control)
-        if control is not None and source is model and unwrap(model) is model:
-            report.rows.append(dataclasses.replace(control, name=SOFTMAX_ARM, seconds=0.0))
-            report.notes.append(UNTOUCHED_NOTE)
-        else:
-            measure(SOFTMAX_ARM, model, "softmax")
-        measure(LINEAR_ARM, model, "linear")
-        report.linear_index = linear_index(*(report.nll(name) for name in (report.reference, STUDENT, SOFTMAX_ARM)))
-    if own_weights and controls:
-        report.notes.append(MERGED_BRANCHES_NOTE if branches else MERGED_NOTE)
-    if share_tokens and branches:
+    arms.measure(STUDENT, model, "mixed")
+    if controls:
+        arms.measure_controls()
+    if share_tokens and arms.branches:
         report.share = linear_share(model, blocks, batch_size=batch_size, max_tokens=share_tokens)
     if speed:
         report.speed[STUDENT] = measure_speed(model)
     report.state = state_bytes(unwrap(model).config)
     return report
+
+
+@dataclasses.dataclass
+class _Arms:
+    """The arms of a student, and of what it is compared with; arguments as in `evaluate`."""
+
+    report: Report
+    model: Any
+    blocks: Any
+    original: Any
+    own_weights: bool
+    """Whether the reference is the student's own weights with softmax attention: the teacher's are not at hand."""
+    batch_size: int
+
+    @property
+    def source(self) -> Any:
+        """What gives the rows of teacher and control."""
+        return self.model if self.original is None else self.original
+
+    @property
+    def branches(self) -> bool:
+        """Whether there are single arms."""
+        return has_branches(self.model)
+
+    def measure(self, name: str, model: Any, arm: str) -> None:
+        """Add a row."""
+        found = perplexity(model, self.blocks, arm=arm, batch_size=self.batch_size, description=name)
+        self.report.add(name, found)
+
+    def measure_references(self, *, controls: bool, speed: bool) -> None:
+        """The teacher's row and the control's, and the teacher's speed, without adapters."""
+        report, source = self.report, self.source
+        report.reference = OWN_WEIGHTS if self.own_weights else TEACHER
+        with contextlib.nullcontext() if source is self.original else adapters_off(self.model):
+            if controls:
+                self.measure(report.reference, source, "teacher")
+            if controls and self.branches and not self.own_weights:
+                report.control = control_name(self.model)
+                self.measure(report.control, source, "softmax")
+            if speed:
+                report.speed[report.reference] = measure_speed(source, arm="teacher")
+
+    def measure_controls(self) -> None:
+        """The student's single arms, and what a reader must know of the rows that stand for the teacher's."""
+        report, model = self.report, self.model
+        if self.branches:
+            control = report.row(report.control)
+            if control is not None and self.source is model and unwrap(model) is model:
+                report.rows.append(dataclasses.replace(control, name=SOFTMAX_ARM, seconds=0.0))
+                report.notes.append(UNTOUCHED_NOTE)
+            else:
+                self.measure(SOFTMAX_ARM, model, "softmax")
+            self.measure(LINEAR_ARM, model, "linear")
+            names = (report.reference, STUDENT, SOFTMAX_ARM)
+            report.linear_index = linear_index(*(report.nll(name) for name in names))
+        if self.own_weights:
+            report.notes.append(MERGED_BRANCHES_NOTE if self.branches else MERGED_NOTE)

@@ -54,6 +54,14 @@ def check_data(start: Start) -> None:
         )
 
 
+def check_device(name: str) -> None:
+    """Refuse a GPU that is asked for and not there."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but no GPU is visible: set device to auto or cpu.")
+
+
 def check_environment(config: RunConfig) -> None:
     """Refuse now what would fail after hours: a missing package, device, folder or token."""
     from linearize.conversion.quantization import require_bitsandbytes
@@ -64,11 +72,7 @@ def check_environment(config: RunConfig) -> None:
     tracker_names(config.report_to)
     if config.load_in_4bit or config.load_in_8bit:
         require_bitsandbytes()
-    if config.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise UserError("device is cuda, but no GPU is visible: set device to auto or cpu.")
+    check_device(config.device)
     if config.op_backend == "triton":
         check_triton()
     evaluation = config.evaluation

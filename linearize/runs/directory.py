@@ -268,7 +268,7 @@ class StagesDirectory(RunDirectory):
         from linearize.modeling import is_encoder
 
         final, config = shlex.quote(str(self.final)), load_config(str(self.final))
-        evaluate, on_text = f"linearize evaluate {final} --text FILE", "--data FILE --output_dir DIR"
+        evaluate, on_text = f"linearize evaluate {final} --data FILE", "--data FILE --output_dir DIR"
         if not hasattr(config, "mixer_types"):
             if is_encoder(config):
                 glue = f"linearize glue --models {final} --output_dir DIR"

@@ -138,12 +138,14 @@ class _GlueRun:
         """Refuse now what would fail after hours."""
         from linearize.conversion.students import load_model_tokenizer
         from linearize.evaluation.glue.metrics import GlueMetrics
+        from linearize.runs.checks import check_device
         from linearize.stages.glue_training import check_model
         from linearize.training.launcher import check_launcher
         from linearize.training.log import tracker_names
 
         settings = self.settings
         check_launcher(settings.device)
+        check_device(settings.device)
         tracker_names(settings.report_to)
         settings.training.stage(1, settings.data.sequence_length, 0.0, self.state.num_processes)
         for source, revision in dict.fromkeys((run.source, run.revision) for run in waiting):

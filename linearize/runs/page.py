@@ -86,7 +86,8 @@ def _attention(plan: RunPlan) -> str:
         shown.append(", ".join([settings["type"], *own]))
     if not shown:
         return "softmax"
-    kept = [] if start.converted else config.kept_layers
+    # Where layers are chosen by measuring, the selection says so itself.
+    kept = [] if start.converted or plan.selection is not None else config.kept_layers
     if config.mixer_types is not None and not start.converted:
         kept = [place for place, name in enumerate(config.mixer_types) if name not in (config.mixers or {})]
     return "; ".join(

@@ -72,7 +72,7 @@ class RunConfig(LayerChoice, RunSettings):
     """Type of the frozen weights and of the computation; what trains is float32 always. auto: float32 of an encoder
     and where a stage trains all weights or the mechanism by the model's own loss, else bfloat16."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """The process's GPU, else the CPU; or one of them (CUDA_VISIBLE_DEVICES chooses among several)."""
+    """auto, cpu or cuda: auto is the process's GPU, else the CPU (CUDA_VISIBLE_DEVICES chooses among several)."""
     load_in_4bit: bool = False
     """Hold the frozen weights in 4 bits while training (bitsandbytes NF4); the result is merged into the full
     weights."""

@@ -120,14 +120,7 @@ def finetune(
         KeyboardInterrupt: After Ctrl-C, with a checkpoint left.
     """
     rows = _checked_rows(model, train, config)
-    facts = {
-        # None is what an absent fact is: a run without them goes on from checkpoints that do not know them.
-        "pieces": config.lengths(0) if isinstance(config.sequence_length, list) else None,
-        "length_shares": config.length_shares,
-        "state_passing": config.state_passing or None,
-        "arm": arm,
-        "data": data_identity(train),
-    }
+    facts = {**_facts(config), "arm": arm, "data": data_identity(train)}
     where: dict[str, Any] = {"seed": seed, "resume": resume, "report_to": report_to, "device": device}
     # Mixed precision stays off: the base computes in the dtype that it was loaded in, what trains in float32. A
     # sequence within the window leaves the feature maps without a gradient.
@@ -140,13 +133,21 @@ def finetune(
     seconds = time.perf_counter() - start
     adapter = opened.output / (YARDSTICK if arm == "teacher" else ADAPTER)
     if opened.is_main:
-        plot = opened.output / "plots" / f"{config.section}_loss.png"
-        what = "Yardstick, LoRA on the softmax teacher" if arm == "teacher" else "LoRA"
-        plot_losses(read_log(opened.log_path), plot, title=what, with_kl=bool(config.kl_weight))
+        _plot(opened)
         save_adapter(adapted, adapter, tokenizer=tokenizer)
     PartialState().wait_for_everyone()
     steps, peak = opened.plan.steps, memory.bytes()
     return FinetuneResult(adapted, losses, steps, opened.tokens, seconds, peak, opened.log_path, adapter)
+
+
+def _facts(config: FinetuneConfig) -> dict[str, Any]:
+    """Settings that decide what a step means; None is what an absent fact is: a run without them goes on from
+    checkpoints that do not know them."""
+    return {
+        "pieces": config.lengths(0) if isinstance(config.sequence_length, list) else None,
+        "length_shares": config.length_shares,
+        "state_passing": config.state_passing or None,
+    }
 
 
 def _checked_rows(model: Any, train: TokenBlocks, config: FinetuneConfig) -> TokenBlocks | JoinedRows:
@@ -174,6 +175,12 @@ def _train(adapted: AdaptedModel, opened: OpenStage) -> list[float]:
         arm = base.use_arm(opened.run["arm"])
         with memory_errors, arm, gradient_checkpointing(base, config.gradient_checkpointing):
             return trainer.run_stage(opened.checkpoint)
+
+
+def _plot(opened: OpenStage) -> None:
+    path = opened.output / "plots" / f"{opened.config.section}_loss.png"
+    what = "Yardstick, LoRA on the softmax teacher" if opened.run["arm"] == "teacher" else "LoRA"
+    plot_losses(read_log(opened.log_path), path, title=what, with_kl=bool(opened.config.kl_weight))
 
 
 @contextmanager

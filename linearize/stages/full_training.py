@@ -97,15 +97,7 @@ def train_all(
         UserError: Settings that do not fit the model, the data or the processes; not finite losses; out of memory; a
             full disk.
     """
-    if not len(train):
-        raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
-    if mask_probability is not None and model.get_output_embeddings() is None:
-        raise UserError(
-            f"{type(model).__name__} has no head that finds hidden tokens: load a checkpoint whose architectures in "
-            "config.json are BertForMaskedLM."
-        )
-    if config.eval_steps is not None and not len(validation):
-        raise UserError(f"{config.section}.eval_steps is set, but there is no validation text: give data.validation.")
+    _check(model, train, config, validation, hides=mask_probability is not None)
     distiller = None if teacher is None else Distiller(teacher, model, config)
     facts = {
         "teacher": None if teacher is None else base_identity(teacher),
@@ -127,17 +119,41 @@ def train_all(
             seconds = time.perf_counter() - start - trainer.measuring_seconds
             measured = trainer.measure(opened.plan.steps)
     PartialState().wait_for_everyone()
+    return _result(opened, len(losses), seconds, measured, memory.bytes())
+
+
+def _check(model: Any, train: Any, config: FullTrainingConfig, validation: Any, *, hides: bool) -> None:
+    """Refuse what cannot train; `hides`: an encoder's tokens are."""
+    if not len(train):
+        raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
+    if hides and model.get_output_embeddings() is None:
+        raise UserError(
+            f"{type(model).__name__} has no head that finds hidden tokens: load a checkpoint whose architectures in "
+            "config.json are BertForMaskedLM."
+        )
+    if config.eval_steps is not None and not len(validation):
+        raise UserError(f"{config.section}.eval_steps is set, but there is no validation text: give data.validation.")
+
+
+def _result(opened: OpenStage, steps: int, seconds: float, measured: Any, peak: int | None) -> FullTrainingResult:
+    """What a training leaves.
+
+    Args:
+        steps: That this call ran, in so many seconds.
+        measured: On the validation text at the end; None where there is none, and beside the main process.
+        peak: Bytes.
+    """
     return FullTrainingResult(
         steps=opened.plan.steps,
         tokens=opened.tokens,
         seconds=seconds,
-        tokens_per_second=len(losses) * opened.plan.tokens_per_step / seconds if losses else None,
+        tokens_per_second=steps * opened.plan.tokens_per_step / seconds if steps else None,
         losses=_curve(opened.log_path, "loss"),
         validation=_curve(_validation_path(opened), "perplexity"),
         perplexity=measured.perplexity if measured else None,
         perplexity_tokens=measured.tokens if measured else None,
         accuracy=getattr(measured, "accuracy", None),
-        peak_memory_bytes=memory.bytes(),
+        peak_memory_bytes=peak,
     )
 
 

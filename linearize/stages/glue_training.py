@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,9 @@ from linearize.evaluation.glue.tasks import TASKS, Task
 from linearize.load_errors import explained
 from linearize.modeling import BACKBONES, PREFIX, is_encoder
 from linearize.stages.encoder_training import EncoderTrainer
-from linearize.stages.identity import require_same_run
-from linearize.training.checkpointing import checkpoint_to_resume
+from linearize.stages.opening import OpenStage, open_named
 from linearize.training.launcher import in_bfloat16
-from linearize.training.log import TrainingLog
 from linearize.training.loop import Interrupt, PeakMemory, to_device
-from linearize.training.stage_trainer import stage_arguments
 
 POOLER, HEAD = "bert.pooler.", "classifier."
 OTHER_HEADS = ("cls.", "classifier.", "qa_outputs.")
@@ -208,61 +205,54 @@ def finetune_on(
         UserError: The checkpoint or the settings cannot be used; not finite losses; out of memory; a full disk.
         KeyboardInterrupt: After Ctrl-C, with a checkpoint left.
     """
-    task, length = TASKS[run.task], settings.data.sequence_length
     state = PartialState(cpu=settings.device == "cpu")
-    on_cpu = state.device.type == "cpu"
-    config: GlueStage = settings.training.stage(len(rows), length, run.learning_rate, state.num_processes)
-    checkpoints = directory / "checkpoints" / run.key
-    arguments, plan = stage_arguments(
-        config,
-        "training",
-        length,
-        checkpoints,
-        run.seed,
-        settings.report_to,
-        "cpu" if settings.device == "cpu" else None,
-        bf16=in_bfloat16(settings.training.precision, on_cpu=on_cpu),
-        save_strategy="steps" if config.save_steps < (config.max_steps or 0) else "no",
-        # Texts within the window leave the feature maps without a gradient.
-        ddp_find_unused_parameters=True,
-    )
     model, fresh = load_classifier(run, reset_pooler=settings.reset_pooler)
     if model.config.model_type.startswith(PREFIX):
         model.set_op_backend(settings.op_backend)
+    opened = _open(run, settings, rows, data_identity, directory, state)
+    memory = PeakMemory(opened.arguments.device)
+    padded = partial(collate, padding=model.config.pad_token_id or 0)
+    with Interrupt() as interrupt:
+        kind = partial(GlueTrainer, TASKS[run.task])
+        trainer = opened.trainer(kind, model.to(opened.arguments.device), interrupt, data_collator=padded)
+        start = time.perf_counter()
+        trainer.run_stage(opened.checkpoint)
+    return Finetuned(model.eval(), opened.plan.steps, time.perf_counter() - start, memory.bytes(), fresh)
+
+
+def _open(
+    run: Finetuning, settings: GlueRunConfig, rows: GlueRows, data_identity: str, directory: Path, state: PartialState
+) -> OpenStage:
+    """The stage of a finetuning; arguments as in `finetune_on`."""
+    length, training = settings.data.sequence_length, settings.training
+    config: GlueStage = training.stage(len(rows), length, run.learning_rate, state.num_processes)
     facts = {
         "model": run.source,
         "revision": run.revision,
         "weights": run.weights,
         "learning_rate": run.learning_rate,
-        "epochs": settings.training.epochs,
+        "epochs": training.epochs,
         "data": data_identity,
-        "steps": plan.steps,
         "seed": run.seed,
-        "batch": settings.training.batch_size,
+        "batch": training.batch_size,
     }
-    checkpoint = checkpoint_to_resume(checkpoints, True)
-    if checkpoint is not None:
-        require_same_run(checkpoint, facts)
-    log_path = directory / "logs" / f"{run.key}.jsonl"
-    after_step, shown = checkpoint.step if checkpoint else None, asdict(config)
-    log = TrainingLog(log_path, after_step, settings.report_to, shown) if state.is_main_process else None
-    memory = PeakMemory(arguments.device)
-    with Interrupt() as interrupt:
-        trainer = GlueTrainer(
-            task,
-            model.to(arguments.device),
-            arguments,
-            config=config,
-            train_dataset=rows,
-            data_collator=partial(collate, padding=model.config.pad_token_id or 0),
-            interrupt=interrupt,
-            log=log,
-            run=facts,
-            window=list(checkpoint.state["window"]) if checkpoint else [],
-        )
-        start = time.perf_counter()
-        trainer.run_stage(checkpoint)
-    return Finetuned(model.eval(), plan.steps, time.perf_counter() - start, memory.bytes(), fresh)
+    return open_named(
+        run.key,
+        config,
+        rows,
+        length,
+        directory,
+        lambda plan: {**facts, "steps": plan.steps},
+        section="training",
+        seed=run.seed,
+        resume=True,
+        report_to=settings.report_to,
+        device="cpu" if settings.device == "cpu" else None,
+        bf16=in_bfloat16(training.precision, on_cpu=state.device.type == "cpu"),
+        save_strategy="steps" if config.save_steps < (config.max_steps or 0) else "no",
+        # Texts within the window leave the feature maps without a gradient.
+        ddp_find_unused_parameters=True,
+    )
 
 
 @torch.no_grad()

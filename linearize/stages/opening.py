@@ -9,7 +9,7 @@ with Interrupt() as interrupt:
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,8 @@ class OpenStage:
 
     config: Any
     rows: Any
+    name: str
+    """Of its files."""
     output: Path
     """The run directory."""
     arguments: TrainingArguments
@@ -49,7 +51,7 @@ class OpenStage:
     @property
     def log_path(self) -> Path:
         """`logs/NAME.jsonl`."""
-        return log_of(self.output, self.config.section)
+        return log_of(self.output, self.name)
 
     @property
     def tokens(self) -> int:
@@ -111,18 +113,50 @@ def open_stage(
     Raises:
         UserError: The settings do not fit the data, the processes or the checkpoint.
     """
-    output, name, length = Path(user_path(output_dir)), config.section, rows.sequence_length
+    length = rows.sequence_length
+
+    def all_facts(plan: StepPlan) -> dict[str, Any]:
+        return {
+            "sequence_length": length,
+            "tokens_per_step": plan.tokens_per_step,
+            "num_rows": len(rows),
+            "seed": seed,
+            "data": data_identity(rows),
+            "base": base_identity(model),
+            **facts,
+        }
+
+    where: dict[str, Any] = {"seed": seed, "resume": resume, "report_to": report_to, "device": device}
+    return open_named(config.section, config, rows, length, output_dir, all_facts, **where, **changes)
+
+
+def open_named(
+    name: str,
+    config: Any,
+    rows: Any,
+    length: int,
+    output_dir: str | os.PathLike[str],
+    facts: Callable[[StepPlan], dict[str, Any]],
+    *,
+    seed: int,
+    resume: bool | str | os.PathLike[str],
+    report_to: str | Sequence[str],
+    device: str | None,
+    section: str | None = None,
+    **changes: Any,
+) -> OpenStage:
+    """As `open_stage`, of a stage whose files and facts are its own.
+
+    Args:
+        name: Of its checkpoints and its log.
+        length: Tokens of a row.
+        facts: All that a checkpoint must agree on, by the steps that there are.
+        section: What its settings are called in messages; default as its files.
+    """
+    output = Path(user_path(output_dir))
     checkpoints = output / "checkpoints" / name
-    arguments, plan = stage_arguments(config, name, length, checkpoints, seed, report_to, device, **changes)
-    run = {
-        "sequence_length": length,
-        "tokens_per_step": plan.tokens_per_step,
-        "num_rows": len(rows),
-        "seed": seed,
-        "data": data_identity(rows),
-        "base": base_identity(model),
-        **facts,
-    }
+    arguments, plan = stage_arguments(config, section or name, length, checkpoints, seed, report_to, device, **changes)
+    run = facts(plan)
     checkpoint = checkpoint_to_resume(checkpoints, resume)
     if checkpoint is not None:
         require_same_run(checkpoint, run, plan.steps)
@@ -130,4 +164,4 @@ def open_stage(
     if arguments.process_index == 0:
         after = checkpoint.step if checkpoint else None
         log = TrainingLog(log_of(output, name), after, report_to, asdict(config))
-    return OpenStage(config, rows, output, arguments, plan, run, checkpoint, log)
+    return OpenStage(config, rows, name, output, arguments, plan, run, checkpoint, log)

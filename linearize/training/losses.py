@@ -84,6 +84,14 @@ def _chunk_loss(
     return total, cross_entropy.detach(), divergence.detach()
 
 
+def _supervised(hidden: Tensor, labels: Tensor, teacher: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The positions with a next token to predict: hidden states `[N, E]`, targets `[N]`, the teacher's `[N, E]`."""
+    targets = labels[:, 1:].reshape(-1)
+    keep = targets.ne(IGNORE_INDEX).nonzero().squeeze(-1)
+    chosen = None if teacher is None else teacher[:, :-1].flatten(0, 1)[keep]
+    return hidden[:, :-1].flatten(0, 1)[keep], targets[keep], chosen
+
+
 def language_model_loss(
     hidden_states: Tensor,
     labels: Tensor,
@@ -120,12 +128,7 @@ def language_model_loss(
         raise ValueError("kl_weight needs teacher_hidden_states")
     if logits_chunk < 1:
         raise ValueError(f"logits_chunk must be at least 1 token, got {logits_chunk}")
-    targets = labels[:, 1:].reshape(-1)
-    keep = targets.ne(IGNORE_INDEX).nonzero().squeeze(-1)
-    hidden = hidden_states[:, :-1].flatten(0, 1)[keep]
-    teacher = None if teacher_hidden_states is None else teacher_hidden_states[:, :-1].flatten(0, 1)[keep]
-    targets = targets[keep]
-
+    hidden, targets, teacher = _supervised(hidden_states, labels, teacher_hidden_states)
     # Starting the sum from the hidden states keeps the graph (and DDP's hooks) alive when a batch has no supervised
     # token.
     zero = at_least_float32(hidden_states.new_zeros(()))
@@ -133,14 +136,8 @@ def language_model_loss(
     cross_entropy, divergence = zero, zero
     for start in range(0, len(targets), logits_chunk):
         part = slice(start, start + logits_chunk)
-        arguments = (
-            hidden[part],
-            targets[part],
-            None if teacher is None else teacher[part],
-            head,
-            weights,
-            teacher_head or head,
-        )
+        known = None if teacher is None else teacher[part]
+        arguments = (hidden[part], targets[part], known, head, weights, teacher_head or head)
         if len(targets) > logits_chunk:
             sums = checkpoint(_chunk_loss, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import typer
+import yaml
 from tiny_models import make_gpt2
-from tiny_runs import WORDS, make_bert_directory, make_teacher_directory
+from tiny_runs import WORDS, make_bert_directory, make_teacher_directory, tiny_config, write_text
 
 import linearize
 from linearize.cli import main
@@ -36,22 +37,206 @@ atexit.register(report)
 AS_SCRIPT = START + "sys.argv[0] = '/a/bin/linearize'; from linearize.cli import main; sys.exit(main())"
 
 
-def started(code, *words):
+def started(code, *words, **variables):
     """A fresh process, what it printed and its exit code."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **variables}
     command = [sys.executable, "-c", code, *words]
     run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     return run.returncode, run.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "shows"), [(("--help",), "finetune"), (("--version",), "linearize "), (("presets",), "lolcats")]
+    ("words", "shows"),
+    [
+        (("--help",), "finetune"),
+        (("--version",), "linearize "),
+        (("presets",), "lolcats"),
+        (("run", "--help"), "--finetune.tokens"),
+        (("run", "gpt2_mini_gain_cell", "-h"), "--refined.tokens"),
+        (("evaluate", "--help"), "--data"),
+    ],
 )
 def test_help_version_and_presets_need_no_models(words, shows):
     code, printed = started(AS_SCRIPT, *words)
     assert code == 0 and shows in printed
     assert "HEAVY []" in printed
     assert float(printed.rpartition("CPU ")[2]) < 1.5
+
+
+def test_a_shell_completes_the_flags_of_a_presets_stages():
+    words = {"COMP_WORDS": "linearize run smollm2_135m --finetune.l", "COMP_CWORD": "3"}
+    code, printed = started(AS_SCRIPT, _LINEARIZE_COMPLETE="complete_bash", **words)
+    assert code == 0 and "--finetune.learning_rate" in printed.split() and "--finetune.lora_rank" in printed.split()
+    assert all(word.startswith("--finetune.l") for word in printed.partition("HEAVY")[0].split())
+
+
+COMMANDS = [
+    *(["run"], ["presets"], ["convert"], ["select"], ["transfer"], ["finetune"], ["evaluate"], ["chat"], ["info"]),
+    *(["push"], ["glue"], ["export-vectors"], ["import", "gain-cell"], ["import", "landmark"], ["import", "cosine"]),
+    *(["diff", "make"], ["diff", "recover"]),
+]
+NAMES = [" ".join(command) for command in COMMANDS]
+SCREEN = 55
+"""Lines."""
+
+
+def helped(capsys, *words):
+    assert main(list(words)) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [[], ["import"], ["diff"], *COMMANDS], ids=" ".join)
+def test_help_fits_a_terminal_of_80_columns(command, capsys, monkeypatch):
+    """No name and no sentence of a command is cut, and the short help has one screen."""
+    monkeypatch.setenv("COLUMNS", "80")
+    short, whole = helped(capsys, *command, "--help"), helped(capsys, *command, "--help-all")
+    assert len(short.splitlines()) <= SCREEN
+    for shown in (short, whole):
+        assert max(map(len, shown.splitlines())) <= 80
+        assert not re.search(r"\w\.\.\.", shown.partition("\n")[2])
+        assert "<" not in shown and "{" not in shown.partition("Options:")[0]
+    assert ("--help-all" in short) == (short != whole) and "--help-all" not in whole
+    assert helped(capsys, *command, "--help_all") == whole
+
+
+def test_every_command_is_in_the_list(capsys):
+    listed = [line.split()[0] for line in helped(capsys, "--help").partition("Commands:")[2].splitlines() if line]
+    assert listed == list(dict.fromkeys(command[0] for command in COMMANDS if command[0] != "diff")) + ["diff"]
+
+
+ONE_STAGE = ("transfer", "finetune")
+OF_A_MODEL = ("evaluate", "chat", "export-vectors")
+IMPORTED = ("import landmark", "import cosine")
+DIFF = ("diff make", "diff recover")
+SHARED = {
+    "--data": ("run", "select", *ONE_STAGE, "evaluate", "export-vectors"),
+    "--device": ("run", "select", *ONE_STAGE, *OF_A_MODEL, "glue"),
+    "--revision": ("run", "convert", "select", *ONE_STAGE, *OF_A_MODEL, "info", "push", *IMPORTED, *DIFF),
+    "--dry_run": ("run", *ONE_STAGE),
+    "--overwrite": (
+        *("run", "convert", "select", *ONE_STAGE, "glue", "export-vectors"),
+        *("import gain-cell", *IMPORTED, *DIFF),
+    ),
+    "--push_to_hub": ("run", *ONE_STAGE),
+}
+"""Flag -> the commands that have the thing."""
+SWITCHES = ("--dry_run", "--overwrite")
+
+
+@pytest.mark.parametrize("flag", SHARED)
+def test_a_flag_is_spelt_alike_in_all_commands(flag, capsys):
+    """With `_` and with `-`, with its value behind `=` too; a command without the thing knows no such flag."""
+    for name, command in zip(NAMES, COMMANDS, strict=True):
+        has = name in SHARED[flag]
+        given = [[spelt] for spelt in (flag, flag.replace("_", "-"))]
+        if flag not in SWITCHES:
+            given = [words for (spelt,) in given for words in ([spelt, "x"], [f"{spelt}=x"])]
+        elif flag == "--overwrite":
+            given += [["--no-overwrite"], ["--overwrite", "true"], ["--overwrite=false"]]
+        for words in given:
+            assert main([*command, *words, "--help"]) == (0 if has else 2), (name, words)
+        capsys.readouterr()
+        shown = helped(capsys, *command, "--help-all")
+        assert bool(re.search(rf"^  {flag}[, ]", shown, re.MULTILINE)) == has, name
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A teacher, a run's directory with a conversion of it, and text."""
+    root = tmp_path_factory.mktemp("models")
+    make_teacher_directory(root / "teacher")
+    write_text(root / "text.jsonl")
+    assert main(["convert", str(root / "teacher"), str(root / "run" / "final")]) == 0
+    return root
+
+
+def words_on(command, model, models, out):
+    """A command on a model."""
+    text = str(models / "text.jsonl")
+    rest = {
+        "evaluate": ["--data", text],
+        "push": ["me/model"],
+        "select": ["--data", text, "--state_budget", "7MB", "--output_dir", str(out)],
+        "transfer": [str(out), "--data", text, "--transfer.max_steps", "1"],
+        "finetune": [str(out), "--data", text, "--finetune.max_steps", "1"],
+        "export-vectors": [f"{out}.npz"],
+    }
+    return [command, str(model), *rest.get(command, [])]
+
+
+ON_ANY = ("evaluate", "chat", "info", "push", "select", "transfer", "finetune", "export-vectors")
+
+
+@pytest.mark.parametrize("command", ON_ANY)
+def test_a_command_says_what_it_looked_for(command, models, tmp_path, capsys):
+    for name, says in (
+        ("nothing", "looked for a directory of a model or of a run"),
+        ("empty", f"looked for config.json in it and in {tmp_path / 'empty' / 'final'}"),
+        ("text.txt", "is a file: give the directory"),
+    ):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        (tmp_path / "text.txt").write_text("no model")
+        assert main(words_on(command, tmp_path / name, models, tmp_path / "out")) == 2
+        said = capsys.readouterr().err
+        assert says in said and str(tmp_path / name) in said and said.count("\n") == 1
+    here = [*words_on(command, models / "run", models, tmp_path / "out"), "--revision", "v1"]
+    assert main(here) == 2 and "is a local one" in capsys.readouterr().err
+    twice = [*words_on(command, "me/model@v1", models, tmp_path / "out"), "--revision", "v2"]
+    assert main(twice) == 2 and "both name a revision" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ON_ANY)
+def test_a_model_of_the_hub_may_have_a_revision(command, models, tmp_path, monkeypatch, capsys):
+    def asked(source, *, revision=None, token=None):
+        raise UserError(f"asked for {source} at {revision}")
+
+    monkeypatch.setattr("linearize.conversion.students.load_config", asked)
+    for name, flags, says in (
+        ("me/model@v1", [], "me/model at v1"),
+        ("me/model", ["--revision", "v1"], "me/model at v1"),
+        ("me/model", [], "me/model at None"),
+        (models / "run", [], f"{models / 'run' / 'final'} at None"),
+        (models / "run" / "final", [], f"{models / 'run' / 'final'} at None"),
+    ):
+        if command in ("info", "push") and not flags and isinstance(name, Path):
+            continue  # read from the files
+        assert main([*words_on(command, name, models, tmp_path / "out"), *flags]) == 2
+        assert f"asked for {says}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "glue", *ONE_STAGE, *OF_A_MODEL])
+def test_a_device_is_auto_cpu_or_cuda(command, models, tmp_path, capsys):
+    words = [command] if command in ("run", "glue") else words_on(command, models / "run", models, tmp_path / "out")
+    assert main([*words, "--device", "tpu"]) == 2
+    said = capsys.readouterr().err
+    assert "device" in said and "'tpu', but it must be one of auto, cpu, cuda" in said
+
+
+def test_a_pushed_run_is_its_final_model(models, monkeypatch, capsys):
+    pushed = []
+    monkeypatch.setattr("linearize.hub.repository.push", lambda directory, *others, **more: pushed.append(directory))
+    assert main(["push", str(models / "run"), "me/model"]) == 0 and pushed == [models / "run" / "final"]
+    assert main(["info", str(models / "run")]) == 0
+    assert main(["push", str(models / "teacher"), "me/model"]) == 2
+    assert "linearize convert" in capsys.readouterr().err
+
+
+def test_a_model_of_the_hub_is_fetched_to_be_shown_or_pushed(models, monkeypatch, capsys):
+    """Without its weights, where they say nothing."""
+    fetched, pushed = [], []
+
+    def fetch(name, *, revision, allow_patterns):
+        fetched.append((name, revision, allow_patterns))
+        return str(models / "run" / "final")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    monkeypatch.setattr("linearize.cli.loading.read_config", lambda found: None)
+    monkeypatch.setattr("linearize.hub.repository.push", lambda directory, *others, **more: pushed.append(directory))
+    assert main(["info", "me/model@v1"]) == 0
+    assert "me/model@v1" in capsys.readouterr().out
+    assert main(["push", "me/model", "you/model", "--revision", "v2"]) == 0
+    assert fetched == [("me/model", "v1", ["*.json", "README.md"]), ("me/model", "v2", None)]
+    assert pushed == [models / "run" / "final"]
 
 
 def test_the_package_runs_as_a_module_and_a_name_of_it_loads_late():
@@ -158,6 +343,8 @@ def test_a_model_may_follow_the_preset(seen):
     assert main(["run", "gpt2_mini_gain_cell", "my/model", "--data", "a.txt", "--data", "b.txt"]) == 0
     assert (seen[0].model_name_or_path, seen[0].data.dataset) == ("my/model", ["a.txt", "b.txt"])
     assert main(["run", "gpt2_mini_gain_cell", "--data", "a.txt", "--data.dataset", "b.txt"]) == 2
+    assert main(["run", "gpt2_mini_gain_cell", "my/model@v1"]) == 0
+    assert (seen[1].model_name_or_path, seen[1].revision, seen[0].revision) == ("my/model", "v1", None)
 
 
 OWN = {"dataset_config": "other", "split": "test", "revision": "abc", "validation": "dev"}
@@ -248,8 +435,10 @@ def test_what_is_no_size_is_refused(flag, says):
 
 def test_flags_of_tokens_take_sizes(monkeypatch, capsys):
     seen = {}
-    monkeypatch.setattr("linearize.cli.evaluate.evaluate_model", lambda directory, **options: seen.update(options))
-    words = ["evaluate", "model", "--text", "a.txt", "--sequence-length", "2k", "--max_tokens", "1M"]
+    monkeypatch.setattr(
+        "linearize.cli.evaluate.evaluate_model", lambda found, asked, contexts: seen.update(vars(asked))
+    )
+    words = ["evaluate", "model", "--data", "a.txt", "--sequence-length", "2k", "--max_tokens", "1M"]
     assert main(words) == 0
     assert (seen["sequence_length"], seen["max_tokens"]) == (2048, 1_000_000)
     assert main(["evaluate", "model", "--text", "a.txt", "--max_tokens", "many"]) == 2
@@ -289,3 +478,48 @@ def test_what_a_run_says_to_do_next_can_be_done(kind, tmp_path, monkeypatch, see
         small = ["--sequence_length", "32", "--max_tokens", "64", "--device", "cpu"] if words[1] == "evaluate" else []
         assert words[0] == "linearize" and main([*words[1:], *small]) == 0
     assert len(seen) == {"llama": 0, "bert": 0, "stock gpt2": 1, "stock bert": 2}[kind]
+
+
+# ---- the plan
+
+
+def test_without_a_length_a_run_asks_for_one(models, tmp_path, capsys):
+    words = ["run", "--model_name_or_path", str(models / "teacher"), "--data", str(models / "text.jsonl")]
+    assert main([*words, "--output_dir", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "give transfer.tokens" in said and "or take a preset (`linearize presets`)" in said
+    assert not (tmp_path / "out").exists()
+
+
+def planned(models, out, capsys, *flags):
+    """What `--dry_run` prints, by line."""
+    settings = tiny_config(models / "teacher", models / "text.jsonl", out, out.parent / "cache")
+    (out.parent / "my.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    capsys.readouterr()
+    assert main(["run", str(out.parent / "my.yaml"), "--dry-run", *flags]) == 0
+    assert not out.exists()
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_plan_has_time_epochs_memory_and_disk(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    lines = planned(models, tmp_path / "out", capsys)
+    assert re.fullmatch(r"About \d+ (s|min) of training on this machine, .*", lines[0])
+    shown = {line.split()[0]: line for line in lines if line.strip()}
+    tokens = int(re.search(r"training text +([\d,]+) tokens", "\n".join(lines))[1].replace(",", ""))
+    stages = [line for line in lines if re.match(r" (transfer|finetune) +(LoRA|mechanism)", line)]
+    assert [line.split()[0] for line in stages] == ["transfer", "finetune"]
+    for line in stages:
+        assert re.search(rf" 192 +{192 / tokens:.2g} +3 ", line) and re.search(r" \d+ (s|min) *$", line)
+    assert re.search(r"disk +\d+ MiB, .* are free", shown["disk"])
+    held = [line for line in lines if "weights " in line and "activations " in line]
+    assert len(held) == 2 and "adapters " in held[1]
+    assert not any("reads the text" in line for line in lines)
+
+
+def test_a_plan_says_first_that_it_takes_long_and_where_a_text_is_read_often(models, tmp_path, capsys):
+    lines = planned(models, tmp_path / "out", capsys, "--finetune.max_steps", "none", "--finetune.tokens", "400M")
+    assert re.match(r"More than an hour: about \d+ (h|days) ", lines[0])
+    said = " ".join(" ".join(lines).split())
+    assert "Stage finetune reads the text" in said and "fewer tokens (finetune.tokens)" in said
+    assert "Stage transfer reads" not in said

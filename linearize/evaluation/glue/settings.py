@@ -193,8 +193,8 @@ class GlueRunConfig(RunSettings):
     resume_from_checkpoint: bool = False
     """Continue the run in `output_dir`: what is finished is not run again. Models, tasks, seeds and learning rates may
     be added."""
-    device: Literal["auto", "cpu"] = "auto"
-    """The process's GPU, else the CPU; or the CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto, cpu or cuda: auto is the process's GPU, else the CPU."""
     data: GlueDataConfig = field(default_factory=GlueDataConfig)
     """The tasks' examples."""
     training: GlueTrainingConfig = field(default_factory=GlueTrainingConfig)
