@@ -4,9 +4,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 LATEST := .venv-latest
-LATEST_TESTS := tests/modeling $(addprefix tests/linearize/test_, by_length.py checkpointing.py evaluation.py evaluation_context.py \
-	finetuning.py finetuning_lengths.py finetuning_stops.py generation_settings.py glue_resume.py hub.py model_card.py schedules.py \
-	trackers.py transfer.py)
+LATEST_TESTS := tests/modeling $(addprefix tests/, \
+	evaluation/test_by_length.py training/test_checkpointing.py evaluation/test_evaluation.py \
+	evaluation/test_evaluation_context.py stages/test_finetuning.py stages/test_finetuning_lengths.py \
+	stages/test_finetuning_stops.py hub/test_generation_settings.py runs/test_glue_resume.py hub/test_hub.py \
+	hub/test_model_card.py training/test_schedules.py training/test_trackers.py stages/test_transfer.py \
+	runs/test_same_bits.py runs/test_resume_kinds.py)
 SMOLLM2 := .cache/smollm2-135m-instruct
 
 PYTEST_ARGS ?=

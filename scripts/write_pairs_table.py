@@ -2,7 +2,7 @@
 
     python scripts/write_pairs_table.py
 
-Between two comments under "What works"; `tests/linearize/test_pairs.py` fails where it is out of date.
+Between two comments under "What works"; `tests/stages/test_pairs.py` fails where it is out of date.
 """
 
 from pathlib import Path

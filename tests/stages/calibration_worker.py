@@ -1,6 +1,6 @@
 """Calibrates a tiny model and writes its mechanism: what test_calibration.py starts as two processes.
 
-torchrun --nproc_per_node 2 tests/linearize/calibration_worker.py OUT.safetensors SEQUENCES
+torchrun --nproc_per_node 2 tests/stages/calibration_worker.py OUT.safetensors SEQUENCES
 """
 
 import sys

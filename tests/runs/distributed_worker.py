@@ -1,7 +1,7 @@
 """Runs training stages on a tiny model and writes their losses: what test_distributed.py starts, once or twice.
 
     ACCELERATE_USE_CPU=true OMP_NUM_THREADS=1 torchrun --nproc_per_node 2 \\
-        tests/linearize/distributed_worker.py OUT transfer
+        tests/runs/distributed_worker.py OUT transfer
 
 To add a stage: a function `(model, blocks, output_dir) -> losses by step` and its name in `STAGES`.
 """
