@@ -78,7 +78,8 @@ def main(argv: list[str] | None = None) -> Report:
     args = parse_arguments(argv)
     started = time.perf_counter()
     report, output = Report(), Path(args.output_dir)
-    shutil.rmtree(output / "checkpoints", ignore_errors=True)  # of an earlier demo: this one starts afresh
+    for earlier in (output, output / "yardstick"):  # of an earlier demo: this one starts afresh
+        shutil.rmtree(earlier / "checkpoints", ignore_errors=True)
     teacher, data = inputs(args, output)
     tokenizer = load_tokenizer(teacher)
     train, held_out = prepare_data(data, tokenizer)
@@ -107,7 +108,7 @@ def main(argv: list[str] | None = None) -> Report:
 
     headline(f"Yardstick: {args.finetune_steps} LoRA steps on the teacher, which keeps its attention")
     lora = FinetuneConfig(max_steps=args.finetune_steps, tokens_per_step=SEQUENCE_LENGTH, learning_rate=3e-4)
-    yardstick = finetune(model, train, lora, output_dir=output, seed=args.seed, arm="teacher")
+    yardstick = finetune(model, train, lora, output_dir=output / "yardstick", seed=args.seed, arm="teacher")
     report.seconds[f"{YARDSTICK}, training"] = yardstick.seconds
     measure(YARDSTICK, yardstick.model, "teacher")
     if texts:

@@ -347,7 +347,7 @@ def test_the_reported_accuracy_is_that_of_the_saved_weights(root, trained):
     assert scores.tokens == report_of(result).perplexity_tokens and 0 < scores.accuracy < 1
     record = read_log(root / "bert-linear" / "logs" / "training_validation.jsonl")[-1]
     assert record["accuracy"] == report_of(result).accuracy
-    assert f"{report_of(result).accuracy:.1%} are found" in (result.final / "README.md").read_text()
+    assert f"{report_of(result).accuracy:.1%} of " in (result.final / "README.md").read_text()
     assert pipeline("fill-mask", model=str(result.final), trust_remote_code=True)("The old [MASK] stood there.")
 
 
