@@ -29,7 +29,15 @@ from transformers import set_seed
 from linearize.conversion.students import refuse_encoder
 from linearize.errors import UserError
 from linearize.evaluation.arms import context_tokens
-from linearize.stages.adapters import AdaptedModel, add_adapters, merge, merge_into_unquantized, save_adapter
+from linearize.stages.adapters import (
+    AdaptedModel,
+    add_adapters,
+    check_targets,
+    default_targets,
+    merge,
+    merge_into_unquantized,
+    save_adapter,
+)
 from linearize.stages.finetune_lengths import JoinedRows, check_state_passing, training_rows
 from linearize.stages.finetuning_trainer import FinetuningTrainer
 from linearize.stages.identity import data_identity
@@ -157,6 +165,7 @@ def _checked_rows(model: Any, train: TokenBlocks, config: FinetuneConfig) -> Tok
         raise UserError("the training data has no whole sequence: lower data.sequence_length or give more text")
     if model.dtype == torch.float16:
         raise UserError("finetuning in float16 would lose small gradients: set dtype to bfloat16 or float32.")
+    check_targets(model, config.lora_targets or default_targets(model), config.section)
     rows = training_rows(train, config)
     if config.state_passing:
         kinds = [settings["type"] for settings in model.config.mixers.values()]

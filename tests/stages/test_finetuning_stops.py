@@ -67,7 +67,7 @@ def test_a_run_is_not_trained_over_and_not_resumed_as_another(stock, tmp_path):
     run(stock, tmp_path, max_steps=2)
     with pytest.raises(UserError, match="already holds checkpoints"):
         run(stock, tmp_path, max_steps=2)
-    with pytest.raises(UserError, match=r"trained with num_blocks 10 \(now 8\)"):
+    with pytest.raises(UserError, match=r"trained with num_rows 10 \(now 8\)"):
         run(stock, tmp_path, max_steps=2, resume=True, train=token_blocks(8))
 
 
