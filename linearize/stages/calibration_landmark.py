@@ -78,7 +78,7 @@ class _Fit:
         if mixer.keys is None:
             raise UserError(
                 f"Landmarks whose keys are not pooled (landmark_key: {mixer.config.landmark_key}) have nothing to "
-                "calibrate: set calibration_sequences to 0, or landmark_key to pooled."
+                "calibrate: leave the stage out, or set landmark_key to pooled."
             )
         self.layer, self.mixer, self.keys = layer, mixer, mixer.keys
         groups = [{"params": [x], "lr": RATES[name]} for name, x in mixer.keys.named_parameters()]
