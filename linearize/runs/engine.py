@@ -117,18 +117,17 @@ class RunOfStages:
         self._prepare_data()
         self._select()
         done = from_main_process(lambda: stages_done(self.plan, self.directory))
-        whole = self._whole_yardstick()  # it trains before the student takes its place in memory
-        # What cannot be read is refused before anything is written.
-        model = self._load(done) if whole is None else None
+        model = self._load(done)  # what cannot be read is refused before anything is written
         self._prepare_directory()
         measures = self._measures(done)
-        if whole is not None:
+        self._forecast(model, done, self.texts.train)
+        if self.state.is_main_process:
+            self.plan.show()
+        if (whole := self._waiting_yardstick()) is not None:
+            del model  # all weights of the teacher train in its place in memory
             self._train_whole_yardstick(whole, measures)
             model = self._load(done)
         mark_base(model, self.base)
-        self._forecast(model, done)
-        if self.state.is_main_process:
-            self.plan.show()
         if measures is not None:
             self._measure(lambda: self._measure_start(measures, model, done))
         if done < len(self.plan.stages):
@@ -146,6 +145,7 @@ class RunOfStages:
 
     def rehearse(self) -> RunPlan:
         """The plan with what a trial on this machine tells."""
+        from linearize.conversion.own_tokenizers import make_tokenizer
         from linearize.conversion.students import load_model_tokenizer
         from linearize.data.estimate import estimate_tokens
         from linearize.runs.models import RunModels
@@ -156,28 +156,33 @@ class RunOfStages:
         self.config = config = self.plan.config
         check_memory(self.plan, self.state)
         tokenizer = None
-        if config.architecture is None:
-            tokenizer = load_model_tokenizer(config.source, revision=config.revision)
-            with stage("reading the data"):
-                known = estimate_tokens(config.data, tokenizer)
-            self.plan.forecast.tokens, self.plan.forecast.exact = known if known is not None else (None, False)
-            self.models = RunModels(self.plan, self.directory, self.state.device, tokenizer)
-            layers = None if self.plan.selection is None else self.plan.start.forecast_settings.layers()
-            with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
-                model = self.models.first(layers=layers)
-            self._forecast(model, 0)
+        with stage("reading the data"):
+            if config.architecture is None:
+                tokenizer = load_model_tokenizer(config.source, revision=config.revision)
+            elif config.tokenizer.source == "load":
+                tokenizer = make_tokenizer(config, self.plan.start.encoder)
+            known = None if tokenizer is None else estimate_tokens(config.data, tokenizer)
+        self.plan.forecast.tokens, self.plan.forecast.exact = known if known is not None else (None, False)
+        self.models = RunModels(self.plan, self.directory, self.state.device, tokenizer)
+        layers = None if self.plan.selection is None else self.plan.start.forecast_settings.layers()
+        with stage("loading the model", "load the base in 4 bit with load_in_4bit, or choose a smaller dtype"):
+            model = self.models.first(layers=layers)
+        self._forecast(model, 0)
         return self.plan
 
     # --- before the stages
 
-    def _forecast(self, model: Any, done: int) -> None:
-        """Time, text and disk of what is left."""
+    def _forecast(self, model: Any, done: int, rows: Any = None) -> None:
+        """Time, text and disk of what is left.
+
+        Args:
+            rows: What it trains on, where that is tokenised.
+        """
         from linearize.runs.forecast import disk_bytes, free_bytes, time_stages
 
         forecast = self.plan.forecast
-        train = getattr(getattr(self, "texts", None), "train", None)
-        if train is not None:
-            forecast.tokens, forecast.exact = len(train) * train.sequence_length, True
+        if rows is not None:
+            forecast.tokens, forecast.exact = len(rows) * rows.sequence_length, True
         teacher = self._yardstick() if done == 0 and not self.directory.yardstick.is_dir() else None
         forecast.seconds = time_stages(self.plan, model, self.directory.path, done, teacher)
         forecast.disk, forecast.free = disk_bytes(self.plan), free_bytes(self.directory.path)
@@ -299,28 +304,27 @@ class RunOfStages:
         settings = self.config.yardstick_settings() if self.config.yardstick is not None else None
         return None if settings is None else make_stage(YARDSTICK, settings)
 
-    def _whole_yardstick(self) -> Stage | None:
-        """The stage that trains all weights of the teacher, if the run has one."""
+    def _waiting_yardstick(self) -> Stage | None:
+        """The stage that trains all weights of the teacher, if the run has one that is still to come."""
         current = self._yardstick()
-        return None if current is None or current.trained == "lora" else current
+        there = (self.directory.yardstick / "config.json").is_file()
+        return None if current is None or current.trained == "lora" or there else current
 
     def _train_whole_yardstick(self, current: Stage, measures: Any) -> None:
         """All weights of the softmax teacher."""
         from linearize.stages.identity import mark_base
 
-        place = self.directory.yardstick
-        if not (place / "config.json").is_file():
-            teacher = self.models.placed(self.models.teacher("base"))
-            mark_base(teacher, self.base)
-            outcome = self._work(current, teacher, self._context(measures))
-            self._note(current, outcome)
-            if self.state.is_main_process:
-                from linearize.hub.repository import save_stock
+        teacher = self.models.placed(self.models.teacher("base"))
+        mark_base(teacher, self.base)
+        outcome = self._work(current, teacher, self._context(measures))
+        self._note(current, outcome)
+        if self.state.is_main_process:
+            from linearize.hub.repository import save_stock
 
-                with stage("saving the model"):
-                    save_stock(outcome.model, self.tokenizer, place)
-            self.state.wait_for_everyone()
-            outcome.model = None
+            with stage("saving the model"):
+                save_stock(outcome.model, self.tokenizer, self.directory.yardstick)
+        self.state.wait_for_everyone()
+        outcome.model = None
 
     def _train_lora_yardstick(self, model: Any, measures: Any) -> None:
         """The same adapters on the softmax teacher's arm, measured and taken off again."""

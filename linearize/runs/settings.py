@@ -285,8 +285,6 @@ def resolve_run(
     stages = {name: value for name, value in given.items() if name.partition(".")[0] in values["stages"]}
     values["stages"] = yaml_io.merge(values["stages"], stages)
     rest = {name: value for name, value in given.items() if name not in stages}
-    if "architecture" not in values and "architecture" not in rest and rest.get("model_name_or_path"):
-        values.pop("architecture", None)
     return yaml_io.resolve(values, rest, settings=RunConfig)
 
 
